@@ -1,0 +1,57 @@
+"""Run notebooks from top to bottom and store their outputs, cleaned (needs the `dev` extra).
+
+    python .ci/outputs.py                    every notebook, in reading order
+    python .ci/outputs.py nbs/00_hvp.ipynb   these only
+
+Cells marked `#| eval: false`, or with one of settings.ini's tst_flags, are not run and keep the outputs they have.
+"""
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in nbdev_test: sums in one order
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
+
+
+def is_skipped(source, flags):
+    skip = rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$"
+    return "nbdev_export(" in source or re.search(skip, source, re.M | re.I)
+
+
+def store(path, cfg):
+    "Run one notebook in its own folder, in a fresh shell; stop at its first error, leaving the file as it was."
+    nb, flags = read_nb(path), cfg.tst_flags.split()
+    shell = CaptureShell(path, mpl_format="png")
+    for cell in nb.cells:
+        if cell.cell_type != "code" or is_skipped(cell.source, flags): continue
+        cell.outputs = []
+        shell.cell(cell)
+        if shell.exc: sys.exit(shell.prettytb(fname=path))
+    write_nb(nb, path)
+    nbdev_clean(str(path))
+
+
+def main():
+    cfg = get_config()
+    sys.path.insert(0, str(cfg.config_path))
+    names = [Path(a).resolve() for a in sys.argv[1:]] or sorted(cfg.nbs_path.resolve().glob("[!._]*.ipynb"))
+    os.chdir(cfg.nbs_path)
+    for path in names:
+        # a child per notebook, so that no state passes from one to the next
+        start, pid = time.time(), os.fork()
+        if pid == 0:
+            store(path, cfg)
+            sys.stdout.flush()
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(f"{path.name}: {'stored' if code == 0 else 'FAILED'} in {time.time() - start:.0f} s")
+        if code: sys.exit(code)
+
+
+if __name__ == "__main__": main()
