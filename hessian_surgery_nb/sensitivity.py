@@ -38,6 +38,8 @@ class Sensitivity:
     scheme: str # "central" or "forward"
     metric: str # "accuracy" or "probability"
     num_passes: int # passes over the data
+    per_image: torch.Tensor # (N, K) float32: each image's own difference quotient; S is its mean over each class
+    labels: torch.Tensor # (N,)
 
     @property
     def signal_to_noise(self) -> float:
@@ -50,11 +52,10 @@ def _scores(z: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor: # (N
     if metric == "accuracy": return (z.argmax(1) == y).double()
     return z.double().softmax(1).gather(1, y[:, None])[:, 0]
 
-def _paired_noise(d: torch.Tensor, y: torch.Tensor, C: int, width: float) -> torch.Tensor: # (C,)
-    n = torch.bincount(y, minlength=C)
-    mean = class_means(d, y, C)
-    var = (class_means(d**2, y, C) - mean**2).clamp(min=0)
-    return (torch.maximum(var / (n - 1).clamp(min=1), 1. / n.double() ** 2 * (var == 0)).sqrt() / width).cpu()
+def _paired_noise(D: torch.Tensor, y: torch.Tensor, C: int) -> torch.Tensor: # (N, K) -> (C, K)
+    n = torch.bincount(y, minlength=C)[:, None].double()
+    var = (class_means(D**2, y, C) - class_means(D, y, C) ** 2).clamp(min=0)
+    return torch.maximum(var / (n - 1).clamp(min=1), (var == 0) / n**2).sqrt()
 
 # %% ../nbs/04_sensitivity.ipynb #58d1d92b
 def sensitivity_matrix(
@@ -76,14 +77,14 @@ def sensitivity_matrix(
     run = lambda step=None: predict(model, data, state=None if step is None else moved_state(chosen, step), forward=forward)
     z, y = run()
     C, base = z.shape[1], _scores(z, y, metric)
-    S, noise = torch.zeros(C, V.shape[1], dtype=torch.float64), torch.zeros(C, V.shape[1], dtype=torch.float64)
-    width = 2 * eps if scheme == "central" else eps
+    names_where = dict(names=names, where="the sensitivity set")
+    accuracy, D = class_means(z.argmax(1) == y, y, C, **names_where), torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device)
     for k in tqdm(range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress):
-        plus = _scores(run(eps * V[:, k])[0], y, metric)
-        d = plus - (_scores(run(-eps * V[:, k])[0], y, metric) if scheme == "central" else base)
-        S[:, k], noise[:, k] = class_means(d, y, C, names, "the sensitivity set").cpu() / width, _paired_noise(d, y, C, width)
-    accuracy = class_means(z.argmax(1) == y, y, C, names, "the sensitivity set").cpu()
-    return Sensitivity(S, noise, accuracy, torch.bincount(y, minlength=C).cpu(), eps, scheme, metric, 1 + V.shape[1] * (2 if scheme == "central" else 1))
+        minus = _scores(run(-eps * V[:, k])[0], y, metric) if scheme == "central" else base
+        D[:, k] = _scores(run(eps * V[:, k])[0], y, metric) - minus
+    width = 2 * eps if scheme == "central" else eps
+    return Sensitivity((class_means(D, y, C) / width).cpu(), (_paired_noise(D, y, C) / width).cpu(), accuracy.cpu(), torch.bincount(y, minlength=C).cpu(), eps, scheme, metric,
+                       1 + V.shape[1] * (2 if scheme == "central" else 1), (D / width).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def _check_sensitivity(V, chosen, eps, scheme, metric):

@@ -190,15 +190,16 @@ def choose_amplitude(
     limit: float = .2, # how far the accuracy of a class may move along one spike
     start: float | None = None, # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
     params=None, forward=None, names=None,
-) -> float:
+) -> tuple[float, int]: # the amplitude, and passes over the data that it took
     "A first amplitude inside the linear regime (choice): go down from `start` until no class moves by more than `limit` along any spike."
     lam = spikes.values.abs().max().item()
     eps = start or (.6 / math.sqrt(lam) if lam > 0 else 1.)
-    for _ in range(12):
-        moved = sensitivity_matrix(model, spikes, data, eps=eps, params=params, forward=forward, names=names).matrix.abs().max().item() * eps
+    for tries in range(1, 13):
+        S = sensitivity_matrix(model, spikes, data, eps=eps, scheme="forward", params=params, forward=forward, names=names)
+        moved = S.matrix.abs().max().item() * eps
         if moved <= limit: break
-        eps *= max(.25, .8 * limit / moved)
-    return eps
+        eps *= .8 * limit / moved
+    return eps, tries * S.num_passes
 
 # %% ../nbs/05_surgery.ipynb #6d25029c
 @dataclass(frozen=True)
@@ -285,7 +286,10 @@ def operate(
         if pairs is None or config.directions == "random":
             pairs = _directions(patient, loss_fn, hessian_data, config, K, t, forward)
             matvecs = pairs.num_matvecs
-        if control is None: control = _control(config, patient, pairs, sensitivity_data, forward, names); control.start(now.sigma)
+        extra = 1 # the measurement after the step
+        if control is None:
+            control, tried = _control(config, patient, pairs, sensitivity_data, forward, names)
+            control.start(now.sigma); extra += tried
         eps = control.eps
         S = sensitivity_matrix(patient, pairs, sensitivity_data, eps=config.probe_eps if t == 0 and config.probe_eps else eps, scheme=config.scheme,
                                metric=config.metric, params=config.params, forward=forward, names=names)
@@ -300,7 +304,7 @@ def operate(
         control.update(after.sigma, (now.sigma - after.sigma) / now.sigma if accepted and now.sigma > 0 else -drop, accepted)
         history.append(StepRecord(t + 1, accepted, eps, control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
                                   (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()),
-                                  tuple(pairs.values.tolist()), matvecs, S.num_passes + 1, time.perf_counter() - clock))
+                                  tuple(pairs.values.tolist()), matvecs, S.num_passes + extra, time.perf_counter() - clock))
         if accepted:
             now, pairs = after, pairs if alpha.norm() == 0 else None # still where we were: the same spikes
             if after.sigma < best[0]: best, best_at = (after.sigma, copy.deepcopy(patient.state_dict())), t + 1
@@ -313,8 +317,8 @@ def operate(
 
 def _control(config, model, pairs, data, forward, names):
     size = math.sqrt(sum(p.detach().double().square().sum().item() for p in select_params(model, config.params).values()))
-    eps = config.eps or choose_amplitude(model, pairs, data, start=None if config.directions == "spikes" else .1 * size, params=config.params, forward=forward, names=names)
-    return AdamControl(eps, config.iterations) if config.schedule == "adam" else GammaDecay(eps)
+    eps, tried = (config.eps, 0) if config.eps else choose_amplitude(model, pairs, data, start=None if config.directions == "spikes" else .1 * size, params=config.params, forward=forward, names=names)
+    return AdamControl(eps, config.iterations) if config.schedule == "adam" else GammaDecay(eps), tried
 
 # %% ../nbs/05_surgery.ipynb #07bf455a
 @patch
@@ -429,9 +433,10 @@ def report_dict(r: ClassReport) -> dict:
 
 @patch
 def to_dict(self: SurgeryResult) -> dict:
-    "All numbers, for JSON."
+    "All numbers, for JSON. Only what stands under `timing` differs from run to run."
     return dict(before=report_dict(self.before), after=report_dict(self.after), sensitivity_before=report_dict(self.sensitivity_before), sensitivity_after=report_dict(self.sensitivity_after),
-                config=asdict(self.config), returned_iteration=self.best, history=[asdict(h) for h in self.history], spikes=self.spikes.values.tolist())
+                config=asdict(self.config), returned_iteration=self.best, history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
+                spikes=self.spikes.values.tolist(), timing=dict(iteration_seconds=[h.seconds for h in self.history]))
 
 @patch
 def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors") -> Path: # the directory
