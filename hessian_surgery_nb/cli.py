@@ -98,9 +98,9 @@ def shown(
     triple, # (mean, low, high)
     digits: int = 1,
 ) -> str:
-    "'4.8' or '4.8 [3.9, 5.7]'."
+    "'4.8', or '4.8 ± 0.9' for an interval from 3.9 to 5.7."
     m, lo, hi = triple
-    return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+    return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
 # %% ../nbs/10_cli.ipynb #6eb73ea9
 def text_table(
@@ -118,7 +118,7 @@ def class_rows(run: DemoRun) -> list[list[str]]:
     return [[n, str(int(c)), f"{x:.1f}", f"{z:.1f}", f"{z - x:+.1f}"] for n, c, x, z in zip(s.before.names, run.splits.train.counts, b.tolist(), a.tolist())]
 
 CLASS_HEADER = ["class", "training images", "before (%)", "after (%)", "change (pp)"]
-METHOD_HEADER = ["method", "sigma (pp)", "sigma reduced by (%)", "balanced (%)", "worst class (%)"]
+METHOD_HEADER = ["method", "sigma (pp)", "reduced by (%)", "balanced (%)", "worst class (%)"]
 
 def method_cells(runs: list[DemoRun]) -> list[list[str]]:
     return [[r["method"], shown(r["sigma_pp"]), shown(r["reduction_percent"]), shown(r["balanced_percent"]), shown(r["worst_percent"])] for r in method_rows(runs)]
@@ -134,8 +134,8 @@ def headline(
     first = (f"Surgery moved sigma, the spread of the class accuracies, from {before['sigma_pp'][0]:.1f} to {after['sigma_pp'][0]:.1f} pp on held-out images, "
              f"balanced accuracy from {before['balanced_percent'][0]:.1f} to {after['balanced_percent'][0]:.1f} %, the worst class from {before['worst_percent'][0]:.1f} to {after['worst_percent'][0]:.1f} %{over}.")
     best = min(rows.values(), key=lambda r: r["sigma_pp"][0])
-    second = ("No rival did better." if best is after else f"The smallest sigma is that of {best['method']}: {best['sigma_pp'][0]:.1f} pp. "
-              "Here the classes differ by how often they were seen in training, which a shift of the logits cures exactly.")
+    why = " Here classes differ by how often they were seen in training, and a shift of the logits is the exact cure for that." if best["method"] in ("tuned biases", "logit adjustment") else ""
+    second = "No rival did better." if best is after else f"The smallest sigma is that of {best['method']}: {best['sigma_pp'][0]:.1f} pp.{why}"
     return [first, second]
 
 def print_demo(runs: list[DemoRun], out: Path) -> None:
@@ -177,7 +177,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #ff
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
 .lead { font-size: 1.08rem; } .soft, figcaption, caption, footer { color: var(--soft); font-size: .9rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } caption { text-align: left; padding-bottom: .4rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: 1rem 0; } table { font-size: .92rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 600; } code { background: #f3f5f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
 .numbers { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1.2rem 0; padding: 0; list-style: none; }
@@ -219,7 +219,7 @@ def demo_report(
     numbers = [big("sigma, spread of class accuracies", 100 * s.before.sigma, 100 * s.after.sigma, "pp"), big("balanced accuracy", 100 * s.before.balanced, 100 * s.after.balanced, "%"), big("worst class", 100 * s.before.worst, 100 * s.after.worst, "%")]
     seeds = f"{len(runs)} seeds, means with 95 % intervals" if len(runs) > 1 else f"seed {first.seed}"
     body = ["<h1>Hessian surgery on long-tailed digits</h1>", f'<p class="soft">hessian_surgery_nb {__version__}, {seeds}. Every figure is on held-out images unless it says otherwise.</p>',
-            *[f'<p class="lead">{html.escape(t)}</p>' for t in headline(runs)], f'<ul class="numbers">{"".join(numbers)}</ul><p class="soft">Seed {first.seed}.</p>',
+            *[f'<p class="lead">{html.escape(t)}</p>' for t in headline(runs)], f'<ul class="numbers">{"".join(numbers)}</ul><p class="soft">These three: seed {first.seed}, held-out.</p>',
             table_tag(METHOD_HEADER, method_cells(runs), f"Every method on the same splits, held-out ({seeds})"), *_figures(first), "<h2>How to repeat it</h2>",
             f"<p><code>{html.escape(command)}</code></p>", f'<footer><p>{html.escape(provenance_line(runs))}</p><p>The random subspaces are controls: the same dimension as the spikes, once with their step length, once with an amplitude of their own.</p></footer>']
     return html_page("Hessian surgery on long-tailed digits", body)

@@ -196,10 +196,12 @@ def forward_over_reverse(
     leaves, v, # parameters and direction, lists of one shape
 ) -> tuple[torch.Tensor, ...]: # H v, like leaves
     "The same product as the derivative of the gradient along v, by forward-mode differentiation."
-    with fwAD.dual_level():
-        loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        tangents = [fwAD.unpack_dual(g).tangent for g in grads]
+    try:
+        with fwAD.dual_level():
+            loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            tangents = [fwAD.unpack_dual(g).tangent for g in grads]
+    except NotImplementedError as e: raise InputError(f"mode='forward' needs layers whose backward pass can be differentiated forward. PyTorch says: {e}; use mode='rebuilt'.") from e
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
 # %% ../nbs/00_hvp.ipynb #87c8268f

@@ -127,41 +127,43 @@ class _Krylov:
         self.op, self.n, self.generator = op, op.shape[0], generator
         self.basis = torch.empty(size, self.n, dtype=op.dtype, device=op.device)
         self.T = torch.zeros(size, size, dtype=torch.float64)
-        self.m, self.beta, self.scale, self.next = 0, 0., 0., None
-        self.block, self.broke = None, False # where the newest block starts; whether one has just closed
+        self.m, self.beta, self.next = 0, 0., None
+        self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; what closed ones left over
 
     def expand(self, q):
         "One product: `q` joins the basis; `next` is what it leaves over."
         m = self.m
-        if self.broke: self.block, self.broke = m, False
+        if self.closed: self.block, self.closed = m, False
         self.basis[m] = q
         w = self.op @ self.basis[m]
         if not torch.isfinite(w).all(): raise InputError(f"products must be finite. Got NaN or infinity at product {m + 1}; check the weights, or use float32 instead of a shorter type.")
-        h = orthogonalise(w, self.basis[:m + 1])
-        self.T[:m + 1, m] = self.T[m, :m + 1] = h
+        self.T[:m + 1, m] = self.T[m, :m + 1] = orthogonalise(w, self.basis[:m + 1])
         self.m, self.beta = m + 1, w.norm().item()
-        self.scale = max(self.scale, h.norm().item(), self.beta)
-        self.next = w.div_(self.beta) if self.beta > 10 * torch.finfo(self.op.dtype).eps * self.scale else self.fresh()
+        self.next = w.div_(self.beta) if self.beta > 0 else w
 
-    def fresh(self):
-        "After a breakdown: a random vector orthogonal to the basis, or None when that is the whole space."
-        self.broke, self.beta = True, 0.
-        if self.m == self.n: return None
-        w = random_unit(self.n, self.generator, self.op)
-        orthogonalise(w, self.basis[:self.m])
-        w /= w.norm()
-        orthogonalise(w, self.basis[:self.m])
-        return w / w.norm()
+    def close(self, slack):
+        "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
+        if self.m == self.n: self.next, self.beta = None, 0.
+        floor = 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max().item()
+        if self.next is None or self.beta > max(slack, floor): return
+        self.left.append((self.m - 1, self.beta))
+        w, self.closed, self.beta = random_unit(self.n, self.generator, self.op), True, 0.
+        for _ in range(2):
+            orthogonalise(w, self.basis[:self.m])
+            w = w / w.norm()
+        self.next = w
 
     def ritz(self, order):
-        "Ritz values, wanted first, their small vectors, and residuals."
+        "Ritz values, wanted first, their small vectors, and bounds on their residuals."
         theta, U = torch.linalg.eigh(self.T[:self.m, :self.m])
         idx = torch.argsort(order(theta), stable=True)
-        return theta[idx], U[:, idx], self.beta * U[-1, idx].abs()
+        U = U[:, idx]
+        return theta[idx], U, sum((b * U[j].abs() for j, b in self.left), self.beta * U[-1].abs())
 
     def hides_nothing(self, order, last, slack):
-        "After a breakdown: is the best pair of the newest block certified, and no better than the last wanted value?"
-        if self.block is None or self.m == self.n: return not self.broke or self.m == self.n
+        "Once a block has closed: is the best pair of the newest block certified, and no better than the last wanted value?"
+        if self.m == self.n: return True
+        if self.block is None: return not self.closed
         theta, U = torch.linalg.eigh(self.T[self.block:self.m, self.block:self.m])
         i = torch.argmin(order(theta))
         return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
@@ -171,6 +173,7 @@ class _Krylov:
         C = U[:, :keep].T.to(self.basis)
         for s in range(0, self.n, 1 << 18): self.basis[:keep, s:s + (1 << 18)] = C @ self.basis[:self.m, s:s + (1 << 18)]
         self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
+        if self.left: self.left = [(j, sum(b for _, b in self.left)) for j in range(keep)] # no longer known where: everywhere
         self.m, self.block = keep, None
 
 # %% ../nbs/01_lanczos.ipynb #ac9dedf2
@@ -196,9 +199,10 @@ def top_eigenpairs(
     q = random_unit(n, g, op) if v0 is None else _start(torch.as_tensor(v0) if torch.as_tensor(v0).ndim == 1 else torch.as_tensor(v0).sum(1), op)
     for used in range(1, limit + 1):
         kry.expand(q)
+        slack = tol * torch.linalg.eigvalsh(kry.T[:kry.m, :kry.m]).abs().max().item()
+        kry.close(slack)
         q = kry.next
         theta, U, res = kry.ritz(_ORDER[which])
-        slack = tol * theta.abs().max()
         ok = res <= slack
         bar.update(min(int(ok[:k].sum()), k) - bar.n)
         if q is None or (kry.m >= k and ok[:k].all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack)): break

@@ -10,6 +10,7 @@ import contextlib
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% auto #0
 __all__ = ['COLOURS', 'relative_error', 'rounding', 'seeded', 'planted_matrix', 'spiked_spectrum', 'new_axes', 'softmax_hessian',
@@ -150,7 +151,8 @@ def dense_hessian(
 ) -> torch.Tensor: # (n, n) in the order of model.parameters()
     "The Hessian of the loss over all trainable parameters, row by row. For tiny networks only: n gradients, n^2 numbers."
     ps = [p for p in model.parameters() if p.requires_grad]
-    out = model(**X) if isinstance(X, dict) else model(X)
+    with sdpa_kernel(SDPBackend.MATH): # the fused attention kernels have no second derivative
+        out = model(**X) if isinstance(X, dict) else model(X)
     grads = torch.autograd.grad(loss_fn(out, y), ps, create_graph=True, allow_unused=True, materialize_grads=True)
     flat = torch.cat([g.reshape(-1) for g in grads])
     def row(g): return torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, ps, retain_graph=True, allow_unused=True, materialize_grads=True)])
