@@ -9,7 +9,6 @@ import argparse
 import base64
 import html
 import io
-import os
 import platform
 import shlex
 import sys

@@ -5,7 +5,6 @@
 # %% ../nbs/08_effective_rank.ipynb #30c39106
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch

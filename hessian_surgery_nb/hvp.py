@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # %% auto #0
 __all__ = ['InputError', 'select_params', 'flatten', 'unflatten', 'as_batches', 'to_device', 'split_batch', 'Forward',
            'functional_logits', 'as_loss_module', 'loss_denominator', 'infer_reduction', 'backward_through',
-           'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'OperatorCheck',
-           'MatrixOperator', 'as_operator']
+           'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs',
+           'OperatorCheck', 'MatrixOperator', 'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #a6a62290
 class InputError(ValueError):
@@ -52,6 +52,7 @@ def _check_params(chosen: dict[str, nn.Parameter]):
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1: raise InputError(f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or select fewer.")
     if not next(iter(kinds))[0].is_floating_point: raise InputError(f"parameters must be real floating point. Got {next(iter(kinds))[0]}; dequantise or cast the model first.")
+    if next(iter(kinds))[0] not in (torch.float32, torch.float64): raise InputError(f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() first.")
     for k, p in chosen.items():
         if not torch.isfinite(p).all(): raise InputError(f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load another checkpoint.")
 
@@ -271,6 +272,7 @@ def _batch(self: HessianOperator, batch):
     "One batch: its inputs, the function logits -> undivided loss, and its denominator (found when the logits are there)."
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
+    check_inputs(X, next(iter(self.params.values())))
     def loss_of(z):
         if self._seen is None: check_batch(X, y, z, getattr(self.loss_fn, "ignore_index", None))
         if self.reduction is None and not hasattr(self.loss_fn, "reduction"): self.reduction = infer_reduction(self.loss_fn, z.detach(), y)
@@ -301,6 +303,17 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got {kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
 # %% ../nbs/00_hvp.ipynb #5e931f72
+def check_inputs(
+    X, # one batch of inputs
+    like: torch.Tensor, # a parameter of the network
+):
+    "Refuse raw bytes, and floating-point inputs of another type than the network."
+    for t in (X.values() if isinstance(X, Mapping) else X if isinstance(X, (list, tuple)) else [X]):
+        if not torch.is_tensor(t): continue
+        if t.dtype == torch.uint8: raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise them, for example x.float() / 255.")
+        if t.is_floating_point() and t.dtype != like.dtype: raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert them with x.to({like.dtype}).")
+
+# %% ../nbs/00_hvp.ipynb #2317048d
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -326,15 +339,15 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #2592ceeb
+# %% ../nbs/00_hvp.ipynb #56a70d34
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
     leaves = self._leaves()
-    loss, *grads = self._pass(lambda b: (lambda l, g: (l.detach(), *g))(*self._batch_grads(b, leaves, False)))
+    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach(), *g))(*self._batch_grads(b, leaves, False)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
+# %% ../nbs/00_hvp.ipynb #0eb338d7
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -364,7 +377,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #b9a8034c
+# %% ../nbs/00_hvp.ipynb #eade7ba7
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -376,7 +389,7 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #f5ed6abc
+# %% ../nbs/00_hvp.ipynb #2665f1ee
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -401,7 +414,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves, False)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #2665f1ee
+# %% ../nbs/00_hvp.ipynb #caff8b06
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -425,7 +438,7 @@ def as_operator(op):
     if not hasattr(op, "shape"): raise InputError(f"an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got {type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #5a0af7b3
+# %% ../nbs/00_hvp.ipynb #b1ce4721
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

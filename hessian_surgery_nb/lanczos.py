@@ -8,9 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from fastcore.basics import patch
 
 from .hvp import InputError, as_operator
 

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .data import check_disjoint
-from .hvp import HessianOperator, InputError, select_params, unflatten
+from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report, error_ratio
@@ -272,9 +272,11 @@ def operate(
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
     from tqdm.auto import trange
     _check_config(config)
+    select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     measure = lambda m, data=sensitivity_data, on="sensitivity": class_report(m, data, names=names, measured_on=on, forward=forward)
     before = now = measure(model)
+    if len(now.accuracy) < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
     before_held = measure(model, held_out, "held_out") if held_out is not None else before
     patient, best, best_at = copy.deepcopy(model), (before.sigma, copy.deepcopy(model.state_dict())), 0
     K = config.num_spikes or len(now.accuracy) - 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .hvp import Forward, InputError, as_batches, check_batch, check_mode, functional_logits, split_batch, to_device
+from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, functional_logits, split_batch, to_device
 from .testbed import seeded
 
 # %% auto #0
@@ -73,12 +73,16 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor]: # logits (N, C), labels (N,)
     "Logits and labels of a whole set."
     check_mode(model)
-    net, device, out = Forward(model, forward), next(model.parameters()).device, []
+    net, like, out = Forward(model, forward), next(model.parameters()), []
     for batch in as_batches(data):
         X, y = split_batch(batch)
-        X, y = to_device(X, device), y.to(device)
+        X, y = to_device(X, like.device), y.to(like.device)
+        if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        check_inputs(X, like)
         z = functional_logits(net, state or {}, X)
         check_batch(X, y, z)
+        if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
+        if not state and not torch.isfinite(z).all(): raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; load another checkpoint.")
         out.append((z, y))
     if not out: raise InputError("data must hold at least one batch. Got none.")
     return torch.cat([z for z, _ in out]), torch.cat([y for _, y in out])

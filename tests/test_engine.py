@@ -152,7 +152,8 @@ def test_a_layer_without_forward_mode_is_named():
 
 
 def test_memory_returns_without_the_collector():
-    import gc, weakref
+    import gc
+    import weakref
     net, (X, y) = tiny_mlp(), tiny_data()
     gc.collect(); gc.disable()
     try:

@@ -38,7 +38,7 @@ def siblings(source):
             frm = ".".join(([PKG] if node.level else []) + ([node.module] if node.module else []))
             names = [f"{PKG}.{a.name}" for a in node.names] if frm == PKG else [frm]
         else: continue
-        found |= {n.split(".")[1] for n in names if n.startswith(PKG + ".")}
+        found |= {n.split(".")[1] for n in names if n.startswith(PKG + ".") and "__" not in n}
     return found
 
 
