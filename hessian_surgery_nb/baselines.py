@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .data import check_disjoint
 from .hvp import InputError
 from .models import find_head
 from .surgery import SurgeryConfig, SurgeryResult, operate, report_dict
@@ -178,6 +179,10 @@ def compare(
     progress: bool = True,
 ) -> Comparison:
     "Surgery, its controls and its rivals, tuned on the same set and measured on the same held-out images."
+    check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
+    if steps < 2: raise InputError(f"steps must be at least 2. Got {steps}.")
+    C = predict(model, sensitivity_data, forward=forward)[0].shape[1]
+    if counts is not None and len(counts) != C: raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
     run = lambda c: operate(model, loss_fn, hessian_data, sensitivity_data, held_out=held_out, config=c, names=names, forward=forward, progress=progress)
     surgery = surgery or run(config)
     names = surgery.before.names

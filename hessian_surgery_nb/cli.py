@@ -28,7 +28,7 @@ from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, json_bytes, operate, out_dir, plot_before_after, plot_history, write_atomic
+from .surgery import SurgeryConfig, check_out, json_bytes, operate, out_dir, plot_before_after, plot_history, write_atomic
 from .train import TrainLog, train
 
 # %% auto #0
@@ -133,7 +133,7 @@ def headline(
     first = (f"Surgery moved sigma, the spread of the class accuracies, from {before['sigma_pp'][0]:.1f} to {after['sigma_pp'][0]:.1f} pp on held-out images, "
              f"balanced accuracy from {before['balanced_percent'][0]:.1f} to {after['balanced_percent'][0]:.1f} %, the worst class from {before['worst_percent'][0]:.1f} to {after['worst_percent'][0]:.1f} %{over}.")
     best = min(rows.values(), key=lambda r: r["sigma_pp"][0])
-    why = " Here classes differ by how often they were seen in training, and a shift of the logits is the exact cure for that." if best["method"] in ("tuned biases", "logit adjustment") else ""
+    why = " Here classes differ by how often they were seen in training, and shifting logits is the textbook remedy for that." if best["method"] in ("tuned biases", "logit adjustment") else ""
     second = "No rival did better." if best is after else f"The smallest sigma is that of {best['method']}: {best['sigma_pp'][0]:.1f} pp.{why}"
     return [first, second]
 
@@ -252,8 +252,8 @@ def demo(args: argparse.Namespace) -> int:
     if args.seeds < 1: raise InputError(f"--seeds must be at least 1. Got {args.seeds}.")
     if not 0 <= args.seed < 2**32: raise InputError(f"--seed must lie in 0..{2**32 - 1}. Got {args.seed}.")
     if args.iterations < 1: raise InputError(f"--iterations must be at least 1. Got {args.iterations}.")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir(): raise InputError(f"--out must be a directory. {out} is a file; name another.")
+    try: out = check_out(args.out)
+    except InputError as e: raise InputError(f"--out: {e}") from e
     bars = sys.stderr.isatty()
     seeds = tqdm(range(args.seed, args.seed + args.seeds), desc="seeds", disable=not bars or args.seeds == 1)
     runs = [run_demo(s, iterations=args.iterations, density=s == args.seed, progress=bars) for s in seeds]
@@ -271,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
     p = argparse.ArgumentParser("hessian-surgery", formatter_class=wide, description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
-                                epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted.")
+                                epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted. Same seed, same torch, same number of threads: same result, bit for bit.")
     p.add_argument("--version", action="version", version=f"hessian_surgery_nb {__version__}")
     sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
     d = sub.add_parser("demo", formatter_class=wide, help="the whole method on real digits, in about a minute",
@@ -296,5 +296,5 @@ def main(
         print(f"hessian-surgery: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hessian-surgery: interrupted; nothing was written", file=sys.stderr)
+        print("hessian-surgery: interrupted; no file is half written", file=sys.stderr)
         return 130

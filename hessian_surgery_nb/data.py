@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .hvp import InputError, as_batches, split_batch
+from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
 __all__ = ['Samples', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits', 'long_tail_splits',
@@ -62,8 +61,8 @@ def input_digests(
     out = []
     for batch in as_batches(data):
         X, y = split_batch(batch)
-        parts = list(X.values()) if isinstance(X, Mapping) else list(X) if isinstance(X, (tuple, list)) else [X]
-        rows = [p.detach().cpu().contiguous().reshape(len(p), -1).view(torch.uint8).numpy() for p in parts if torch.is_tensor(p) and p.ndim and len(p) == len(y)]
+        rows = [p.detach().cpu().contiguous().reshape(len(p), -1).view(torch.uint8).numpy() for p in tensors_in(X) if p.ndim and len(p) == len(y)]
+        if not rows: raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got none; pass check_overlap=False if the sets are disjoint.")
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .data import check_disjoint
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .sensitivity import Sensitivity, sensitivity_matrix
@@ -41,7 +42,7 @@ def rank_interval(
     *,
     draws: int = 200, level: float = .95, seed: int = 0, weights: str = "energy",
 ) -> tuple[float, float]:
-    "Bootstrap interval of the effective rank over sensitivity images, within classes."
+    "Bootstrap spread of the effective rank over sensitivity images, within classes. Not a confidence interval: noise shifts the rank, and resampling adds to it."
     g, C, ranks = torch.Generator().manual_seed(seed), s.matrix.shape[0], []
     rows = [(s.labels == c).nonzero().flatten() for c in range(C)]
     for _ in range(draws):
@@ -66,7 +67,7 @@ def rank_noise_floor(
 class Screening:
     "What the spikes could do for this network, before they do it."
     effective_rank: float # energy weights
-    rank_interval: tuple[float, float] # 95 %, bootstrap over images
+    rank_interval: tuple[float, float] # 2.5 and 97.5 % of a bootstrap over images
     noise_floor: float # what shuffled labels give
     amplitude_rank: float # Roy and Vetterli's weights
     flatness: float # s_2 / s_1
@@ -89,17 +90,20 @@ def screen(
     params=None, forward=None, names=None, tol: float = 1e-2, seed: int = 0, progress: bool = False,
 ) -> Screening:
     "Is surgery worth trying? One Lanczos run, one sensitivity matrix; the model is left as it is."
+    check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data)
     now = class_report(model, sensitivity_data, names=names, measured_on="sensitivity", forward=forward)
     op = HessianOperator(model, loss_fn, hessian_data, params=params, forward=forward)
-    pairs = top_eigenpairs(op, num_spikes or len(now.accuracy) - 1, tol=tol, seed=seed, progress=progress)
-    eps, tried = (eps, 0) if eps else choose_amplitude(model, pairs, sensitivity_data, params=params, forward=forward, names=names)
-    s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, params=params, forward=forward, names=names, progress=progress)
+    pairs = top_eigenpairs(op, len(now.accuracy) - 1 if num_spikes is None else num_spikes, tol=tol, seed=seed, progress=progress)
+    if eps is None: s, passes = choose_amplitude(model, pairs, sensitivity_data, params=params, forward=forward, names=names)
+    else:
+        s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, params=params, forward=forward, names=names, progress=progress)
+        passes = s.num_passes
     sv = torch.linalg.svdvals(s.matrix)
     energy = (sv ** 2).cumsum(0) / (sv ** 2).sum() if sv.max() > 0 else torch.ones_like(sv)
-    alpha = solve_coefficients(s, now.accuracy, eps)
+    alpha = solve_coefficients(s, now.accuracy, s.eps)
     return Screening(effective_rank(s), rank_interval(s, seed=seed), rank_noise_floor(s, seed=seed), effective_rank(s, weights="amplitude"),
                      (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0., tuple(energy.tolist()), now.sigma,
-                     (now.accuracy + s.matrix @ alpha).std(correction=0).item(), eps, pairs.num_matvecs, s.num_passes + tried + 1, s)
+                     (now.accuracy + s.matrix @ alpha).std(correction=0).item(), s.eps, pairs.num_matvecs, passes + 1, s)
 
 # %% ../nbs/08_effective_rank.ipynb #9a42963a
 def plot_screening(
@@ -109,7 +113,7 @@ def plot_screening(
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     ax = new_axes(ax, height=2.6, title=f"{look.effective_rank:.1f} effective trades between classes", xlabel="singular directions of S", ylabel="energy (%)")
     ax.plot(range(1, len(look.energy) + 1), [100 * e for e in look.energy], "o-", ms=4, color=COLOURS["blue"])
-    ax.axvspan(*look.rank_interval, color=COLOURS["orange"], alpha=.3, lw=0, label="effective rank, 95 %")
+    ax.axvspan(*look.rank_interval, color=COLOURS["orange"], alpha=.3, lw=0, label="bootstrap spread")
     ax.axvline(look.noise_floor, color=COLOURS["grey"], ls="--", lw=1, label="shuffled labels")
     ax.set_ylim(0, 104); ax.legend(frameon=False, fontsize=8)
     return ax

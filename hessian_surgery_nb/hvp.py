@@ -21,10 +21,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% auto #0
-__all__ = ['InputError', 'select_params', 'flatten', 'unflatten', 'as_batches', 'to_device', 'split_batch', 'Forward',
-           'functional_logits', 'as_loss_module', 'loss_denominator', 'infer_reduction', 'backward_through',
-           'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs',
-           'OperatorCheck', 'MatrixOperator', 'as_operator']
+__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'as_batches', 'to_device', 'tensors_in',
+           'split_batch', 'Forward', 'functional_logits', 'as_loss_module', 'known_reduction', 'call_loss',
+           'loss_denominator', 'infer_reduction', 'backward_through', 'forward_over_reverse', 'gauss_newton',
+           'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'OperatorCheck', 'MatrixOperator',
+           'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #a6a62290
 class InputError(ValueError):
@@ -36,16 +37,23 @@ def select_params(
     params=None, # None: all that require a gradient; a glob ("layer4.*"); or a list of names and globs
 ) -> dict[str, nn.Parameter]: # name -> parameter, in model order
     "The parameters that span the space we work in."
-    named = dict(model.named_parameters())
+    check_model(model)
+    named, every = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False)) # every: tied weights under all their names
     if params is None: chosen = {k: p for k, p in named.items() if p.requires_grad}
     else:
         globs = [params] if isinstance(params, str) else list(params)
         for g in globs:
-            if not any(fnmatch(k, g) for k in named):
+            if not any(fnmatch(k, g) for k in every):
                 raise InputError(f"every name or pattern in params must match a parameter. {g!r} matches none of {len(named)}: {', '.join(list(named)[:6])}, ...")
-        chosen = {k: p for k, p in named.items() if any(fnmatch(k, g) for g in globs)}
+        wanted = {id(p) for k, p in every.items() if any(fnmatch(k, g) for g in globs)}
+        chosen = {k: p for k, p in named.items() if id(p) in wanted}
     _check_params(chosen)
     return chosen
+
+def check_model(model):
+    "Refuse what is not a network with parameters."
+    if not isinstance(model, nn.Module): raise InputError(f"a model must be a torch.nn.Module. Got {type(model).__name__}; pass the network itself.")
+    if next(model.parameters(), None) is None: raise InputError("a model must have parameters. Got none; pass a trained network.")
 
 def _check_params(chosen: dict[str, nn.Parameter]):
     if not chosen: raise InputError("at least one parameter must be selected. Got none; unfreeze some (requires_grad_(True)) or name them in params.")
@@ -81,8 +89,8 @@ def as_batches(
         raise InputError(f"data must be a pair (X, y), a list of pairs or a loader. Got {type(data).__name__}.")
     if iter(data) is data:
         raise InputError(f"data must give the same batches on every pass. Got a one-shot {type(data).__name__}; pass a list of its batches.")
-    if getattr(data, "drop_last", False) and "Random" in type(getattr(data, "sampler", None)).__name__:
-        raise InputError("data must give the same batches on every pass. Got a loader with shuffle and drop_last; set one of them to False.")
+    if "Random" in type(getattr(data, "sampler", None)).__name__:
+        raise InputError("data must give the same images in the same order on every pass. Got a loader that shuffles; build it with shuffle=False.")
     return data
 
 # %% ../nbs/00_hvp.ipynb #3e22883e
@@ -96,13 +104,23 @@ def to_device(
     if isinstance(x, (list, tuple)): return [to_device(v, device) for v in x]
     return x
 
+def tensors_in(X) -> list[torch.Tensor]:
+    "The tensors that a batch of inputs is made of."
+    parts = X.values() if isinstance(X, Mapping) else X if isinstance(X, (list, tuple)) else [X]
+    return [t for t in parts if torch.is_tensor(t)]
+
 def split_batch(
     batch, # what the data yields
 ) -> tuple: # (inputs, targets)
     "A batch as inputs and targets."
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and torch.is_tensor(batch[1]): return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and torch.is_tensor(batch[1]):
+        X, y = batch
+        rows = {len(t) for t in tensors_in(X) if t.ndim}
+        if y.ndim and not len(y): raise InputError("a batch must hold at least one image. Got none; drop empty batches.")
+        if y.ndim and len(rows) == 1 and rows != {len(y)}: raise InputError(f"inputs and labels must be equally many. Got {rows.pop()} and {len(y)}.")
+        return X, y
     shown = f"{type(batch).__name__}" + (f" with keys {list(batch)}" if isinstance(batch, Mapping) else f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
-    raise InputError(f"a batch must be a pair (inputs, targets) with targets a tensor. Got a {shown}; wrap the loader so that it yields pairs.")
+    raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, give single images to a DataLoader, wrap other loaders so that they yield pairs.")
 
 # %% ../nbs/00_hvp.ipynb #dee16269
 class Forward(nn.Module):
@@ -132,8 +150,12 @@ def functional_logits(
 ) -> torch.Tensor: # logits
     "Logits at other weights. The network's own parameters and buffers are neither changed nor written to."
     own = {f"model.{k}": b.clone() for k, b in net.model.named_buffers()}
-    with sdpa_kernel(SDPBackend.MATH):
-        return functional_call(net, {**own, **{f"model.{k}": t for k, t in state.items()}}, (X,))
+    try:
+        with sdpa_kernel(SDPBackend.MATH): return functional_call(net, {**own, **{f"model.{k}": t for k, t in state.items()}}, (X,))
+    except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as e:
+        shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
+        raise InputError(f"the network must accept the inputs. Given {shapes} it said: {e}; check their shape and type, or pass forward=.") from e
 
 # %% ../nbs/00_hvp.ipynb #c3213db3
 _ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
@@ -146,6 +168,20 @@ def as_loss_module(loss_fn):
     return _FUNCTIONS[loss_fn]() if callable(loss_fn) and not isinstance(loss_fn, nn.Module) and loss_fn in _FUNCTIONS else loss_fn
 
 # %% ../nbs/00_hvp.ipynb #c5251db6
+def known_reduction(loss_fn) -> str | None: # "mean", "sum", "batchmean"; None for a loss that is not PyTorch's own
+    "The reduction of PyTorch's own losses. What another class calls its reduction need not be one, so it is not trusted."
+    return getattr(loss_fn, "reduction", None) if type(loss_fn).__module__.startswith("torch.nn") else None
+
+def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
+    "The loss of a batch, or the reason why there is none."
+    try: loss = loss_fn(output, target)
+    except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as e:
+        raise InputError(f"the loss must accept logits and labels. Given {str(output.dtype)[6:]} {tuple(output.shape)} and {str(target.dtype)[6:]} {tuple(target.shape)} it said: {e}; check labels, class weights and the loss.") from e
+    if not torch.is_tensor(loss) or loss.numel() != 1: raise InputError(f"a loss must return one number, as a tensor. Got {f'shape {tuple(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__}; use reduction='mean' or 'sum'.")
+    return loss.reshape(())
+
+# %% ../nbs/00_hvp.ipynb #70a6fbee
 def loss_denominator(
     loss_fn, # a loss module or function
     output: torch.Tensor, # logits of one batch
@@ -153,9 +189,8 @@ def loss_denominator(
     reduction: str | None = None, # for losses without a .reduction: "mean" over the first axis, or "sum"
 ) -> float: # d_b; 1 for a sum
     "What this loss divided its sum by on this batch."
-    reduction = getattr(loss_fn, "reduction", None) or reduction or "mean"
+    reduction = known_reduction(loss_fn) or reduction or "mean"
     if reduction == "sum": return 1.
-    if reduction == "none": raise InputError("a loss must return one number. Got reduction='none'; use 'mean' or 'sum'.")
     if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not target.is_floating_point():
         kept = target[target != loss_fn.ignore_index]
         return float(len(kept)) if loss_fn.weight is None else loss_fn.weight.to(target.device, torch.float64)[kept].sum().item()
@@ -163,7 +198,7 @@ def loss_denominator(
     if isinstance(loss_fn, _ELEMENTWISE) and reduction == "mean": return float(output.numel())
     return float(len(target))
 
-# %% ../nbs/00_hvp.ipynb #14429d74
+# %% ../nbs/00_hvp.ipynb #089ac5e9
 def infer_reduction(
     loss_fn, # any callable loss_fn(output, target) -> scalar
     output: torch.Tensor, target: torch.Tensor, # one batch, at least 3 rows
@@ -172,13 +207,14 @@ def infer_reduction(
     n = len(target)
     if n < 3: raise InputError(f"the reduction of a custom loss is found on a first batch of at least 3 rows. Got {n}; pass reduction='mean' or 'sum'.")
     k = n // 3
-    whole, a, b = (loss_fn(output[s], target[s]).item() for s in (slice(None), slice(0, k), slice(k, None)))
+    whole, a, b = (call_loss(loss_fn, output[s], target[s]).item() for s in (slice(None), slice(0, k), slice(k, None)))
+    if not all(map(math.isfinite, (whole, a, b))): raise InputError(f"the loss must be finite. Got {whole:.6g} on {n} images; check weights, images and the loss.")
     tol = 1e4 * torch.finfo(output.dtype).eps * max(abs(whole), abs(a), abs(b), 1e-30)
     if abs(whole - (k * a + (n - k) * b) / n) <= tol: return "mean"
     if abs(whole - (a + b)) <= tol * 2: return "sum"
     raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch.")
 
-# %% ../nbs/00_hvp.ipynb #d24599be
+# %% ../nbs/00_hvp.ipynb #961bfab8
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -189,9 +225,10 @@ def backward_through(
     outputs = [(g, u) for g, u in zip(grads, v) if g.requires_grad]
     if not outputs: return tuple(torch.zeros_like(p) for p in leaves)
     gs, us = zip(*outputs)
-    return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
+    try: return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
+    except NotImplementedError as e: raise InputError(f"a Hessian needs layers with a second derivative. PyTorch says: {e}; replace the layer, or leave its parameters out with params=.") from e
 
-# %% ../nbs/00_hvp.ipynb #1e48cce2
+# %% ../nbs/00_hvp.ipynb #754995d6
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -205,7 +242,7 @@ def forward_over_reverse(
     except NotImplementedError as e: raise InputError(f"mode='forward' needs layers whose backward pass can be differentiated forward. PyTorch says: {e}; use mode='rebuilt'.") from e
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
-# %% ../nbs/00_hvp.ipynb #87c8268f
+# %% ../nbs/00_hvp.ipynb #c100a567
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -220,7 +257,7 @@ def gauss_newton(
     Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #c199f8b9
+# %% ../nbs/00_hvp.ipynb #f2dc1150
 _MODES = ("auto", "kept", "rebuilt", "forward")
 
 class HessianOperator:
@@ -242,19 +279,27 @@ class HessianOperator:
         reduction: str | None = None, # "mean" or "sum" for a custom loss; None: found out
     ):
         if kind not in ("hessian", "gauss_newton"): raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
+        if not callable(loss_fn) or isinstance(loss_fn, type): raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
         if mode not in _MODES: raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
         self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), as_batches(data), kind, mode
-        self.params = select_params(model, params)
-        self.reduction, self.num_matvecs, self.denominator = reduction, 0, None
-        first = next(iter(self.params.values()))
-        n = sum(p.numel() for p in self.params.values())
+        chosen = select_params(model, params)
+        self.names, self.reduction, self.num_matvecs, self.denominator = list(chosen), reduction, 0, None
+        first = next(iter(chosen.values()))
+        n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
         self._net, self._graphs, self._seen = Forward(model, forward), None, None
+        self._single = isinstance(self.data, list) and len(self.data) == 1
         check_mode(model)
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        "The selected parameters, as the model has them now."
+        named = dict(self.model.named_parameters())
+        return {k: named[k] for k in self.names}
 
     def __repr__(self): return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #7b265ca4
+# %% ../nbs/00_hvp.ipynb #423beead
 def check_mode(
     model: nn.Module,
 ):
@@ -262,58 +307,61 @@ def check_mode(
     for name, m in model.named_modules():
         if not m.training: continue
         if isinstance(m, nn.modules.batchnorm._BatchNorm): bad = "batch norm in training mode"
-        elif isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 or getattr(m, "dropout", 0.) not in (0., 0) and isinstance(m, (nn.MultiheadAttention, nn.RNNBase)): bad = "active dropout"
+        elif isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and getattr(m, "p", 1.) > 0 or isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.dropout: bad = "active dropout"
+        elif not type(m).__module__.startswith("torch.nn"): bad = "a training mode that we cannot judge"
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #5044d3e0
+# %% ../nbs/00_hvp.ipynb #e4b49286
 @patch
 def _batch(self: HessianOperator, batch):
     "One batch: its inputs, the function logits -> undivided loss, and its denominator (found when the logits are there)."
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
     check_inputs(X, next(iter(self.params.values())))
+    if isinstance(self.loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not y.is_floating_point(): y = y.long()
     def loss_of(z):
-        if self._seen is None: check_batch(X, y, z, getattr(self.loss_fn, "ignore_index", None))
-        if self.reduction is None and not hasattr(self.loss_fn, "reduction"): self.reduction = infer_reduction(self.loss_fn, z.detach(), y)
+        if self._seen is None: check_batch(X, y, z, self.loss_fn)
+        if self.reduction is None and known_reduction(self.loss_fn) is None: self.reduction = "sum" if self._single else infer_reduction(self.loss_fn, z.detach(), y)
+        loss = call_loss(self.loss_fn, z, y)
         d = loss_denominator(self.loss_fn, z, y, self.reduction)
-        loss = self.loss_fn(z, y) if d else z.sum() * 0.
+        if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
         if self._seen is None and not torch.isfinite(loss): raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y)}; check weights, images and class weights.")
         self._total += 0. if self._sums() else d
         return loss * d
     return X, loss_of
 
 @patch
-def _sums(self: HessianOperator) -> bool: return (getattr(self.loss_fn, "reduction", None) or self.reduction) == "sum"
+def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #e4b49286
+# %% ../nbs/00_hvp.ipynb #67f1abe1
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
-    ignore_index: int | None = None, # a label that stands for none
+    loss_fn=None, # labels are class numbers when this is a cross-entropy
 ):
-    "Refuse images that are not finite and labels outside [0, C)."
-    for t in (X.values() if isinstance(X, Mapping) else X if isinstance(X, (list, tuple)) else [X]):
-        if torch.is_tensor(t) and t.is_floating_point() and not torch.isfinite(t).all():
+    "Refuse images that are not finite, and for cross-entropy labels outside [0, C)."
+    for t in tensors_in(X):
+        if t.is_floating_point() and not torch.isfinite(t).all():
             rows = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
             raise InputError(f"inputs must be finite. Rows {rows[:5]} of a batch hold NaN or infinity; remove or mend them.")
-    if y.is_floating_point() or logits.ndim < 2: return
-    C, kept = logits.shape[1], y if ignore_index is None else y[y != ignore_index]
+    if y.is_floating_point() or not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)): return
+    if y.shape != logits.shape[:1] + logits.shape[2:]: raise InputError(f"labels must be one class number for each prediction. Got shape {tuple(y.shape)} for logits of shape {tuple(logits.shape)}; squeeze them, or turn one-hot labels into numbers with y.argmax(1).")
+    C, kept = logits.shape[1], y[y != loss_fn.ignore_index]
     if len(kept) and (kept.min() < 0 or kept.max() >= C):
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got {kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #5e931f72
+# %% ../nbs/00_hvp.ipynb #2592ceeb
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
 ):
     "Refuse raw bytes, and floating-point inputs of another type than the network."
-    for t in (X.values() if isinstance(X, Mapping) else X if isinstance(X, (list, tuple)) else [X]):
-        if not torch.is_tensor(t): continue
+    for t in tensors_in(X):
         if t.dtype == torch.uint8: raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise them, for example x.float() / 255.")
         if t.is_floating_point() and t.dtype != like.dtype: raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #2317048d
+# %% ../nbs/00_hvp.ipynb #56a70d34
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -321,13 +369,14 @@ def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in
 def _batch_grads(self: HessianOperator, batch, leaves, create_graph: bool):
     "Undivided loss of a batch and its gradient."
     X, loss_of = self._batch(batch)
-    loss = loss_of(functional_logits(self._net, dict(zip(self.params, leaves)), X))
+    loss = loss_of(functional_logits(self._net, dict(zip(self.names, leaves)), X))
     if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
     return loss, torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 @patch
 def _pass(self: HessianOperator, each):
     "Visit every batch with `each(batch)`, then settle the denominator; refuse data that changed since the last pass."
+    check_mode(self.model)
     self._total, out = 0., None
     for batch in self.data:
         part = each(batch)
@@ -339,7 +388,7 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
+# %% ../nbs/00_hvp.ipynb #b9a8034c
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -347,11 +396,12 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach(), *g))(*self._batch_grads(b, leaves, False)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #0eb338d7
+# %% ../nbs/00_hvp.ipynb #eade7ba7
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
-    stamp = [(p._version, p.data_ptr()) for p in self.params.values()]
+    check_mode(self.model)
+    stamp = _stamp(self.model)
     if self._graphs is None or self._graphs[0] != stamp:
         self._graphs = None
         leaves, graphs = self._leaves(), []
@@ -359,12 +409,17 @@ def _kept(self: HessianOperator):
         self._graphs = stamp, leaves, graphs
     return self._graphs[1:]
 
+def _stamp(model: nn.Module) -> list:
+    "What changes when any parameter or buffer does."
+    ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    return [(t._version, t.data_ptr(), n) for t, n in zip(ts, torch.stack([t.double().norm() if not t.is_floating_point() else t.norm().double() for t in ts]).tolist())]
+
 @patch
 def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
-    mode = self.mode if self.mode != "auto" else "kept" if isinstance(self.data, list) and len(self.data) == 1 else "rebuilt"
+    mode = self.mode if self.mode != "auto" else "kept" if self._single else "rebuilt"
     leaves = self._leaves()
     parts = unflatten(v, leaves)
-    state = lambda ts: dict(zip(self.params, ts))
+    state = lambda ts: dict(zip(self.names, ts))
     if self.kind == "gauss_newton":
         def each(b): X, loss_of = self._batch(b); return gauss_newton(lambda ts: functional_logits(self._net, state(ts), X), loss_of, leaves, parts)
     elif mode == "forward":
@@ -377,19 +432,20 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
+# %% ../nbs/00_hvp.ipynb #a95254bf
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
 ) -> torch.Tensor: # H v, same shape
     "The product with a vector, or with each column of a matrix."
     v = torch.as_tensor(v)
+    if not v.is_floating_point(): v = v.to(self.dtype)
     if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]: raise InputError(f"a vector must have {self.shape[0]} entries, or be a matrix with so many rows. Got shape {tuple(v.shape)}.")
     if v.ndim == 2: return torch.stack([self @ u for u in v.T], 1) if v.shape[1] else v.to(self.device, self.dtype)
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #2665f1ee
+# %% ../nbs/00_hvp.ipynb #5a0af7b3
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -414,7 +470,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves, False)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #caff8b06
+# %% ../nbs/00_hvp.ipynb #b1ce4721
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -422,6 +478,7 @@ class MatrixOperator:
         if len(shape) != 2 or shape[0] != shape[1]: raise InputError(f"an operator must be square. Got shape {shape}.")
         self.A, self.shape, self.num_matvecs = A, shape, 0
         self.torch = torch.is_tensor(A)
+        if self.torch and not A.is_floating_point(): raise InputError(f"a matrix must hold real floating-point numbers. Got {A.dtype}; convert it with A.double().")
         if self.torch and not torch.isfinite(A).all(): raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(A)).sum())} NaN or infinite entries.")
         if self.torch and not torch.allclose(A, A.T, rtol=1e-4, atol=1e-6 * float(A.abs().max() if A.numel() else 1)): raise InputError(f"a matrix must be symmetric. Got |A - A'| = {(A - A.T).norm():.2g}; pass (A + A.T) / 2.")
         self.dtype = A.dtype if self.torch or isinstance(getattr(A, "dtype", None), torch.dtype) else torch.from_numpy(np.empty(0, dtype=A.dtype or np.float64)).dtype
@@ -438,7 +495,7 @@ def as_operator(op):
     if not hasattr(op, "shape"): raise InputError(f"an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got {type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #b1ce4721
+# %% ../nbs/00_hvp.ipynb #24f95c07
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

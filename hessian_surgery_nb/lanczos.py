@@ -126,7 +126,7 @@ class _Krylov:
         self.basis = torch.empty(size, self.n, dtype=op.dtype, device=op.device)
         self.T = torch.zeros(size, size, dtype=torch.float64)
         self.m, self.beta, self.next = 0, 0., None
-        self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; what closed ones left over
+        self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; (row, size) of what closed ones left over
 
     def expand(self, q):
         "One product: `q` joins the basis; `next` is what it leaves over."
@@ -141,15 +141,25 @@ class _Krylov:
 
     def close(self, slack):
         "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
-        if self.m == self.n: self.next, self.beta = None, 0.
+        if self.m == self.n: self.next, self.beta, self.left = None, 0., [] # the whole space: nothing is left over
         floor = 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max().item()
         if self.next is None or self.beta > max(slack, floor): return
         self.left.append((self.m - 1, self.beta))
+        self.fresh()
+
+    def fresh(self):
+        "Open a new block with a random vector orthogonal to all before."
         w, self.closed, self.beta = random_unit(self.n, self.generator, self.op), True, 0.
         for _ in range(2):
             orthogonalise(w, self.basis[:self.m])
             w = w / w.norm()
         self.next = w
+
+    def lock(self, theta, U, res, k):
+        "Keep the k wanted Ritz vectors only, and look for anything they may have missed in the space orthogonal to them."
+        self.restart(theta, U, k)
+        self.left = [(j, res[j].item()) for j in range(k)]
+        self.fresh()
 
     def ritz(self, order):
         "Ritz values, wanted first, their small vectors, and bounds on their residuals."
@@ -171,7 +181,7 @@ class _Krylov:
         C = U[:, :keep].T.to(self.basis)
         for s in range(0, self.n, 1 << 18): self.basis[:keep, s:s + (1 << 18)] = C @ self.basis[:self.m, s:s + (1 << 18)]
         self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
-        if self.left: self.left = [(j, sum(b for _, b in self.left)) for j in range(keep)] # no longer known where: everywhere
+        self.left = [(i, sum(b * U[j, i].abs().item() for j, b in self.left)) for i in range(keep)] if self.left else []
         self.m, self.block = keep, None
 
 # %% ../nbs/01_lanczos.ipynb #ac9dedf2
@@ -185,6 +195,7 @@ def top_eigenpairs(
     max_basis: int | None = None, # vectors kept in memory; None: 2 k + 20
     v0: torch.Tensor | None = None, # start vector (n,), or (n, j): their sum
     seed: int = 0, # for a random start
+    verify: bool = False, # afterwards, look for missed pairs from a fresh random start
     progress: bool = False, # a bar
 ) -> Eigenpairs:
     "The k most wanted eigenpairs, each certified by its residual. Pairs that are not are flagged, and a warning says so."
@@ -203,8 +214,12 @@ def top_eigenpairs(
         theta, U, res = kry.ritz(_ORDER[which])
         ok = res <= slack
         bar.update(min(int(ok[:k].sum()), k) - bar.n)
-        if q is None or (kry.m >= k and ok[:k].all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack)): break
-        if kry.m == size and used < limit: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
+        if q is None: break
+        if kry.m >= k and ok[:k].all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
+            if not verify or kry.block is not None: break
+            kry.lock(theta, U, res, k)
+            q = kry.next
+        elif kry.m == size and used < limit: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
     bar.close()
     if kry.m < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
     vectors = (U[:, :k].T.to(kry.basis) @ kry.basis[:kry.m]).T
@@ -214,6 +229,7 @@ def top_eigenpairs(
 
 # %% ../nbs/01_lanczos.ipynb #a9639d7a
 def _check_request(k, n, which, tol):
+    if not isinstance(k, int) or isinstance(k, bool): raise InputError(f"k must be a whole number. Got {k!r}.")
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
     if which not in _ORDER: raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
     if not tol > 0: raise InputError(f"tol must be positive. Got {tol}.")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +75,17 @@ def sensitivity_matrix(
     from tqdm.auto import tqdm
     V, chosen = getattr(spikes, "vectors", spikes), select_params(model, params)
     _check_sensitivity(V, chosen, eps, scheme, metric)
-    run = lambda step=None: predict(model, data, state=None if step is None else moved_state(chosen, step), forward=forward)
-    z, y = run()
+    z, y = predict(model, data, forward=forward)
+    def run(step):
+        z, now = predict(model, data, state=moved_state(chosen, step), forward=forward)
+        if not torch.equal(now, y): raise InputError("the sensitivity set must come in the same order on every pass. Its labels changed places; build the loader with shuffle=False.")
+        return z
     C, base = z.shape[1], _scores(z, y, metric)
     names_where = dict(names=names, where="the sensitivity set")
     accuracy, D = class_means(z.argmax(1) == y, y, C, **names_where), torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device)
     for k in tqdm(range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress):
-        minus = _scores(run(-eps * V[:, k])[0], y, metric) if scheme == "central" else base
-        D[:, k] = _scores(run(eps * V[:, k])[0], y, metric) - minus
+        minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
+        D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
     return Sensitivity((class_means(D, y, C) / width).cpu(), (_paired_noise(D, y, C) / width).cpu(), accuracy.cpu(), torch.bincount(y, minlength=C).cpu(), eps, scheme, metric,
                        1 + V.shape[1] * (2 if scheme == "central" else 1), (D / width).float().cpu(), y.cpu())
@@ -89,8 +93,10 @@ def sensitivity_matrix(
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def _check_sensitivity(V, chosen, eps, scheme, metric):
     n = sum(p.numel() for p in chosen.values())
-    if not (isinstance(eps, (int, float)) and eps > 0 and math.isfinite(eps)): raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
+    if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)): raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
     if V.ndim != 2 or V.shape[0] != n: raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as to the operator.")
+    size = V.detach().norm(dim=0)
+    if not ((size - 1).abs() < 1e-2).all(): raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column by its norm.")
     if scheme not in ("central", "forward"): raise InputError(f"scheme must be 'central' or 'forward'. Got {scheme!r}.")
     if metric not in ("accuracy", "probability"): raise InputError(f"metric must be 'accuracy' or 'probability'. Got {metric!r}.")
 

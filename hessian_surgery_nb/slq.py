@@ -84,7 +84,7 @@ def density(self: SpectralDensity,
     bandwidth: float | None = None, # s; None: 1 % of the spectrum's width
 ) -> tuple[torch.Tensor, torch.Tensor]: # density (g,), integrates to 1, and its standard error over probes (g,)
     "Eq. (3) on a grid."
-    s = bandwidth or .01 * (self.nodes.max() - self.nodes.min()).item() or 1.
+    s = (.01 * (self.nodes.max() - self.nodes.min()).item() or 1.) if bandwidth is None else bandwidth
     if not s > 0: raise InputError(f"bandwidth must be positive. Got {bandwidth}.")
     grid = torch.as_tensor(grid, dtype=torch.float64)
     g = torch.exp(-.5 * ((grid[:, None, None] - self.nodes) / s) ** 2) / (s * math.sqrt(2 * math.pi))
@@ -111,7 +111,7 @@ def plot_density(
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel="eigenvalue", ylabel="density (log)")
     lo, hi = sd.nodes.min().item(), sd.nodes.max().item()
-    s = bandwidth or .008 * (hi - lo) or 1.
+    s = (.008 * (hi - lo) or 1.) if bandwidth is None else bandwidth
     grid = torch.linspace(lo - 6 * s, hi + 6 * s, 1500, dtype=torch.float64)
     phi, err = sd.density(grid, s)
     floor = .02 / sd.size / s

@@ -57,7 +57,9 @@ def count_spikes(
 ) -> SpikeCount:
     "The spike count with its uncertainty over batches (a bootstrap over images)."
     from tqdm.auto import trange
-    X, y = (torch.cat(t) for t in zip(*map(split_batch, as_batches(data))))
+    batches = [split_batch(b) for b in as_batches(data)]
+    if not batches or not all(torch.is_tensor(x) for x, _ in batches): raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of tensors.")
+    X, y = (torch.cat(t) for t in zip(*batches))
     if candidates < 2 or resamples < 1: raise InputError(f"candidates must be at least 2 and resamples at least 1. Got {candidates} and {resamples}.")
     g, rows = torch.Generator().manual_seed(seed), []
     for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
@@ -108,14 +110,16 @@ class Walk:
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
-    if within == "spikes": return torch.nn.functional.normalize(V @ (V.T @ d), dim=0)
-    return _project(d, V, archive, within)
+    part = V @ (V.T @ d) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
+    if not part.norm() > 1e-4 * d.norm(): raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and {len(archive)} archived directions; use fewer spikes.")
+    return part / part.norm()
 
-def _project(d, V, archive, within):
+def _bulk_part(d, V, archive):
+    "What of d lies outside the spikes and the archived directions."
     for _ in range(2):
-        if within == "bulk": d = d - V @ (V.T @ d)
+        d = d - V @ (V.T @ d)
         for a in archive: d = d - a * (a @ d)
-    return d / d.norm()
+    return d
 
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
@@ -138,13 +142,14 @@ def bulk_walk(
         spikes = top_eigenpairs(op, num_spikes, tol=tol, seed=seed)
         V = spikes.vectors
         if d is not None and within != "anywhere":
-            kept = V @ (V.T @ d) if within == "spikes" else d - V @ (V.T @ d)
+            kept = V @ (V.T @ d) if within == "spikes" else _bulk_part(d, V, archive)
             if kept.norm() < wall: archive, d, walls = [*archive, d], None, walls + 1
             else: d = kept / kept.norm()
         if d is None: d = _new_direction(g, V, archive, within, V)
         first = d if first is None else first
-        report = class_report(walker, data, names=names, measured_on="held_out", forward=forward)
+        report = class_report(walker, data, names=names, measured_on="walk", forward=forward)
         rows.append((t * step, op.gradient()[0], report, spikes.values[0].item(), (V.T @ d).abs().max().item(), (first @ d).item()))
+        if t == steps: break
         with torch.no_grad():
             for p, part in zip(chosen.values(), unflatten(step * d, chosen.values())): p.add_(part)
     dist, loss, reports, lam, overlap, cosine = zip(*rows)

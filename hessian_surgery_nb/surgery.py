@@ -5,9 +5,11 @@
 # %% ../nbs/05_surgery.ipynb #5617e226
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import numbers
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,7 +29,7 @@ from .train import ClassReport, class_report, error_ratio
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'choose_amplitude', 'StepRecord', 'SurgeryResult', 'operate', 'plot_before_after', 'wilson', 'plot_history',
-           'write_atomic', 'out_dir', 'json_bytes', 'report_dict']
+           'write_atomic', 'check_out', 'out_dir', 'json_bytes', 'report_dict']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -68,7 +70,7 @@ def solve_coefficients(
     S = np.asarray(getattr(S, "matrix", S), dtype=np.float64)
     a = np.asarray(accuracy, dtype=np.float64)
     _check_problem(S, a, eps, max_drop, box)
-    strong = S[a >= (a.mean() if tau is None else tau)]
+    strong = S[a >= (a.mean() if tau is None else tau) - 1e-9]
     radius = np.full(S.shape[1], eps) if box is None else np.asarray(box, dtype=np.float64)
     A = strong * radius # in units of the bound, x = alpha / radius
     c = class_weights(a, p).numpy() @ S * radius
@@ -82,10 +84,10 @@ def solve_coefficients(
     return torch.as_tensor(_shrink(x, A, max_drop, box) * radius)
 
 def _shrink(x, A, max_drop, box):
-    "Pull x towards 0, which is feasible, until it is feasible too: removes the solver's last rounding."
+    "Pull x towards 0, which is feasible, until it is feasible too (to 1e-9, so that rounding does not cost the whole step when max_drop is 0)."
     size = np.abs(x).max() if box is not None else np.linalg.norm(x)
     worst = (-(A @ x)).max() if len(A) else 0.
-    return x * min(1., 1 / size if size > 0 else 1., max_drop / worst if worst > max_drop else 1.)
+    return x * min(1., 1 / size if size > 0 else 1., max_drop / worst if worst > max_drop + 1e-9 else 1.)
 
 # %% ../nbs/05_surgery.ipynb #7569c800
 def _check_problem(S, a, eps, max_drop, box):
@@ -148,7 +150,8 @@ class AdamControl:
         self.m = self.beta1 * self.m + (1 - self.beta1) * change
         self.v = self.beta2 * self.v + (1 - self.beta2) * change ** 2
         snr = self.m / (1 - self.beta1 ** self.t) / (math.sqrt(self.v / (1 - self.beta2 ** self.t)) + 1e-8)
-        self.eps = min(max(self.eps * math.exp(self.kappa * snr), self.eps_max / 10), self.eps_max) # eps_min = eps_0 / 10 (choice)
+        factor = math.exp(self.kappa * snr) if accepted else min(math.exp(self.kappa * snr), math.exp(-self.kappa)) # choice: never repeat a rejected step
+        self.eps = min(max(self.eps * factor, self.eps_max / 10), self.eps_max) # eps_min = eps_0 / 10 (choice)
 
 # %% ../nbs/05_surgery.ipynb #c662295e
 @dataclass(frozen=True)
@@ -174,12 +177,17 @@ class SurgeryConfig:
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
 def _check_config(c: SurgeryConfig):
+    for name in ("iterations", "num_spikes", "seed", "eps", "probe_eps", "tau", "max_drop", "rollback_sigma", "rollback_drop", "tol"):
+        kind, v = (int, "a whole number") if name in ("iterations", "num_spikes", "seed") else (numbers.Real, "a number"), getattr(c, name)
+        if v is not None and (not isinstance(v, kind[0]) or isinstance(v, bool)): raise InputError(f"{name} must be {kind[1]}. Got {v!r}.")
     rules = [("iterations", c.iterations >= 1, "at least 1"), ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
              ("eps", c.eps is None or c.eps > 0, "positive"), ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
              ("p", c.p == "auto" or (not isinstance(c.p, str) and c.p >= 0), "'auto', 0 or positive"),
              ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in ("spikes", "random"), "'spikes' or 'random'"),
-             ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", c.rollback_sigma >= 0, "0 or positive"),
-             ("rollback_drop", c.rollback_drop >= 0, "0 or positive"), ("tol", c.tol > 0, "positive")]
+             ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
+             ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"), ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
+             ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
+             ("scheme", c.scheme in ("central", "forward"), "'central' or 'forward'"), ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'")]
     for name, ok, rule in rules:
         if not ok: raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
 
@@ -190,16 +198,16 @@ def choose_amplitude(
     limit: float = .2, # how far the accuracy of a class may move along one spike
     start: float | None = None, # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
     params=None, forward=None, names=None,
-) -> tuple[float, int]: # the amplitude, and passes over the data that it took
+) -> tuple[Sensitivity, int]: # the sensitivity matrix at the amplitude found (its `eps`), and passes over the data that it took
     "A first amplitude inside the linear regime (choice): go down from `start` until no class moves by more than `limit` along any spike."
     lam = spikes.values.abs().max().item()
-    eps = start or (.6 / math.sqrt(lam) if lam > 0 else 1.)
+    eps = start if start is not None else .6 / math.sqrt(lam) if lam > 0 else 1.
     for tries in range(1, 13):
-        S = sensitivity_matrix(model, spikes, data, eps=eps, scheme="forward", params=params, forward=forward, names=names)
+        S = sensitivity_matrix(model, spikes, data, eps=eps, params=params, forward=forward, names=names)
         moved = S.matrix.abs().max().item() * eps
-        if moved <= limit: break
+        if moved <= limit: return S, tries * S.num_passes
         eps *= .8 * limit / moved
-    return eps, tries * S.num_passes
+    raise InputError(f"a first amplitude must move no class by more than {100 * limit:g} pp. None found down to {eps:.3g}; pass eps.")
 
 # %% ../nbs/05_surgery.ipynb #6d25029c
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ class StepRecord:
     moved: float # |alpha|
     alpha: tuple[float, ...]
     eigenvalues: tuple[float, ...]
+    certified: bool # every spike's residual was within tol
     matvecs: int # products of this iteration
     passes: int # passes over the sensitivity set
     seconds: float
@@ -247,6 +256,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
         return top_eigenpairs(HessianOperator(model, loss_fn, data, params=config.params, forward=forward), K, tol=config.tol, seed=config.seed)
     like = next(iter(select_params(model, config.params).values()))
     n = sum(p.numel() for p in select_params(model, config.params).values())
+    if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
     V, _ = torch.linalg.qr(torch.randn(n, K, generator=torch.Generator().manual_seed(1_000_003 * config.seed + iteration)))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
     return Eigenpairs(nothing, V.to(like), nothing, 0, torch.ones(K, dtype=torch.bool))
@@ -285,32 +295,36 @@ def operate(
     for t in bar:
         clock = time.perf_counter()
         matvecs = 0
-        if pairs is None or config.directions == "random":
+        if pairs is None:
             pairs = _directions(patient, loss_fn, hessian_data, config, K, t, forward)
             matvecs = pairs.num_matvecs
-        extra = 1 # the measurement after the step
+        S, passes = None, 1 # the measurement after the step
         if control is None:
-            control, tried = _control(config, patient, pairs, sensitivity_data, forward, names)
-            control.start(now.sigma); extra += tried
+            control, S, tried = _control(config, patient, pairs, sensitivity_data, forward, names)
+            control.start(now.sigma); passes += tried
         eps = control.eps
-        S = sensitivity_matrix(patient, pairs, sensitivity_data, eps=config.probe_eps if t == 0 and config.probe_eps else eps, scheme=config.scheme,
-                               metric=config.metric, params=config.params, forward=forward, names=names)
+        if S is None or config.probe_eps or (config.scheme, config.metric) != (S.scheme, S.metric):
+            S = sensitivity_matrix(patient, pairs, sensitivity_data, eps=config.probe_eps if t == 0 and config.probe_eps else eps, scheme=config.scheme,
+                                   metric=config.metric, params=config.params, forward=forward, names=names)
+            passes += S.num_passes
         first = first or (pairs, S)
-        alpha = solve_coefficients(S, now.accuracy, eps, p=choose_exponent(before.accuracy) if config.p == "auto" else config.p, tau=config.tau,
-                                   max_drop=config.max_drop, box=spike_box(pairs.values, eps) if config.box else None)
+        boxed = config.box and config.directions == "spikes" # random directions have no eigenvalues: the ball for them
+        alpha = solve_coefficients(S, now.accuracy, eps, p=choose_exponent(before.accuracy) if config.p == "auto" else config.p, tau=config.tau, max_drop=config.max_drop,
+                                   box=spike_box(pairs.values.clamp(min=1e-3 * pairs.values.abs().max().item()), eps) if boxed else None)
         saved = copy.deepcopy(patient.state_dict())
         _move(patient, config.params, pairs.vectors @ alpha.to(pairs.vectors))
         after = measure(patient)
         drop = max(0., (now.accuracy - after.accuracy).max().item())
-        accepted = after.sigma <= now.sigma + config.rollback_sigma and drop <= config.rollback_drop
-        control.update(after.sigma, (now.sigma - after.sigma) / now.sigma if accepted and now.sigma > 0 else -drop, accepted)
+        accepted = after.sigma <= now.sigma + config.rollback_sigma + 1e-9 and drop <= config.rollback_drop + 1e-9 # a drop of exactly 7 pp is allowed
+        control.update(after.sigma, (now.sigma - after.sigma) / max(now.sigma, 1e-12) if accepted else -max(drop, after.sigma - now.sigma), accepted)
         history.append(StepRecord(t + 1, accepted, eps, control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
                                   (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()),
-                                  tuple(pairs.values.tolist()), matvecs, S.num_passes + extra, time.perf_counter() - clock))
+                                  tuple(pairs.values.tolist()), bool(pairs.converged.all()), matvecs, passes, time.perf_counter() - clock))
         if accepted:
             now, pairs = after, pairs if alpha.norm() == 0 else None # still where we were: the same spikes
             if after.sigma < best[0]: best, best_at = (after.sigma, copy.deepcopy(patient.state_dict())), t + 1
         else: patient.load_state_dict(saved)
+        if not accepted and control.eps == eps: break # the smallest amplitude was rejected: nothing is left to try
         bar.set_postfix_str(f"sigma {100 * now.sigma:.2f} pp, best {100 * best[0]:.2f}, eps {control.eps:.2g}")
     patient.load_state_dict(best[1])
     after = measure(patient)
@@ -319,8 +333,9 @@ def operate(
 
 def _control(config, model, pairs, data, forward, names):
     size = math.sqrt(sum(p.detach().double().square().sum().item() for p in select_params(model, config.params).values()))
-    eps, tried = (config.eps, 0) if config.eps else choose_amplitude(model, pairs, data, start=None if config.directions == "spikes" else .1 * size, params=config.params, forward=forward, names=names)
-    return AdamControl(eps, config.iterations) if config.schedule == "adam" else GammaDecay(eps), tried
+    S, tried = (None, 0) if config.eps is not None else choose_amplitude(model, pairs, data, start=None if config.directions == "spikes" else .1 * size, params=config.params, forward=forward, names=names)
+    eps = config.eps if S is None else S.eps
+    return AdamControl(eps, config.iterations) if config.schedule == "adam" else GammaDecay(eps), S, tried
 
 # %% ../nbs/05_surgery.ipynb #07bf455a
 @patch
@@ -402,15 +417,26 @@ def write_atomic(
     try:
         with open(part, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    except OSError as e: raise InputError(f"results must be writable. {path}: {e.strerror}; free some space or name another directory.") from e
+    finally:
+        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
+    return path
+
+def check_out(
+    path, # where results shall go
+) -> Path:
+    "Refuse a place that cannot be written to, before anything is computed. Makes nothing."
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir(): raise InputError(f"the output must be a directory. {there} is a file; name another.")
+    if not os.access(there, os.W_OK | os.X_OK): raise InputError(f"the output directory must be writable. {there} is not; name another.")
     return path
 
 def out_dir(
     path, # where results shall go
 ) -> Path:
     "A directory to write to, made if need be."
-    path = Path(path)
-    if path.exists() and not path.is_dir(): raise InputError(f"the output must be a directory. {path} is a file; name another.")
+    path = check_out(path)
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"the output directory must be writable. {path}: {e.strerror}; name another.") from e
     return path

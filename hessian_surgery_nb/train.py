@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, functional_logits, split_batch, to_device
+from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, functional_logits, split_batch, to_device
 from .testbed import seeded
 
 # %% auto #0
@@ -63,6 +63,8 @@ def train(
     return TrainLog(tuple(losses), tuple(hits))
 
 # %% ../nbs/02c_train.ipynb #5ff7ebc7
+_CLASS_NUMBERS = nn.CrossEntropyLoss() # its rule for labels is the one for measuring accuracies
+
 @torch.no_grad()
 def predict(
     model: nn.Module, # in evaluation mode
@@ -72,15 +74,17 @@ def predict(
     forward=None, # forward(model, X) -> logits
 ) -> tuple[torch.Tensor, torch.Tensor]: # logits (N, C), labels (N,)
     "Logits and labels of a whole set."
+    check_model(model)
     check_mode(model)
     net, like, out = Forward(model, forward), next(model.parameters()), []
     for batch in as_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, like.device), y.to(like.device)
         if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        y = y.long()
         check_inputs(X, like)
         z = functional_logits(net, state or {}, X)
-        check_batch(X, y, z)
+        check_batch(X, y, z, _CLASS_NUMBERS)
         if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
         if not state and not torch.isfinite(z).all(): raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; load another checkpoint.")
         out.append((z, y))
@@ -149,5 +153,6 @@ def class_report(
     "Measure a model."
     z, y = predict(model, data, state=state, forward=forward)
     names = tuple(names) if names else tuple(map(str, range(z.shape[1])))
+    if len(names) != z.shape[1]: raise InputError(f"names must be one for each of the {z.shape[1]} outputs. Got {len(names)}.")
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()
     return ClassReport(acc, torch.bincount(y.cpu(), minlength=len(acc)), names, measured_on)

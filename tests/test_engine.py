@@ -131,7 +131,7 @@ def test_loader_and_selection():
     H = dense_hessian(net, nn.CrossEntropyLoss(), X, y)
     assert relative_error(op @ torch.eye(27, dtype=torch.float64), H[-27:, -27:]) < 1e-10
     shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=8, shuffle=True, drop_last=True)
-    with pytest.raises(InputError, match="same batches on every pass"): HessianOperator(net, nn.CrossEntropyLoss(), shuffled)
+    with pytest.raises(InputError, match="same order on every pass"): HessianOperator(net, nn.CrossEntropyLoss(), shuffled)
 
 
 def test_data_that_change_are_refused():
@@ -149,6 +149,52 @@ def test_a_layer_without_forward_mode_is_named():
     v = torch.ones(83, dtype=torch.float64)
     with pytest.raises(InputError, match="silu_backward.*mode='rebuilt'"): HessianOperator(net, nn.CrossEntropyLoss(), (X, y), mode="forward") @ v
     assert relative_error(HessianOperator(net, nn.CrossEntropyLoss(), (X, y), mode="rebuilt") @ v, dense_hessian(net, nn.CrossEntropyLoss(), X, y) @ v) < 1e-10
+
+
+def test_a_declared_reduction_is_not_trusted():
+    class Focal(nn.Module):
+        reduction = "mean"  # says so, but divides by the weights of the labels
+        def forward(self, z, t):
+            w = torch.tensor([1., 2., 9.], dtype=z.dtype)[t]
+            return (w * F.cross_entropy(z, t, reduction="none")).sum() / w.sum()
+    net, (X, y) = tiny_mlp(), tiny_data(40)
+    with pytest.raises(InputError, match="mean or a sum over the first axis"): HessianOperator(net, Focal(), [(X[:33], y[:33]), (X[33:], y[33:])]) @ torch.ones(83, dtype=torch.float64)
+    v = torch.ones(83, dtype=torch.float64)
+    assert relative_error(HessianOperator(net, Focal(), (X, y)) @ v, dense_hessian(net, Focal(), X, y) @ v) < 1e-10
+
+
+def test_whatever_moves_is_noticed():
+    net, (X, y) = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().eval(), tiny_data()
+    op, v = HessianOperator(net, nn.CrossEntropyLoss(), (X, y), params="3.*"), torch.randn(27, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def right(): return relative_error(op @ v, dense_hessian(net, nn.CrossEntropyLoss(), X, y)[-27:, -27:] @ v) < 1e-10
+    assert right()
+    net[0].weight.data.mul_(1.3); assert right()  # not selected, and behind autograd's back
+    net[1].running_mean.add_(.7); assert right()  # a buffer
+    net[3].bias = nn.Parameter(net[3].bias.detach() + 1); assert right()  # another object
+    net.train()
+    with pytest.raises(InputError, match="call model.eval"): op @ v
+
+
+def test_modules_we_cannot_judge_must_be_in_evaluation_mode():
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(6, 3)
+        def forward(self, x): return F.dropout(self.l(x), .5, self.training)
+    with pytest.raises(InputError, match="cannot judge"): HessianOperator(Own().double(), nn.CrossEntropyLoss(), tiny_data())
+    HessianOperator(nn.Sequential(nn.Linear(6, 3)).double(), nn.CrossEntropyLoss(), tiny_data())  # nothing random in it
+
+
+def test_a_tied_alias_selects_the_shared_weight():
+    assert list(HessianOperator(Tied().double().eval(), nn.CrossEntropyLoss(), (torch.arange(7), torch.arange(7)), params="out.weight").params) == ["emb.weight"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_verified_pairs_have_the_right_multiplicity(seed):
+    D = torch.diag(torch.cat([torch.full((3,), 10.), torch.rand(200, generator=torch.Generator().manual_seed(seed))]).double())
+    pairs = top_eigenpairs(D, 3, verify=True, seed=seed)
+    assert pairs.converged.all() and (pairs.values - 10).abs().max() < 1e-2
+    many = torch.diag(torch.cat([torch.full((9,), 3.), torch.rand(100, generator=torch.Generator().manual_seed(seed))]).double())
+    pairs = top_eigenpairs(many, 6, verify=True, seed=seed, max_basis=12)
+    assert pairs.converged.all() and (pairs.values - 3).abs().max() < 1e-2 and (eigen_residuals(many, pairs) <= pairs.residuals + 1e-9).all()
 
 
 def test_memory_returns_without_the_collector():

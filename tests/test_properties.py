@@ -55,6 +55,13 @@ def test_no_random_feasible_point_is_better(problem, random):
 
 
 @given(problems())
+def test_forbidding_any_loss_is_the_limit_of_allowing_a_little(problem):
+    S, a = problem[0].round(2), problem[1]  # entries that are neither 0 nor a hundredth make the limit a cliff
+    gain = lambda drop: class_weights(a, 1).numpy() @ S @ solve_coefficients(S, a, .1, max_drop=drop).numpy()
+    assert gain(0.) >= gain(1e-7) - 1e-4
+
+
+@given(problems())
 def test_turning_a_spike_around_changes_nothing(problem):
     S, a = problem
     flip = np.where(np.arange(S.shape[1]) % 2, -1., 1.)
