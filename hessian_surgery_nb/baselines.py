@@ -182,7 +182,8 @@ def compare(
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     if steps < 2: raise InputError(f"steps must be at least 2. Got {steps}.")
     C = predict(model, sensitivity_data, forward=forward)[0].shape[1]
-    if counts is not None and len(counts) != C: raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
+    if counts is not None and len(counts) != C:
+        raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
     run = lambda c: operate(model, loss_fn, hessian_data, sensitivity_data, held_out=held_out, config=c, names=names, forward=forward, progress=progress)
     surgery = surgery or run(config)
     names = surgery.before.names
@@ -204,8 +205,9 @@ def to_frame(self: Comparison):
     first, rows = self.rivals[0], []
     for r in self.rivals:
         lo, hi = paired_interval(first.correct, r.correct, self.y)
-        rows.append({"method": r.name, "sigma (pp)": 100 * r.report.sigma, "change (pp)": 100 * (r.report.sigma - first.report.sigma), "95 % low": 100 * lo, "95 % high": 100 * hi,
-                     "balanced (%)": 100 * r.report.balanced, "worst (%)": 100 * r.report.worst, "sigma, sensitivity (pp)": 100 * r.tuned_report.sigma, "passes": r.passes, "setting": r.setting})
+        rows.append({"method": r.name, "sigma (pp)": 100 * r.report.sigma, "change (pp)": 100 * (r.report.sigma - first.report.sigma),
+                     "95 % low": 100 * lo, "95 % high": 100 * hi, "balanced (%)": 100 * r.report.balanced, "worst (%)": 100 * r.report.worst,
+                     "sigma, sensitivity (pp)": 100 * r.tuned_report.sigma, "passes": r.passes, "setting": r.setting})
     return pd.DataFrame(rows).set_index("method")
 
 @patch
@@ -213,7 +215,8 @@ def to_dict(self: Comparison) -> list[dict]:
     "For JSON."
     def one(r):
         lo, hi = paired_interval(self.rivals[0].correct, r.correct, self.y)
-        return dict(method=r.name, setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), sigma_change_pp_95=[100 * lo, 100 * hi])
+        return dict(method=r.name, setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report),
+                    sigma_change_pp_95=[100 * lo, 100 * hi])
     return [one(r) for r in self.rivals]
 
 # %% ../nbs/05a_baselines.ipynb #9d13f361

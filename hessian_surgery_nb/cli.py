@@ -28,7 +28,7 @@ from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, check_out, json_bytes, operate, out_dir, plot_before_after, plot_history, write_atomic
+from .surgery import SurgeryConfig, check_out, json_bytes, operate, out_dir, plot_before_after, plot_history, weights_bytes, write_atomic
 from .train import TrainLog, train
 
 # %% auto #0
@@ -131,9 +131,11 @@ def headline(
     before, after = rows["no change"], rows["surgery"]
     over = f" (means over {len(runs)} seeds)" if len(runs) > 1 else ""
     first = (f"Surgery moved sigma, the spread of the class accuracies, from {before['sigma_pp'][0]:.1f} to {after['sigma_pp'][0]:.1f} pp on held-out images, "
-             f"balanced accuracy from {before['balanced_percent'][0]:.1f} to {after['balanced_percent'][0]:.1f} %, the worst class from {before['worst_percent'][0]:.1f} to {after['worst_percent'][0]:.1f} %{over}.")
+             f"balanced accuracy from {before['balanced_percent'][0]:.1f} to {after['balanced_percent'][0]:.1f} %, "
+             f"the worst class from {before['worst_percent'][0]:.1f} to {after['worst_percent'][0]:.1f} %{over}.")
     best = min(rows.values(), key=lambda r: r["sigma_pp"][0])
-    why = " Here classes differ by how often they were seen in training, and shifting logits is the textbook remedy for that." if best["method"] in ("tuned biases", "logit adjustment") else ""
+    shifts = best["method"] in ("tuned biases", "logit adjustment")
+    why = " Here classes differ by how often they were seen in training, and shifting logits is the textbook remedy for that." if shifts else ""
     second = "No rival did better." if best is after else f"The smallest sigma is that of {best['method']}: {best['sigma_pp'][0]:.1f} pp.{why}"
     return [first, second]
 
@@ -193,19 +195,27 @@ def _figures(run: DemoRun) -> list[str]:
     s, c = run.comparison.surgery, run.comparison
     b, a = s.before, s.after
     worst = b.names[int(b.accuracy.argmin())]
-    return ["<h2>Which classes gained, which paid</h2>",
-            figure_tag(plot_before_after(b, a), f"Held-out accuracy of each class before and after surgery. The weakest before was {worst}.", f"Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out, seed {run.seed}."),
-            table_tag(CLASS_HEADER, class_rows(run), f"Held-out accuracy by class, seed {run.seed}"),
-            figure_tag(plot_counts(run.splits.train), "Training images of each class: a long tail.", "How often each digit was seen in training: the cause of the imbalance."),
-            "<h2>How it went</h2>",
-            figure_tag(plot_history(s), f"Sigma on the sensitivity set falls from {100 * s.sensitivity_before.sigma:.1f} to {100 * s.sensitivity_after.sigma:.1f} pp; below it the amplitude of each step.", f"Above: sigma after each step, predicted and measured. Below: the amplitude. Step {s.best} was returned."),
-            "<h2>What each spike does</h2>",
-            figure_tag(plot_sensitivity(s.sensitivity, b.names), "Heat map of the sensitivity of each class to a step along each spike.", f"Grey numbers are below two standard errors. Effective rank {effective_rank(s.sensitivity):.1f} of {min(s.sensitivity.matrix.shape)}."),
-            "<h2>Where the spikes come from</h2>",
-            figure_tag(plot_density(run.density, s.spikes.values), f"Spectral density of the loss Hessian with {len(s.spikes)} spikes marked above a bulk near zero.", f"The Hessian of the training loss on {len(run.splits.hessian)} images, {run.parameters:,} weights."),
-            "<h2>Compared with what one would try first</h2>",
-            figure_tag(plot_comparison(c), "Held-out sigma of every method with its interval.", f"Points: held-out sigma. Bars: paired 95 % intervals over images of the change against no change, seed {run.seed}.")]
+    tuned_b, tuned_a = 100 * s.sensitivity_before.sigma, 100 * s.sensitivity_after.sigma
+    return [
+        "<h2>Which classes gained, which paid</h2>",
+        figure_tag(plot_before_after(b, a), f"Held-out accuracy of each class before and after surgery. The weakest before was {worst}.",
+                   f"Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out, seed {run.seed}."),
+        table_tag(CLASS_HEADER, class_rows(run), f"Held-out accuracy by class, seed {run.seed}"),
+        figure_tag(plot_counts(run.splits.train), "Training images of each class: a long tail.", "How often each digit was seen in training: the cause of the imbalance."),
+        "<h2>How it went</h2>",
+        figure_tag(plot_history(s), f"Sigma on the sensitivity set falls from {tuned_b:.1f} to {tuned_a:.1f} pp; below it the amplitude of each step.",
+                   f"Above: sigma after each step, predicted and measured. Below: the amplitude. Step {s.best} was returned."),
+        "<h2>What each spike does</h2>",
+        figure_tag(plot_sensitivity(s.sensitivity, b.names), "Heat map of the sensitivity of each class to a step along each spike.",
+                   f"Grey numbers are below two standard errors. Effective rank {effective_rank(s.sensitivity):.1f} of {min(s.sensitivity.matrix.shape)}."),
+        "<h2>Where the spikes come from</h2>",
+        figure_tag(plot_density(run.density, s.spikes.values), f"Spectral density of the loss Hessian with {len(s.spikes)} spikes marked above a bulk near zero.",
+                   f"The Hessian of the training loss on {len(run.splits.hessian)} images, {run.parameters:,} weights."),
+        "<h2>Compared with what one would try first</h2>",
+        figure_tag(plot_comparison(c), "Held-out sigma of every method with its interval.",
+                   f"Points: held-out sigma. Bars: paired 95 % intervals over images of the change against no change, seed {run.seed}.")]
 
+# %% ../nbs/10_cli.ipynb #bf7fea43
 def demo_report(
     runs: list[DemoRun],
     command: str, # that repeats this
@@ -214,23 +224,31 @@ def demo_report(
     import matplotlib
     matplotlib.use("Agg")
     first, s = runs[0], runs[0].comparison.surgery
-    big = lambda label, b, a, unit: f"<li><b>{b:.1f} → {a:.1f} {unit}</b>{label}</li>"
-    numbers = [big("sigma, spread of class accuracies", 100 * s.before.sigma, 100 * s.after.sigma, "pp"), big("balanced accuracy", 100 * s.before.balanced, 100 * s.after.balanced, "%"), big("worst class", 100 * s.before.worst, 100 * s.after.worst, "%")]
+    b, a = s.before, s.after
+    changes = [("sigma, spread of class accuracies", b.sigma, a.sigma, "pp"), ("balanced accuracy", b.balanced, a.balanced, "%"), ("worst class", b.worst, a.worst, "%")]
+    numbers = "".join(f"<li><b>{100 * x:.1f} → {100 * z:.1f} {unit}</b>{label}</li>" for label, x, z, unit in changes)
     seeds = f"{len(runs)} seeds, means with 95 % intervals" if len(runs) > 1 else f"seed {first.seed}"
-    body = ["<h1>Hessian surgery on long-tailed digits</h1>", f'<p class="soft">hessian_surgery_nb {__version__}, {seeds}. Every figure is on held-out images unless it says otherwise.</p>',
-            *[f'<p class="lead">{html.escape(t)}</p>' for t in headline(runs)], f'<ul class="numbers">{"".join(numbers)}</ul><p class="soft">These three: seed {first.seed}, held-out.</p>',
-            table_tag(METHOD_HEADER, method_cells(runs), f"Every method on the same splits, held-out ({seeds})"), *_figures(first), "<h2>How to repeat it</h2>",
-            f"<p><code>{html.escape(command)}</code></p>", f'<footer><p>{html.escape(provenance_line(runs))}</p><p>The random subspaces are controls: the same dimension as the spikes, once with their step length, once with an amplitude of their own.</p></footer>']
+    body = ["<h1>Hessian surgery on long-tailed digits</h1>",
+            f'<p class="soft">hessian_surgery_nb {__version__}, {seeds}. Every figure is on held-out images unless it says otherwise.</p>',
+            *[f'<p class="lead">{html.escape(t)}</p>' for t in headline(runs)],
+            f'<ul class="numbers">{numbers}</ul><p class="soft">These three: seed {first.seed}, held-out.</p>',
+            table_tag(METHOD_HEADER, method_cells(runs), f"Every method on the same splits, held-out ({seeds})"),
+            *_figures(first),
+            "<h2>How to repeat it</h2>", f"<p><code>{html.escape(command)}</code></p>",
+            f"<footer><p>{html.escape(provenance_line(runs))}</p><p>The random subspaces are controls: the same dimension as the spikes, once with their step length, "
+            "once with an amplitude of their own.</p></footer>"]
     return html_page("Hessian surgery on long-tailed digits", body)
 
-# %% ../nbs/10_cli.ipynb #bf7fea43
+# %% ../nbs/10_cli.ipynb #27af17c1
 def versions() -> dict:
     "What this ran on."
-    return dict(hessian_surgery_nb=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, device="cpu", machine=platform.machine(), threads=torch.get_num_threads())
+    return dict(hessian_surgery_nb=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                device="cpu", machine=platform.machine(), threads=torch.get_num_threads())
 
 def provenance_line(runs: list[DemoRun]) -> str:
     v, s = versions(), runs[0].splits
-    return (f"Data: {s.train.source}. Seed {runs[0].seed}: {len(s.train)} training images ({s.train.fingerprint}), {len(s.hessian)} of them for the Hessian, {len(s.sensitivity)} sensitivity ({s.sensitivity.fingerprint}), "
+    return (f"Data: {s.train.source}. Seed {runs[0].seed}: {len(s.train)} training images ({s.train.fingerprint}), "
+            f"{len(s.hessian)} of them for the Hessian, {len(s.sensitivity)} sensitivity ({s.sensitivity.fingerprint}), "
             f"{len(s.held_out)} held-out ({s.held_out.fingerprint}), disjoint by content. Python {v['python']}, torch {v['torch']}, CPU, {v['threads']} thread(s).")
 
 def demo_dict(
@@ -241,13 +259,14 @@ def demo_dict(
         surgery = r.comparison.surgery.to_dict()
         timing = dict(surgery.pop("timing"), total_seconds=r.seconds)
         sets = {k: dict(images=len(x), fingerprint=x.fingerprint, classes=x.counts.tolist()) for k, x in vars(r.splits).items() if k != "seed"}
-        return dict(seed=r.seed, parameters=r.parameters, sets=sets, training=dict(loss=r.training.loss[-1], accuracy_percent=100 * r.training.accuracy[-1]), surgery=surgery, methods=r.comparison.to_dict(), timing=timing)
-    return dict(what="hessian-surgery demo", command=command, versions=versions(), summary=[{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)], runs=[one(r) for r in runs])
+        training = dict(loss=r.training.loss[-1], accuracy_percent=100 * r.training.accuracy[-1])
+        return dict(seed=r.seed, parameters=r.parameters, sets=sets, training=training, surgery=surgery, methods=r.comparison.to_dict(), timing=timing)
+    summary = [{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)]
+    return dict(what="hessian-surgery demo", command=command, versions=versions(), summary=summary, runs=[one(r) for r in runs])
 
-# %% ../nbs/10_cli.ipynb #3d8bbf30
+# %% ../nbs/10_cli.ipynb #e98cbeba
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
-    from safetensors.torch import save
     from tqdm.auto import tqdm
     if args.seeds < 1: raise InputError(f"--seeds must be at least 1. Got {args.seeds}.")
     if not 0 <= args.seed < 2**32: raise InputError(f"--seed must lie in 0..{2**32 - 1}. Got {args.seed}.")
@@ -259,23 +278,27 @@ def demo(args: argparse.Namespace) -> int:
     runs = [run_demo(s, iterations=args.iterations, density=s == args.seed, progress=bars) for s in seeds]
     command = f"hessian-surgery demo --seed {args.seed} --seeds {args.seeds} --iterations {args.iterations} --out {shlex.quote(str(out))}"
     files = {"report.html": demo_report(runs, command).encode(), "result.json": json_bytes(demo_dict(runs, command)),
-             "weights.safetensors": save({k: v.contiguous().clone() for k, v in runs[0].comparison.surgery.model.state_dict().items()}, metadata={"seed": str(args.seed)})}
+             "weights.safetensors": weights_bytes(runs[0].comparison.surgery.model, seed=args.seed)}
     out_dir(out)
     for name, data in files.items(): write_atomic(out / name, data)
     if args.json: print(files["result.json"].decode(), end="")
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #e98cbeba
+# %% ../nbs/10_cli.ipynb #002dc23e
 def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
-    p = argparse.ArgumentParser("hessian-surgery", formatter_class=wide, description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
-                                epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted. Same seed, same torch, same number of threads: same result, bit for bit.")
+    p = argparse.ArgumentParser(
+        "hessian-surgery", formatter_class=wide,
+        description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
+        epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted. Same seed, same torch, same number of threads: same result, bit for bit.")
     p.add_argument("--version", action="version", version=f"hessian_surgery_nb {__version__}")
     sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    d = sub.add_parser("demo", formatter_class=wide, help="the whole method on real digits, in about a minute",
-                       description="Train a small network on a long-tailed split of 1,797 real handwritten digits, operate on it, and compare with simpler methods. All figures are on held-out images; accuracies in percent, changes and sigma (the standard deviation of the class accuracies) in percentage points (pp).")
+    d = sub.add_parser(
+        "demo", formatter_class=wide, help="the whole method on real digits, in about a minute",
+        description="Train a small network on a long-tailed split of 1,797 real handwritten digits, operate on it, and compare with simpler methods. All figures are on "
+                    "held-out images; accuracies in percent, changes and sigma (the standard deviation of the class accuracies) in percentage points (pp).")
     d.add_argument("--out", default="hessian-surgery-demo", metavar="DIR", help="where report.html, result.json and weights.safetensors go")
     d.add_argument("--seed", type=int, default=0, help="decides split, rare classes, initial weights")
     d.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat for N seeds from --seed on; means and 95%% intervals")

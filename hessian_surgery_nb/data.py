@@ -27,8 +27,10 @@ class Samples:
     source: str # where they come from
 
     def __post_init__(self):
-        if not len(self.x) == len(self.y) == len(self.ids): raise InputError(f"inputs, labels and ids must be equally many. Got {len(self.x)}, {len(self.y)}, {len(self.ids)}.")
-        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.classes): raise InputError(f"labels must lie in 0..{len(self.classes) - 1}. Got {int(self.y.min())}..{int(self.y.max())}.")
+        if not len(self.x) == len(self.y) == len(self.ids):
+            raise InputError(f"inputs, labels and ids must be equally many. Got {len(self.x)}, {len(self.y)}, {len(self.ids)}.")
+        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.classes):
+            raise InputError(f"labels must lie in 0..{len(self.classes) - 1}. Got {int(self.y.min())}..{int(self.y.max())}.")
 
     def __len__(self): return len(self.y)
     def __iter__(self): return iter((self.x, self.y))
@@ -51,7 +53,9 @@ class Samples:
         for t in (self.ids, self.y): h.update(t.to(torch.int64).numpy().tobytes())
         return h.hexdigest()[:12]
 
-    def __repr__(self): return f"Samples({len(self)} of {self.source}, {len(self.classes)} classes of {int(self.counts.min())} to {int(self.counts.max())}, {self.fingerprint})"
+    def __repr__(self):
+        return (f"Samples({len(self)} of {self.source}, {len(self.classes)} classes of {int(self.counts.min())} to "
+                f"{int(self.counts.max())}, {self.fingerprint})")
 
 # %% ../nbs/02a_data.ipynb #ddcdd121
 def input_digests(
@@ -62,7 +66,9 @@ def input_digests(
     for batch in as_batches(data):
         X, y = split_batch(batch)
         rows = [p.detach().cpu().contiguous().reshape(len(p), -1).view(torch.uint8).numpy() for p in tensors_in(X) if p.ndim and len(p) == len(y)]
-        if not rows: raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got none; pass check_overlap=False if the sets are disjoint.")
+        if not rows:
+            raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got none; pass "
+                             "check_overlap=False if the sets are disjoint.")
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 
@@ -78,7 +84,9 @@ def check_disjoint(
             shared = digests[a].keys() & digests[b].keys()
             if not shared: continue
             first = min(shared, key=lambda d: digests[b][d])
-            raise InputError(f"the sets {a} and {b} must be disjoint: what is tuned on may not be reported on. They share {len(shared)} input(s), the first is row {digests[a][first]} of {a} and row {digests[b][first]} of {b}; remove it from one of them.")
+            raise InputError(f"the sets {a} and {b} must be disjoint: what is tuned on may not be reported on. They share "
+                             f"{len(shared)} input(s), the first is row {digests[a][first]} of {a} and row {digests[b][first]} of "
+                             f"{b}; remove it from one of them.")
 
 # %% ../nbs/02a_data.ipynb #686b2113
 def load_digits() -> Samples: # x (1797, 1, 8, 8) float32, zero mean and unit variance
@@ -112,7 +120,9 @@ class Splits:
         check_disjoint(train=self.train.pair, sensitivity=self.sensitivity.pair, held_out=self.held_out.pair)
         check_disjoint(hessian=self.hessian.pair, sensitivity=self.sensitivity.pair, held_out=self.held_out.pair)
 
-    def __repr__(self): return f"Splits(seed={self.seed}, train {len(self.train)}, hessian {len(self.hessian)}, sensitivity {len(self.sensitivity)}, held_out {len(self.held_out)})"
+    def __repr__(self):
+        return (f"Splits(seed={self.seed}, train {len(self.train)}, hessian {len(self.hessian)}, sensitivity "
+                f"{len(self.sensitivity)}, held_out {len(self.held_out)})")
 
 # %% ../nbs/02a_data.ipynb #a0188278
 def long_tail_splits(
@@ -132,8 +142,8 @@ def long_tail_splits(
     for rank, c in enumerate(torch.randperm(C, generator=g).tolist()):
         rows = (samples.y == c).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=g)]
-        for part, chosen in zip(parts, rows.split([sizes[rank], measure, measure, len(rows) - 2 * measure - sizes[rank]] if len(rows) > 2 * measure + sizes[rank] else [len(rows) - 2 * measure, measure, measure])):
-            parts[part].append(chosen)
+        train = min(sizes[rank], len(rows) - 2 * measure) # the rest is not used
+        for part, chosen in zip(parts, rows[:train + 2 * measure].split([train, measure, measure])): parts[part].append(chosen)
     dealt = {part: samples[torch.cat(rows)] for part, rows in parts.items()}
     some = torch.randperm(len(dealt["train"]), generator=g)[:hessian]
     return Splits(dealt["train"], dealt["train"][some], dealt["sensitivity"], dealt["held_out"], seed)

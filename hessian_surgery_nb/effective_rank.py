@@ -30,7 +30,9 @@ def effective_rank(
     S = torch.as_tensor(getattr(S, "matrix", S), dtype=torch.float64)
     if weights not in ("energy", "amplitude"): raise InputError(f"weights must be 'energy' or 'amplitude'. Got {weights!r}.")
     if S.ndim not in (1, 2) or not S.numel(): raise InputError(f"an effective rank needs a matrix or singular values. Got shape {tuple(S.shape)}.")
-    if not torch.isfinite(S).all(): raise InputError(f"an effective rank needs finite numbers. Got {int((~torch.isfinite(S)).sum())} NaN or infinite entries of {S.numel()}.")
+    if not torch.isfinite(S).all():
+        raise InputError(f"an effective rank needs finite numbers. Got {int((~torch.isfinite(S)).sum())} NaN or infinite entries "
+                         f"of {S.numel()}.")
     s = torch.linalg.svdvals(S) if S.ndim == 2 else S.abs()
     if not s.max() > 0: return 1.
     p = (s / s.max()) ** (2 if weights == "energy" else 1)
@@ -79,7 +81,9 @@ class Screening:
     sensitivity: Sensitivity = field(repr=False)
     def __repr__(self):
         lo, hi = self.rank_interval
-        return f"Screening(effective rank {self.effective_rank:.2f} [{lo:.2f}, {hi:.2f}], shuffled labels {self.noise_floor:.2f}, s2/s1 {self.flatness:.2f}; one step promises sigma {100 * self.sigma:.1f} -> {100 * self.predicted_sigma:.1f} pp; {self.matvecs} products, {self.passes} passes)"
+        return (f"Screening(effective rank {self.effective_rank:.2f} [{lo:.2f}, {hi:.2f}], shuffled labels "
+                f"{self.noise_floor:.2f}, s2/s1 {self.flatness:.2f}; one step promises sigma {100 * self.sigma:.1f} -> "
+                f"{100 * self.predicted_sigma:.1f} pp; {self.matvecs} products, {self.passes} passes)")
 
 # %% ../nbs/08_effective_rank.ipynb #bb57ca3d
 def screen(

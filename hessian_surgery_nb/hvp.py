@@ -44,7 +44,8 @@ def select_params(
         globs = [params] if isinstance(params, str) else list(params)
         for g in globs:
             if not any(fnmatch(k, g) for k in every):
-                raise InputError(f"every name or pattern in params must match a parameter. {g!r} matches none of {len(named)}: {', '.join(list(named)[:6])}, ...")
+                raise InputError(f"every name or pattern in params must match a parameter. {g!r} matches none of {len(named)}: "
+                                 f"{', '.join(list(named)[:6])}, ...")
         wanted = {id(p) for k, p in every.items() if any(fnmatch(k, g) for g in globs)}
         chosen = {k: p for k, p in named.items() if id(p) in wanted}
     _check_params(chosen)
@@ -58,11 +59,19 @@ def check_model(model):
 def _check_params(chosen: dict[str, nn.Parameter]):
     if not chosen: raise InputError("at least one parameter must be selected. Got none; unfreeze some (requires_grad_(True)) or name them in params.")
     kinds = {(p.dtype, p.device) for p in chosen.values()}
-    if len(kinds) > 1: raise InputError(f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or select fewer.")
-    if not next(iter(kinds))[0].is_floating_point: raise InputError(f"parameters must be real floating point. Got {next(iter(kinds))[0]}; dequantise or cast the model first.")
-    if next(iter(kinds))[0] not in (torch.float32, torch.float64): raise InputError(f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() first.")
+    if len(kinds) > 1:
+        raise InputError(f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or "
+                         "select fewer.")
+    if not next(iter(kinds))[0].is_floating_point:
+        raise InputError(f"parameters must be real floating point. Got {next(iter(kinds))[0]}; dequantise or cast the model "
+                         "first.")
+    if next(iter(kinds))[0] not in (torch.float32, torch.float64):
+        raise InputError(f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() "
+                         "first.")
     for k, p in chosen.items():
-        if not torch.isfinite(p).all(): raise InputError(f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load another checkpoint.")
+        if not torch.isfinite(p).all():
+            raise InputError(f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load "
+                             "another checkpoint.")
 
 # %% ../nbs/00_hvp.ipynb #bd2ba372
 def flatten(
@@ -119,8 +128,11 @@ def split_batch(
         if y.ndim and not len(y): raise InputError("a batch must hold at least one image. Got none; drop empty batches.")
         if y.ndim and len(rows) == 1 and rows != {len(y)}: raise InputError(f"inputs and labels must be equally many. Got {rows.pop()} and {len(y)}.")
         return X, y
-    shown = f"{type(batch).__name__}" + (f" with keys {list(batch)}" if isinstance(batch, Mapping) else f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
-    raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, give single images to a DataLoader, wrap other loaders so that they yield pairs.")
+    shown = type(batch).__name__
+    if isinstance(batch, Mapping): shown += f" with keys {list(batch)}"
+    elif hasattr(batch, "__len__"): shown += f" of length {len(batch)}"
+    raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, "
+                     "give single images to a DataLoader, wrap other loaders so that they yield pairs.")
 
 # %% ../nbs/00_hvp.ipynb #dee16269
 class Forward(nn.Module):
@@ -139,7 +151,8 @@ class Forward(nn.Module):
         else: out = self.model(X)
         out = getattr(out, "logits", out)
         if not torch.is_tensor(out):
-            raise InputError(f"a network must return one tensor of logits. Got a {type(out).__name__}; pass forward=lambda model, X: model(X)[0] or similar.")
+            raise InputError(f"a network must return one tensor of logits. Got a {type(out).__name__}; pass forward=lambda model, "
+                             "X: model(X)[0] or similar.")
         return out
 
 # %% ../nbs/00_hvp.ipynb #727a989e
@@ -177,8 +190,11 @@ def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
     try: loss = loss_fn(output, target)
     except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
     except (RuntimeError, ValueError, TypeError, IndexError) as e:
-        raise InputError(f"the loss must accept logits and labels. Given {str(output.dtype)[6:]} {tuple(output.shape)} and {str(target.dtype)[6:]} {tuple(target.shape)} it said: {e}; check labels, class weights and the loss.") from e
-    if not torch.is_tensor(loss) or loss.numel() != 1: raise InputError(f"a loss must return one number, as a tensor. Got {f'shape {tuple(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__}; use reduction='mean' or 'sum'.")
+        raise InputError(f"the loss must accept logits and labels. Given {str(output.dtype)[6:]} {tuple(output.shape)} and "
+                         f"{str(target.dtype)[6:]} {tuple(target.shape)} it said: {e}; check labels, class weights and the loss.") from e
+    if not torch.is_tensor(loss) or loss.numel() != 1:
+        raise InputError(f"a loss must return one number, as a tensor. Got {f'shape {tuple(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__}; "
+                         "use reduction='mean' or 'sum'.")
     return loss.reshape(())
 
 # %% ../nbs/00_hvp.ipynb #70a6fbee
@@ -205,10 +221,13 @@ def infer_reduction(
 ) -> str: # "mean" or "sum"
     "Whether an unknown loss averages over the first axis or adds."
     n = len(target)
-    if n < 3: raise InputError(f"the reduction of a custom loss is found on a first batch of at least 3 rows. Got {n}; pass reduction='mean' or 'sum'.")
+    if n < 3:
+        raise InputError(f"the reduction of a custom loss is found on a first batch of at least 3 rows. Got {n}; pass "
+                         "reduction='mean' or 'sum'.")
     k = n // 3
     whole, a, b = (call_loss(loss_fn, output[s], target[s]).item() for s in (slice(None), slice(0, k), slice(k, None)))
-    if not all(map(math.isfinite, (whole, a, b))): raise InputError(f"the loss must be finite. Got {whole:.6g} on {n} images; check weights, images and the loss.")
+    if not all(map(math.isfinite, (whole, a, b))):
+        raise InputError(f"the loss must be finite. Got {whole:.6g} on {n} images; check weights, images and the loss.")
     tol = 1e4 * torch.finfo(output.dtype).eps * max(abs(whole), abs(a), abs(b), 1e-30)
     if abs(whole - (k * a + (n - k) * b) / n) <= tol: return "mean"
     if abs(whole - (a + b)) <= tol * 2: return "sum"
@@ -226,7 +245,9 @@ def backward_through(
     if not outputs: return tuple(torch.zeros_like(p) for p in leaves)
     gs, us = zip(*outputs)
     try: return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
-    except NotImplementedError as e: raise InputError(f"a Hessian needs layers with a second derivative. PyTorch says: {e}; replace the layer, or leave its parameters out with params=.") from e
+    except NotImplementedError as e:
+        raise InputError(f"a Hessian needs layers with a second derivative. PyTorch says: {e}; replace the layer, or leave its "
+                         "parameters out with params=.") from e
 
 # %% ../nbs/00_hvp.ipynb #754995d6
 def forward_over_reverse(
@@ -239,7 +260,9 @@ def forward_over_reverse(
             loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             tangents = [fwAD.unpack_dual(g).tangent for g in grads]
-    except NotImplementedError as e: raise InputError(f"mode='forward' needs layers whose backward pass can be differentiated forward. PyTorch says: {e}; use mode='rebuilt'.") from e
+    except NotImplementedError as e:
+        raise InputError(f"mode='forward' needs layers whose backward pass can be differentiated forward. PyTorch says: {e}; use "
+                         "mode='rebuilt'.") from e
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
 # %% ../nbs/00_hvp.ipynb #c100a567
@@ -279,7 +302,9 @@ class HessianOperator:
         reduction: str | None = None, # "mean" or "sum" for a custom loss; None: found out
     ):
         if kind not in ("hessian", "gauss_newton"): raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
-        if not callable(loss_fn) or isinstance(loss_fn, type): raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
+        if not callable(loss_fn) or isinstance(loss_fn, type):
+            raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as "
+                             "nn.CrossEntropyLoss().")
         if mode not in _MODES: raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
         self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), as_batches(data), kind, mode
         chosen = select_params(model, params)
@@ -291,15 +316,18 @@ class HessianOperator:
         self._single = isinstance(self.data, list) and len(self.data) == 1
         check_mode(model)
 
-    @property
-    def params(self) -> dict[str, nn.Parameter]:
-        "The selected parameters, as the model has them now."
-        named = dict(self.model.named_parameters())
-        return {k: named[k] for k in self.names}
+# %% ../nbs/00_hvp.ipynb #7b265ca4
+@patch(as_prop=True)
+def params(self: HessianOperator) -> dict[str, nn.Parameter]:
+    "The selected parameters, as the model has them now."
+    named = dict(self.model.named_parameters())
+    return {k: named[k] for k in self.names}
 
-    def __repr__(self): return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
+@patch
+def __repr__(self: HessianOperator):
+    return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #423beead
+# %% ../nbs/00_hvp.ipynb #08f7fb90
 def check_mode(
     model: nn.Module,
 ):
@@ -307,12 +335,13 @@ def check_mode(
     for name, m in model.named_modules():
         if not m.training: continue
         if isinstance(m, nn.modules.batchnorm._BatchNorm): bad = "batch norm in training mode"
-        elif isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and getattr(m, "p", 1.) > 0 or isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.dropout: bad = "active dropout"
+        elif isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and getattr(m, "p", 1.) > 0: bad = "active dropout"
+        elif isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.dropout: bad = "active dropout"
         elif not type(m).__module__.startswith("torch.nn"): bad = "a training mode that we cannot judge"
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #e4b49286
+# %% ../nbs/00_hvp.ipynb #67f1abe1
 @patch
 def _batch(self: HessianOperator, batch):
     "One batch: its inputs, the function logits -> undivided loss, and its denominator (found when the logits are there)."
@@ -326,7 +355,9 @@ def _batch(self: HessianOperator, batch):
         loss = call_loss(self.loss_fn, z, y)
         d = loss_denominator(self.loss_fn, z, y, self.reduction)
         if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
-        if self._seen is None and not torch.isfinite(loss): raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y)}; check weights, images and class weights.")
+        if self._seen is None and not torch.isfinite(loss):
+            raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y)}; check weights, images and class "
+                             "weights.")
         self._total += 0. if self._sums() else d
         return loss * d
     return X, loss_of
@@ -334,7 +365,7 @@ def _batch(self: HessianOperator, batch):
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #67f1abe1
+# %% ../nbs/00_hvp.ipynb #1afddf7f
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -346,22 +377,29 @@ def check_batch(
             rows = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
             raise InputError(f"inputs must be finite. Rows {rows[:5]} of a batch hold NaN or infinity; remove or mend them.")
     if y.is_floating_point() or not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)): return
-    if y.shape != logits.shape[:1] + logits.shape[2:]: raise InputError(f"labels must be one class number for each prediction. Got shape {tuple(y.shape)} for logits of shape {tuple(logits.shape)}; squeeze them, or turn one-hot labels into numbers with y.argmax(1).")
+    if y.shape != logits.shape[:1] + logits.shape[2:]:
+        raise InputError(f"labels must be one class number for each prediction. Got shape {tuple(y.shape)} for logits of shape "
+                         f"{tuple(logits.shape)}; squeeze them, or turn one-hot labels into numbers with y.argmax(1).")
     C, kept = logits.shape[1], y[y != loss_fn.ignore_index]
     if len(kept) and (kept.min() < 0 or kept.max() >= C):
-        raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got {kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
+        raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
+                         f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #2592ceeb
+# %% ../nbs/00_hvp.ipynb #6d28fe14
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
 ):
     "Refuse raw bytes, and floating-point inputs of another type than the network."
     for t in tensors_in(X):
-        if t.dtype == torch.uint8: raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise them, for example x.float() / 255.")
-        if t.is_floating_point() and t.dtype != like.dtype: raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert them with x.to({like.dtype}).")
+        if t.dtype == torch.uint8:
+            raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise "
+                             "them, for example x.float() / 255.")
+        if t.is_floating_point() and t.dtype != like.dtype:
+            raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
+                             f"them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
+# %% ../nbs/00_hvp.ipynb #b9a8034c
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -384,11 +422,13 @@ def _pass(self: HessianOperator, each):
     if out is None: raise InputError("data must hold at least one batch. Got none.")
     D = 1. if self._sums() else self._total
     if D == 0: raise InputError("the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0.")
-    if self._seen is not None and not math.isclose(D, self._seen, rel_tol=1e-9): raise InputError(f"data must give the same images on every pass. Their total weight went from {self._seen:g} to {D:g}; fix the sampling.")
+    if self._seen is not None and not math.isclose(D, self._seen, rel_tol=1e-9):
+        raise InputError(f"data must give the same images on every pass. Their total weight went from {self._seen:g} to {D:g}; "
+                         "fix the sampling.")
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #b9a8034c
+# %% ../nbs/00_hvp.ipynb #08950a07
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -396,7 +436,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach(), *g))(*self._batch_grads(b, leaves, False)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
+# %% ../nbs/00_hvp.ipynb #a95254bf
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -412,7 +452,8 @@ def _kept(self: HessianOperator):
 def _stamp(model: nn.Module) -> list:
     "What changes when any parameter or buffer does."
     ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    return [(t._version, t.data_ptr(), n) for t, n in zip(ts, torch.stack([t.double().norm() if not t.is_floating_point() else t.norm().double() for t in ts]).tolist())]
+    norms = torch.stack([(t if t.is_floating_point() else t.double()).norm().double() for t in ts]).tolist()
+    return [(t._version, t.data_ptr(), n) for t, n in zip(ts, norms)]
 
 @patch
 def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
@@ -432,7 +473,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #a95254bf
+# %% ../nbs/00_hvp.ipynb #da3fc2e0
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -440,12 +481,14 @@ def __matmul__(self: HessianOperator,
     "The product with a vector, or with each column of a matrix."
     v = torch.as_tensor(v)
     if not v.is_floating_point(): v = v.to(self.dtype)
-    if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]: raise InputError(f"a vector must have {self.shape[0]} entries, or be a matrix with so many rows. Got shape {tuple(v.shape)}.")
+    if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+        raise InputError(f"a vector must have {self.shape[0]} entries, or be a matrix with so many rows. Got shape "
+                         f"{tuple(v.shape)}.")
     if v.ndim == 2: return torch.stack([self @ u for u in v.T], 1) if v.shape[1] else v.to(self.device, self.dtype)
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #5a0af7b3
+# %% ../nbs/00_hvp.ipynb #6b3e85ad
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -470,7 +513,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves, False)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #b1ce4721
+# %% ../nbs/00_hvp.ipynb #24f95c07
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -478,10 +521,14 @@ class MatrixOperator:
         if len(shape) != 2 or shape[0] != shape[1]: raise InputError(f"an operator must be square. Got shape {shape}.")
         self.A, self.shape, self.num_matvecs = A, shape, 0
         self.torch = torch.is_tensor(A)
-        if self.torch and not A.is_floating_point(): raise InputError(f"a matrix must hold real floating-point numbers. Got {A.dtype}; convert it with A.double().")
-        if self.torch and not torch.isfinite(A).all(): raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(A)).sum())} NaN or infinite entries.")
-        if self.torch and not torch.allclose(A, A.T, rtol=1e-4, atol=1e-6 * float(A.abs().max() if A.numel() else 1)): raise InputError(f"a matrix must be symmetric. Got |A - A'| = {(A - A.T).norm():.2g}; pass (A + A.T) / 2.")
-        self.dtype = A.dtype if self.torch or isinstance(getattr(A, "dtype", None), torch.dtype) else torch.from_numpy(np.empty(0, dtype=A.dtype or np.float64)).dtype
+        if self.torch and not A.is_floating_point():
+            raise InputError(f"a matrix must hold real floating-point numbers. Got {A.dtype}; convert it with A.double().")
+        if self.torch and not torch.isfinite(A).all():
+            raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(A)).sum())} NaN or infinite entries.")
+        if self.torch and not torch.allclose(A, A.T, rtol=1e-4, atol=1e-6 * float(A.abs().max() if A.numel() else 1)):
+            raise InputError(f"a matrix must be symmetric. Got |A - A'| = {(A - A.T).norm():.2g}; pass (A + A.T) / 2.")
+        dtype = getattr(A, "dtype", None) or np.float64
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else torch.from_numpy(np.empty(0, dtype=dtype)).dtype
         self.device = getattr(A, "device", torch.device("cpu"))
 
     def __matmul__(self, v):
@@ -492,10 +539,12 @@ class MatrixOperator:
 def as_operator(op):
     "A `HessianOperator` as it is; everything else wrapped."
     if isinstance(op, (HessianOperator, MatrixOperator)) or all(hasattr(op, a) for a in ("num_matvecs", "shape", "dtype", "device", "__matmul__")): return op
-    if not hasattr(op, "shape"): raise InputError(f"an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got {type(op).__name__}.")
+    if not hasattr(op, "shape"):
+        raise InputError("an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got "
+                         f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #24f95c07
+# %% ../nbs/00_hvp.ipynb #0de4038a
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

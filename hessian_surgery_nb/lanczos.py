@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 
 from .hvp import InputError, as_operator
 
@@ -73,7 +74,9 @@ def lanczos_tridiag(
     for j in range(m):
         basis[j] = q
         w = op @ q
-        if not torch.isfinite(w).all(): raise InputError(f"products must be finite. Got NaN or infinity at step {j + 1}; check the weights, or use float32 instead of a shorter type.")
+        if not torch.isfinite(w).all():
+            raise InputError(f"products must be finite. Got NaN or infinity at step {j + 1}; check the weights, or use float32 "
+                             "instead of a shorter type.")
         alpha.append(orthogonalise(w, basis[:j + 1])[j].item())
         beta.append(w.norm().item())
         if beta[-1] <= _negligible(op.dtype, alpha, beta): w.zero_(); beta[-1] = 0.; break
@@ -85,7 +88,9 @@ def _negligible(dtype, alpha, beta): return 10 * torch.finfo(dtype).eps * max(ma
 
 def _start(v0, op):
     v0 = torch.as_tensor(v0)
-    if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not v0.norm() > 0: raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, norm {v0.norm().item():.3g}.")
+    if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not v0.norm() > 0:
+        raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
+                         f"norm {v0.norm().item():.3g}.")
     return (v0 / v0.norm()).to(op.device, op.dtype)
 
 # %% ../nbs/01_lanczos.ipynb #607171be
@@ -134,57 +139,67 @@ class _Krylov:
         if self.closed: self.block, self.closed = m, False
         self.basis[m] = q
         w = self.op @ self.basis[m]
-        if not torch.isfinite(w).all(): raise InputError(f"products must be finite. Got NaN or infinity at product {m + 1}; check the weights, or use float32 instead of a shorter type.")
+        if not torch.isfinite(w).all():
+            raise InputError(f"products must be finite. Got NaN or infinity at product {m + 1}; check the weights, or use float32 "
+                             "instead of a shorter type.")
         self.T[:m + 1, m] = self.T[m, :m + 1] = orthogonalise(w, self.basis[:m + 1])
         self.m, self.beta = m + 1, w.norm().item()
         self.next = w.div_(self.beta) if self.beta > 0 else w
 
-    def close(self, slack):
-        "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
-        if self.m == self.n: self.next, self.beta, self.left = None, 0., [] # the whole space: nothing is left over
-        floor = 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max().item()
-        if self.next is None or self.beta > max(slack, floor): return
-        self.left.append((self.m - 1, self.beta))
-        self.fresh()
+# %% ../nbs/01_lanczos.ipynb #a9639d7a
+@patch
+def close(self: _Krylov, slack):
+    "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
+    if self.m == self.n: self.next, self.beta, self.left = None, 0., [] # the whole space: nothing is left over
+    floor = 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max().item()
+    if self.next is None or self.beta > max(slack, floor): return
+    self.left.append((self.m - 1, self.beta))
+    self.fresh()
 
-    def fresh(self):
-        "Open a new block with a random vector orthogonal to all before."
-        w, self.closed, self.beta = random_unit(self.n, self.generator, self.op), True, 0.
-        for _ in range(2):
-            orthogonalise(w, self.basis[:self.m])
-            w = w / w.norm()
-        self.next = w
+@patch
+def fresh(self: _Krylov):
+    "Open a new block with a random vector orthogonal to all before."
+    w, self.closed, self.beta = random_unit(self.n, self.generator, self.op), True, 0.
+    for _ in range(2):
+        orthogonalise(w, self.basis[:self.m])
+        w = w / w.norm()
+    self.next = w
 
-    def lock(self, theta, U, res, k):
-        "Keep the k wanted Ritz vectors only, and look for anything they may have missed in the space orthogonal to them."
-        self.restart(theta, U, k)
-        self.left = [(j, res[j].item()) for j in range(k)]
-        self.fresh()
+@patch
+def lock(self: _Krylov, theta, U, res, k):
+    "Keep the k wanted Ritz vectors only, and look for anything they may have missed in the space orthogonal to them."
+    self.restart(theta, U, k)
+    self.left = [(j, res[j].item()) for j in range(k)]
+    self.fresh()
 
-    def ritz(self, order):
-        "Ritz values, wanted first, their small vectors, and bounds on their residuals."
-        theta, U = torch.linalg.eigh(self.T[:self.m, :self.m])
-        idx = torch.argsort(order(theta), stable=True)
-        U = U[:, idx]
-        return theta[idx], U, sum((b * U[j].abs() for j, b in self.left), self.beta * U[-1].abs())
+# %% ../nbs/01_lanczos.ipynb #d03dabec
+@patch
+def ritz(self: _Krylov, order):
+    "Ritz values, wanted first, their small vectors, and bounds on their residuals."
+    theta, U = torch.linalg.eigh(self.T[:self.m, :self.m])
+    idx = torch.argsort(order(theta), stable=True)
+    U = U[:, idx]
+    return theta[idx], U, sum((b * U[j].abs() for j, b in self.left), self.beta * U[-1].abs())
 
-    def hides_nothing(self, order, last, slack):
-        "Once a block has closed: is the best pair of the newest block certified, and no better than the last wanted value?"
-        if self.m == self.n: return True
-        if self.block is None: return not self.closed
-        theta, U = torch.linalg.eigh(self.T[self.block:self.m, self.block:self.m])
-        i = torch.argmin(order(theta))
-        return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
+@patch
+def hides_nothing(self: _Krylov, order, last, slack):
+    "Once a block has closed: is the best pair of the newest block certified, and no better than the last wanted value?"
+    if self.m == self.n: return True
+    if self.block is None: return not self.closed
+    theta, U = torch.linalg.eigh(self.T[self.block:self.m, self.block:self.m])
+    i = torch.argmin(order(theta))
+    return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
 
-    def restart(self, theta, U, keep):
-        "Thick restart: the best `keep` Ritz vectors become the basis. In place, a slab of coordinates at a time."
-        C = U[:, :keep].T.to(self.basis)
-        for s in range(0, self.n, 1 << 18): self.basis[:keep, s:s + (1 << 18)] = C @ self.basis[:self.m, s:s + (1 << 18)]
-        self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
-        self.left = [(i, sum(b * U[j, i].abs().item() for j, b in self.left)) for i in range(keep)] if self.left else []
-        self.m, self.block = keep, None
+@patch
+def restart(self: _Krylov, theta, U, keep):
+    "Thick restart: the best `keep` Ritz vectors become the basis. In place, a slab of coordinates at a time."
+    C = U[:, :keep].T.to(self.basis)
+    for s in range(0, self.n, 1 << 18): self.basis[:keep, s:s + (1 << 18)] = C @ self.basis[:self.m, s:s + (1 << 18)]
+    self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
+    self.left = [(i, sum(b * U[j, i].abs().item() for j, b in self.left)) for i in range(keep)] if self.left else []
+    self.m, self.block = keep, None
 
-# %% ../nbs/01_lanczos.ipynb #ac9dedf2
+# %% ../nbs/01_lanczos.ipynb #cd6916c6
 def top_eigenpairs(
     op, # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
     k: int, # pairs wanted
@@ -221,13 +236,19 @@ def top_eigenpairs(
             q = kry.next
         elif kry.m == size and used < limit: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
     bar.close()
+    return _finish(kry, theta, U, res, ok, k, used, limit, tol)
+
+# %% ../nbs/01_lanczos.ipynb #b850a570
+def _finish(kry, theta, U, res, ok, k, used, limit, tol) -> Eigenpairs:
     if kry.m < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
     vectors = (U[:, :k].T.to(kry.basis) @ kry.basis[:kry.m]).T
     pairs = Eigenpairs(theta[:k].clone(), vectors, res[:k].clone(), used, ok[:k].clone())
-    if not pairs.converged.all(): warnings.warn(f"{int((~pairs.converged).sum())} of {k} eigenpairs are not certified to {tol:g} after {used} products; raise max_matvecs or tol.", stacklevel=2)
+    if not pairs.converged.all():
+        warnings.warn(f"{int((~pairs.converged).sum())} of {k} eigenpairs are not certified to {tol:g} after {used} products; "
+                      "raise max_matvecs or tol.", stacklevel=2)
     return pairs
 
-# %% ../nbs/01_lanczos.ipynb #a9639d7a
+# %% ../nbs/01_lanczos.ipynb #c243ee6e
 def _check_request(k, n, which, tol):
     if not isinstance(k, int) or isinstance(k, bool): raise InputError(f"k must be a whole number. Got {k!r}.")
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
@@ -238,7 +259,7 @@ def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
     return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress)
 
-# %% ../nbs/01_lanczos.ipynb #cd6916c6
+# %% ../nbs/01_lanczos.ipynb #82ec3426
 def eigen_residuals(
     op, # any operator
     pairs: Eigenpairs,

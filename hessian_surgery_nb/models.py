@@ -42,5 +42,7 @@ def find_head(
 ) -> tuple[str, nn.Linear]: # name and module
     "The linear layer that makes the logits."
     found = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not found: raise InputError(f"a method that changes the head needs an nn.Linear with {classes} outputs. The model has none; leave that method out.")
+    if not found:
+        raise InputError(f"a method that changes the head needs an nn.Linear with {classes} outputs. The model has none; leave "
+                         "that method out.")
     return found[-1]

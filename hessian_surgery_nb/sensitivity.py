@@ -46,7 +46,9 @@ class Sensitivity:
     def signal_to_noise(self) -> float:
         "Root mean square of S over that of its noise."
         return (self.matrix.norm() / self.noise.norm()).item()
-    def __repr__(self): return f"Sensitivity({self.matrix.shape[0]} classes x {self.matrix.shape[1]} spikes, eps={self.eps:.3g}, {self.scheme}, {self.metric}, |S|={self.matrix.norm():.3g}, signal/noise {self.signal_to_noise:.1f})"
+    def __repr__(self):
+        return (f"Sensitivity({self.matrix.shape[0]} classes x {self.matrix.shape[1]} spikes, eps={self.eps:.3g}, {self.scheme}, "
+                f"{self.metric}, |S|={self.matrix.norm():.3g}, signal/noise {self.signal_to_noise:.1f})")
 
 # %% ../nbs/04_sensitivity.ipynb #8c91630d
 def _scores(z: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor: # (N,) what each image contributes
@@ -78,7 +80,9 @@ def sensitivity_matrix(
     z, y = predict(model, data, forward=forward)
     def run(step):
         z, now = predict(model, data, state=moved_state(chosen, step), forward=forward)
-        if not torch.equal(now, y): raise InputError("the sensitivity set must come in the same order on every pass. Its labels changed places; build the loader with shuffle=False.")
+        if not torch.equal(now, y):
+            raise InputError("the sensitivity set must come in the same order on every pass. Its labels changed places; build "
+                             "the loader with shuffle=False.")
         return z
     C, base = z.shape[1], _scores(z, y, metric)
     names_where = dict(names=names, where="the sensitivity set")
@@ -87,16 +91,22 @@ def sensitivity_matrix(
         minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
-    return Sensitivity((class_means(D, y, C) / width).cpu(), (_paired_noise(D, y, C) / width).cpu(), accuracy.cpu(), torch.bincount(y, minlength=C).cpu(), eps, scheme, metric,
-                       1 + V.shape[1] * (2 if scheme == "central" else 1), (D / width).float().cpu(), y.cpu())
+    S, noise, n = class_means(D, y, C) / width, _paired_noise(D, y, C) / width, torch.bincount(y, minlength=C)
+    passes = 1 + V.shape[1] * (2 if scheme == "central" else 1)
+    return Sensitivity(S.cpu(), noise.cpu(), accuracy.cpu(), n.cpu(), eps, scheme, metric, passes, (D / width).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def _check_sensitivity(V, chosen, eps, scheme, metric):
     n = sum(p.numel() for p in chosen.values())
-    if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)): raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
-    if V.ndim != 2 or V.shape[0] != n: raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as to the operator.")
+    if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)):
+        raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
+    if V.ndim != 2 or V.shape[0] != n:
+        raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
+                         "to the operator.")
     size = V.detach().norm(dim=0)
-    if not ((size - 1).abs() < 1e-2).all(): raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column by its norm.")
+    if not ((size - 1).abs() < 1e-2).all():
+        raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column "
+                         "by its norm.")
     if scheme not in ("central", "forward"): raise InputError(f"scheme must be 'central' or 'forward'. Got {scheme!r}.")
     if metric not in ("accuracy", "probability"): raise InputError(f"metric must be 'accuracy' or 'probability'. Got {metric!r}.")
 

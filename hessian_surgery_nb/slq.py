@@ -36,7 +36,8 @@ class SpectralDensity:
     weights: torch.Tensor # (num_probes, m) float64, rows sum to 1
     size: int # n, the number of eigenvalues
     def __repr__(self):
-        return f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} products, n={self.size:,}, [{self.nodes.min():.3g}, {self.nodes.max():.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})"
+        return (f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} products, n={self.size:,}, "
+                f"[{self.nodes.min():.3g}, {self.nodes.max():.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})")
 
 # %% ../nbs/02_slq.ipynb #ee8ab283
 def spectral_density(
@@ -120,8 +121,11 @@ def plot_density(
         exact = torch.exp(-.5 * ((grid[:, None] - t) / s) ** 2).mean(1) / (s * math.sqrt(2 * math.pi))
         ax.plot(grid, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
     ax.plot(grid, phi.clamp(min=floor), color=COLOURS["blue"], lw=1.2, label="estimate")
-    if len(sd.nodes) > 1: ax.fill_between(grid, (phi - 2 * err).clamp(min=floor), (phi + 2 * err).clamp(min=floor), color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
-    if spikes is not None and len(spikes): ax.plot(torch.as_tensor(spikes).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
+    if len(sd.nodes) > 1:
+        low, high = ((phi + s * err).clamp(min=floor) for s in (-2, 2))
+        ax.fill_between(grid, low, high, color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
+    if spikes is not None and len(spikes):
+        ax.plot(torch.as_tensor(spikes).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
     ax.set_yscale("log"); ax.set_ylim(bottom=floor)
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -36,7 +36,9 @@ class SpikeCount:
     share: float # of the resamples that gave it
     votes: tuple[int, ...] # each resample's answer
     values: torch.Tensor # (resamples, m) eigenvalues
-    def __repr__(self): return f"SpikeCount({self.count}, given by {self.share:.0%} of {len(self.votes)} resampled batches; votes {dict(sorted({v: self.votes.count(v) for v in self.votes}.items()))})"
+    def __repr__(self):
+        return (f"SpikeCount({self.count}, given by {self.share:.0%} of {len(self.votes)} resampled batches; votes "
+                f"{dict(sorted({v: self.votes.count(v) for v in self.votes}.items()))})")
 
 def vote(
     values: torch.Tensor, # (resamples, m), rows descending
@@ -58,7 +60,9 @@ def count_spikes(
     "The spike count with its uncertainty over batches (a bootstrap over images)."
     from tqdm.auto import trange
     batches = [split_batch(b) for b in as_batches(data)]
-    if not batches or not all(torch.is_tensor(x) for x, _ in batches): raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of tensors.")
+    if not batches or not all(torch.is_tensor(x) for x, _ in batches):
+        raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of "
+                         "tensors.")
     X, y = (torch.cat(t) for t in zip(*batches))
     if candidates < 2 or resamples < 1: raise InputError(f"candidates must be at least 2 and resamples at least 1. Got {candidates} and {resamples}.")
     g, rows = torch.Generator().manual_seed(seed), []
@@ -104,14 +108,18 @@ class Walk:
         p, n = self.accuracy[0], self.counts
         return ((self.accuracy[-1] - p).abs() / ((p * (1 - p)).clamp(min=.25 / n) / n).sqrt()).max().item()
 
-    def __repr__(self): return f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)"
+    def __repr__(self):
+        return (f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
+                f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)")
 
 # %% ../nbs/03_spike_validation.ipynb #0b4b8487
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
     part = V @ (V.T @ d) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
-    if not part.norm() > 1e-4 * d.norm(): raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and {len(archive)} archived directions; use fewer spikes.")
+    if not part.norm() > 1e-4 * d.norm():
+        raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
+                         f"{len(archive)} archived directions; use fewer spikes.")
     return part / part.norm()
 
 def _bulk_part(d, V, archive):
@@ -121,6 +129,7 @@ def _bulk_part(d, V, archive):
         for a in archive: d = d - a * (a @ d)
     return d
 
+# %% ../nbs/03_spike_validation.ipynb #2e7cb1eb
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
     data, # where classes are measured
@@ -155,7 +164,7 @@ def bulk_walk(
     dist, loss, reports, lam, overlap, cosine = zip(*rows)
     return Walk(within, dist, loss, torch.stack([r.accuracy for r in reports]), reports[0].counts, lam, overlap, cosine, walls, reports[0].names)
 
-# %% ../nbs/03_spike_validation.ipynb #15025df8
+# %% ../nbs/03_spike_validation.ipynb #e43bfe88
 def plot_walks(
     walks, # Walk objects
     ax=None,

@@ -29,7 +29,7 @@ from .train import ClassReport, class_report, error_ratio
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'choose_amplitude', 'StepRecord', 'SurgeryResult', 'operate', 'plot_before_after', 'wilson', 'plot_history',
-           'write_atomic', 'check_out', 'out_dir', 'json_bytes', 'report_dict']
+           'write_atomic', 'check_out', 'out_dir', 'json_bytes', 'report_dict', 'weights_bytes']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -95,7 +95,8 @@ def _check_problem(S, a, eps, max_drop, box):
     if not max_drop >= 0: raise InputError(f"max_drop must be 0 or positive: no step is always allowed. Got {max_drop}.")
     if S.ndim != 2 or len(S) != len(a): raise InputError(f"S must have a row for each of the {len(a)} accuracies. Got shape {S.shape}.")
     if not np.isfinite(S).all() or not np.isfinite(a).all(): raise InputError("S and the accuracies must be finite. Got NaN or infinity.")
-    if box is not None and (len(box) != S.shape[1] or not (np.asarray(box) > 0).all()): raise InputError(f"box must hold {S.shape[1]} positive bounds. Got {box}.")
+    if box is not None and (len(box) != S.shape[1] or not (np.asarray(box) > 0).all()):
+        raise InputError(f"box must hold {S.shape[1]} positive bounds. Got {box}.")
 
 # %% ../nbs/05_surgery.ipynb #84281232
 def spike_box(
@@ -247,25 +248,108 @@ class SurgeryResult:
     sensitivity: Sensitivity = field(repr=False) # at the start
     def __repr__(self):
         b, a = self.before, self.after
-        return f"SurgeryResult({a.measured_on}: sigma {100 * b.sigma:.1f} -> {100 * a.sigma:.1f} pp, balanced {100 * b.balanced:.1f} -> {100 * a.balanced:.1f} %, worst {100 * b.worst:.1f} -> {100 * a.worst:.1f} %; step {self.best} of {len(self.history)})"
+        return (f"SurgeryResult({a.measured_on}: sigma {100 * b.sigma:.1f} -> {100 * a.sigma:.1f} pp, balanced "
+                f"{100 * b.balanced:.1f} -> {100 * a.balanced:.1f} %, worst {100 * b.worst:.1f} -> {100 * a.worst:.1f} %; step "
+                f"{self.best} of {len(self.history)})")
 
 # %% ../nbs/05_surgery.ipynb #43e09c67
 def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: int, forward) -> Eigenpairs:
-    "The K directions of this iteration: spikes, or for the control a random orthonormal set."
     if config.directions == "spikes":
-        return top_eigenpairs(HessianOperator(model, loss_fn, data, params=config.params, forward=forward), K, tol=config.tol, seed=config.seed)
-    like = next(iter(select_params(model, config.params).values()))
-    n = sum(p.numel() for p in select_params(model, config.params).values())
+        op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward)
+        return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
+    chosen = select_params(model, config.params)
+    n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
     if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
-    V, _ = torch.linalg.qr(torch.randn(n, K, generator=torch.Generator().manual_seed(1_000_003 * config.seed + iteration)))
+    g = torch.Generator().manual_seed(1_000_003 * config.seed + iteration)
+    V, _ = torch.linalg.qr(torch.randn(n, K, generator=g))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
     return Eigenpairs(nothing, V.to(like), nothing, 0, torch.ones(K, dtype=torch.bool))
 
-@torch.no_grad()
-def _move(model, params, step: torch.Tensor) -> None:
-    for k, p in moved_state(select_params(model, params), step).items(): model.get_parameter(k).copy_(p)
+# %% ../nbs/05_surgery.ipynb #5d6a1172
+class _Operation:
+    "Algorithm 2 between two iterations. The caller's model is copied and never touched."
+    def __init__(self, model, loss_fn, hessian_data, data, config: SurgeryConfig, names, forward):
+        self.model, self.loss_fn, self.hessian_data, self.data = copy.deepcopy(model), loss_fn, hessian_data, data
+        self.config, self.names, self.forward = config, names, forward
+        self.now = self.start = self.measure(data)
+        C = len(self.now.accuracy)
+        if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
+        self.num_spikes = config.num_spikes or C - 1
+        self.p = choose_exponent(self.now.accuracy) if config.p == "auto" else config.p
+        self.control = self.pairs = self.first = None
+        self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
-# %% ../nbs/05_surgery.ipynb #b7e2ce07
+    def weights(self): return copy.deepcopy(self.model.state_dict())
+    def measure(self, data, on: str = "sensitivity") -> ClassReport:
+        return class_report(self.model, data, names=self.names, measured_on=on, forward=self.forward)
+
+    def begin(self):
+        "The amplitude control, and what was measured to start it."
+        c, chosen = self.config, select_params(self.model, self.config.params)
+        S, passes, eps = None, 0, c.eps
+        if eps is None:
+            size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
+            S, passes = choose_amplitude(self.model, self.pairs, self.data, start=None if c.directions == "spikes" else .1 * size,
+                                         params=c.params, forward=self.forward, names=self.names)
+            eps = S.eps
+        self.control = AdamControl(eps, c.iterations) if c.schedule == "adam" else GammaDecay(eps)
+        self.control.start(self.now.sigma)
+        return S, passes
+
+# %% ../nbs/05_surgery.ipynb #07bf455a
+@patch
+def look(self: _Operation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
+    c, matvecs, passes, S = self.config, 0, 0, None
+    if self.pairs is None:
+        self.pairs = _directions(self.model, self.loss_fn, self.hessian_data, c, self.num_spikes, len(self.history), self.forward)
+        matvecs = self.pairs.num_matvecs
+    if self.control is None: S, passes = self.begin()
+    probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
+    if S is None or (S.eps, S.scheme, S.metric) != (probe, c.scheme, c.metric):
+        S = sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric,
+                               params=c.params, forward=self.forward, names=self.names)
+        passes += S.num_passes
+    self.first = self.first or (self.pairs, S)
+    return S, matvecs, passes
+
+@patch
+def decide(self: _Operation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
+    c, box = self.config, None
+    if c.box and c.directions == "spikes": # random directions have no eigenvalues: the ball for them
+        lam = self.pairs.values
+        box = spike_box(lam.clamp(min=1e-3 * lam.abs().max().item()), self.control.eps)
+    return solve_coefficients(S, self.now.accuracy, self.control.eps, p=self.p, tau=c.tau, max_drop=c.max_drop, box=box)
+
+# %% ../nbs/05_surgery.ipynb #889e1434
+@patch
+def iterate(self: _Operation) -> bool: # whether anything is left to try
+    clock, now = time.perf_counter(), self.now
+    S, matvecs, passes = self.look()
+    alpha, pairs, eps, saved = self.decide(S), self.pairs, self.control.eps, self.weights()
+    self.move(pairs.vectors @ alpha.to(pairs.vectors))
+    after = self.measure(self.data)
+    drop = max(0., (now.accuracy - after.accuracy).max().item())
+    accepted = after.sigma <= now.sigma + self.config.rollback_sigma + 1e-9 and drop <= self.config.rollback_drop + 1e-9
+    gain = (now.sigma - after.sigma) / max(now.sigma, 1e-12) if accepted else -max(drop, after.sigma - now.sigma)
+    self.control.update(after.sigma, gain, accepted)
+    self.history.append(StepRecord(
+        len(self.history) + 1, accepted, eps, self.control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
+        (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()), tuple(pairs.values.tolist()),
+        bool(pairs.converged.all()), matvecs, passes + 1, time.perf_counter() - clock))
+    if not accepted:
+        self.model.load_state_dict(saved)
+        return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
+    self.now = after
+    if alpha.norm() > 0: self.pairs = None # elsewhere now
+    if after.sigma < self.best[0]: self.best = (after.sigma, self.weights(), len(self.history))
+    return True
+
+@patch
+@torch.no_grad()
+def move(self: _Operation, step: torch.Tensor): # (n,)
+    for k, p in moved_state(select_params(self.model, self.config.params), step).items(): self.model.get_parameter(k).copy_(p)
+
+# %% ../nbs/05_surgery.ipynb #a222c12a
 def operate(
     model: nn.Module, # in evaluation mode; left as it is
     loss_fn, # the loss it was trained with
@@ -284,76 +368,38 @@ def operate(
     _check_config(config)
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
-    measure = lambda m, data=sensitivity_data, on="sensitivity": class_report(m, data, names=names, measured_on=on, forward=forward)
-    before = now = measure(model)
-    if len(now.accuracy) < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
-    before_held = measure(model, held_out, "held_out") if held_out is not None else before
-    patient, best, best_at = copy.deepcopy(model), (before.sigma, copy.deepcopy(model.state_dict())), 0
-    K = config.num_spikes or len(now.accuracy) - 1
-    history, pairs, first, control = [], None, None, None
+    op = _Operation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
+    before = op.start if held_out is None else op.measure(held_out, "held_out")
     bar = trange(config.iterations, desc="surgery", leave=False, disable=not progress)
-    for t in bar:
-        clock = time.perf_counter()
-        matvecs = 0
-        if pairs is None:
-            pairs = _directions(patient, loss_fn, hessian_data, config, K, t, forward)
-            matvecs = pairs.num_matvecs
-        S, passes = None, 1 # the measurement after the step
-        if control is None:
-            control, S, tried = _control(config, patient, pairs, sensitivity_data, forward, names)
-            control.start(now.sigma); passes += tried
-        eps = control.eps
-        if S is None or config.probe_eps or (config.scheme, config.metric) != (S.scheme, S.metric):
-            S = sensitivity_matrix(patient, pairs, sensitivity_data, eps=config.probe_eps if t == 0 and config.probe_eps else eps, scheme=config.scheme,
-                                   metric=config.metric, params=config.params, forward=forward, names=names)
-            passes += S.num_passes
-        first = first or (pairs, S)
-        boxed = config.box and config.directions == "spikes" # random directions have no eigenvalues: the ball for them
-        alpha = solve_coefficients(S, now.accuracy, eps, p=choose_exponent(before.accuracy) if config.p == "auto" else config.p, tau=config.tau, max_drop=config.max_drop,
-                                   box=spike_box(pairs.values.clamp(min=1e-3 * pairs.values.abs().max().item()), eps) if boxed else None)
-        saved = copy.deepcopy(patient.state_dict())
-        _move(patient, config.params, pairs.vectors @ alpha.to(pairs.vectors))
-        after = measure(patient)
-        drop = max(0., (now.accuracy - after.accuracy).max().item())
-        accepted = after.sigma <= now.sigma + config.rollback_sigma + 1e-9 and drop <= config.rollback_drop + 1e-9 # a drop of exactly 7 pp is allowed
-        control.update(after.sigma, (now.sigma - after.sigma) / max(now.sigma, 1e-12) if accepted else -max(drop, after.sigma - now.sigma), accepted)
-        history.append(StepRecord(t + 1, accepted, eps, control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
-                                  (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()),
-                                  tuple(pairs.values.tolist()), bool(pairs.converged.all()), matvecs, passes, time.perf_counter() - clock))
-        if accepted:
-            now, pairs = after, pairs if alpha.norm() == 0 else None # still where we were: the same spikes
-            if after.sigma < best[0]: best, best_at = (after.sigma, copy.deepcopy(patient.state_dict())), t + 1
-        else: patient.load_state_dict(saved)
-        if not accepted and control.eps == eps: break # the smallest amplitude was rejected: nothing is left to try
-        bar.set_postfix_str(f"sigma {100 * now.sigma:.2f} pp, best {100 * best[0]:.2f}, eps {control.eps:.2g}")
-    patient.load_state_dict(best[1])
-    after = measure(patient)
-    after_held = measure(patient, held_out, "held_out") if held_out is not None else after
-    return SurgeryResult(patient, before_held, after_held, before, after, history, config, best_at, *first)
+    for _ in bar:
+        if not op.iterate(): break
+        bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
+    op.model.load_state_dict(op.best[1])
+    tuned = op.measure(sensitivity_data)
+    after = tuned if held_out is None else op.measure(held_out, "held_out")
+    return SurgeryResult(op.model, before, after, op.start, tuned, op.history, config, op.best[2], *op.first)
 
-def _control(config, model, pairs, data, forward, names):
-    size = math.sqrt(sum(p.detach().double().square().sum().item() for p in select_params(model, config.params).values()))
-    S, tried = (None, 0) if config.eps is not None else choose_amplitude(model, pairs, data, start=None if config.directions == "spikes" else .1 * size, params=config.params, forward=forward, names=names)
-    eps = config.eps if S is None else S.eps
-    return AdamControl(eps, config.iterations) if config.schedule == "adam" else GammaDecay(eps), S, tried
-
-# %% ../nbs/05_surgery.ipynb #07bf455a
+# %% ../nbs/05_surgery.ipynb #93bc968a
 @patch
 def to_frame(self: SurgeryResult):
     "Each class before and after, in percent, with its change in pp."
     import pandas as pd
     b, a = 100 * self.before.accuracy, 100 * self.after.accuracy
-    return pd.DataFrame({"class": self.before.names, "images": self.before.counts.tolist(), "before (%)": b.tolist(), "after (%)": a.tolist(), "change (pp)": (a - b).tolist()}).set_index("class")
+    columns = {"images": self.before.counts.tolist(), "before (%)": b.tolist(), "after (%)": a.tolist(), "change (pp)": (a - b).tolist()}
+    return pd.DataFrame(columns, index=pd.Index(self.before.names, name="class"))
 
 @patch
 def history_frame(self: SurgeryResult):
     "One row an iteration; accuracies and sigma in percent and pp, on the sensitivity set."
     import pandas as pd
-    rows = [dict(iteration=h.iteration, accepted=h.accepted, eps=h.eps, **{"sigma (pp)": 100 * h.sigma, "predicted sigma (pp)": 100 * h.predicted_sigma, "global (%)": 100 * h.overall,
-                 "balanced (%)": 100 * h.balanced, "worst (%)": 100 * h.worst, "largest drop (pp)": 100 * h.largest_drop}, moved=h.moved, matvecs=h.matvecs, passes=h.passes, seconds=h.seconds) for h in self.history]
+    percent = {"sigma (pp)": "sigma", "predicted sigma (pp)": "predicted_sigma", "global (%)": "overall", "balanced (%)": "balanced",
+               "worst (%)": "worst", "largest drop (pp)": "largest_drop"}
+    plain = ("iteration", "accepted", "eps", "moved", "certified", "matvecs", "passes", "seconds")
+    rows = [{**{k: getattr(h, k) for k in plain[:3]}, **{k: 100 * getattr(h, v) for k, v in percent.items()}, **{k: getattr(h, k) for k in plain[3:]}}
+            for h in self.history]
     return pd.DataFrame(rows).set_index("iteration")
 
-# %% ../nbs/05_surgery.ipynb #a222c12a
+# %% ../nbs/05_surgery.ipynb #d9e9a6b0
 def plot_before_after(
     before: ClassReport, after: ClassReport,
     ax=None,
@@ -384,7 +430,7 @@ def wilson(
     half = z * (accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)).sqrt() / (1 + z**2 / n)
     return mid - half, mid + half
 
-# %% ../nbs/05_surgery.ipynb #93bc968a
+# %% ../nbs/05_surgery.ipynb #39ef1110
 def plot_history(
     result: SurgeryResult,
     axes=None, # two axes: sigma, amplitude
@@ -407,7 +453,7 @@ def plot_history(
     axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"]); axes[1].set_ylim(bottom=0)
     return axes
 
-# %% ../nbs/05_surgery.ipynb #63205002
+# %% ../nbs/05_surgery.ipynb #5bb4dda4
 def write_atomic(
     path: Path, data: bytes,
 ) -> Path:
@@ -422,6 +468,7 @@ def write_atomic(
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/05_surgery.ipynb #b148853d
 def check_out(
     path, # where results shall go
 ) -> Path:
@@ -441,6 +488,7 @@ def out_dir(
     except OSError as e: raise InputError(f"the output directory must be writable. {path}: {e.strerror}; name another.") from e
     return path
 
+# %% ../nbs/05_surgery.ipynb #a110651a
 def json_bytes(
     value, # anything made of dicts, lists, numbers, strings
 ) -> bytes:
@@ -453,7 +501,7 @@ def json_bytes(
         return None if isinstance(v, float) and not math.isfinite(v) else v
     return (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode()
 
-# %% ../nbs/05_surgery.ipynb #b3dc1f8e
+# %% ../nbs/05_surgery.ipynb #e06f4375
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
     return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,
@@ -462,17 +510,22 @@ def report_dict(r: ClassReport) -> dict:
 @patch
 def to_dict(self: SurgeryResult) -> dict:
     "All numbers, for JSON. Only what stands under `timing` differs from run to run."
-    return dict(before=report_dict(self.before), after=report_dict(self.after), sensitivity_before=report_dict(self.sensitivity_before), sensitivity_after=report_dict(self.sensitivity_after),
+    reports = {k: report_dict(getattr(self, k)) for k in ("before", "after", "sensitivity_before", "sensitivity_after")}
+    return dict(**reports,
                 config=asdict(self.config), returned_iteration=self.best, history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
                 spikes=self.spikes.values.tolist(), timing=dict(iteration_seconds=[h.seconds for h in self.history]))
+
+def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file's metadata
+    "A model's state as safetensors: same keys, same types; tied weights under each of their names."
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    return save(state, metadata={"written_by": "hessian_surgery_nb", **{k: str(v) for k, v in facts.items()}})
 
 @patch
 def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors") -> Path: # the directory
     "Write weights, result.json and history.csv."
-    from safetensors.torch import save
     out = out_dir(directory)
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
-    write_atomic(out / weights, save(state, metadata={"written_by": "hessian_surgery_nb"}))
+    write_atomic(out / weights, weights_bytes(self.model))
     write_atomic(out / "result.json", json_bytes(self.to_dict()))
     write_atomic(out / "history.csv", self.history_frame().to_csv().encode())
     return out

@@ -23,7 +23,9 @@ class TrainLog:
     "What training did."
     loss: tuple[float, ...] # mean training loss of each epoch
     accuracy: tuple[float, ...] # training accuracy of each epoch, in [0, 1]
-    def __repr__(self): return f"TrainLog({len(self.loss)} epochs, loss {self.loss[0]:.3f} -> {self.loss[-1]:.3f}, training accuracy {self.accuracy[-1]:.1%})"
+    def __repr__(self):
+        return (f"TrainLog({len(self.loss)} epochs, loss {self.loss[0]:.3f} -> {self.loss[-1]:.3f}, training accuracy "
+                f"{self.accuracy[-1]:.1%})")
 
 # %% ../nbs/02c_train.ipynb #ca3035bc
 def train(
@@ -41,7 +43,8 @@ def train(
     "Train with AdamW and a cosine schedule."
     from tqdm.auto import trange
     (X, y), loss_fn = data, loss_fn or nn.CrossEntropyLoss()
-    if epochs < 1 or batch_size < 2 or not lr > 0: raise InputError(f"epochs must be at least 1, batch_size at least 2 and lr positive. Got {epochs}, {batch_size}, {lr}.")
+    if epochs < 1 or batch_size < 2 or not lr > 0:
+        raise InputError(f"epochs must be at least 1, batch_size at least 2 and lr positive. Got {epochs}, {batch_size}, {lr}.")
     if not torch.isfinite(X).all(): raise InputError("images must be finite. Got NaN or infinity; remove or mend them.")
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     steps = max(1, len(y) // batch_size)
@@ -56,7 +59,9 @@ def train(
                 loss = loss_fn(z, y[rows])
                 opt.zero_grad(); loss.backward(); opt.step(); sched.step()
                 total += loss.item() * len(rows); right += (z.argmax(1) == y[rows]).sum().item()
-            if not math.isfinite(total): raise InputError(f"training must stay finite. Got a loss of {total} in epoch {len(losses) + 1}; lower lr, now {lr}.")
+            if not math.isfinite(total):
+                raise InputError(f"training must stay finite. Got a loss of {total} in epoch {len(losses) + 1}; lower lr, now "
+                                 f"{lr}.")
             losses.append(total / len(y)); hits.append(right / len(y))
     opt.zero_grad()
     model.eval()
@@ -80,13 +85,17 @@ def predict(
     for batch in as_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, like.device), y.to(like.device)
-        if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        if y.is_floating_point() or y.ndim != 1:
+            raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; "
+                             "convert them with y.long().")
         y = y.long()
         check_inputs(X, like)
         z = functional_logits(net, state or {}, X)
         check_batch(X, y, z, _CLASS_NUMBERS)
         if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
-        if not state and not torch.isfinite(z).all(): raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; load another checkpoint.")
+        if not state and not torch.isfinite(z).all():
+            raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; "
+                             "load another checkpoint.")
         out.append((z, y))
     if not out: raise InputError("data must hold at least one batch. Got none.")
     return torch.cat([z for z, _ in out]), torch.cat([y for _, y in out])
@@ -103,7 +112,8 @@ def class_means(
     n = torch.bincount(y, minlength=classes)
     if (n == 0).any():
         c = int((n == 0).nonzero()[0])
-        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names else ''} has none; pass a stratified set that holds all {classes} classes.")
+        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names else ''} has none; pass "
+                         f"a stratified set that holds all {classes} classes.")
     total = torch.zeros(classes, *per_image.shape[1:], dtype=torch.float64, device=y.device).index_add_(0, y, per_image.double())
     return total / n.view(-1, *[1] * (per_image.ndim - 1))
 
@@ -136,7 +146,9 @@ class ClassReport:
     def overall(self) -> float: return ((self.accuracy * self.counts).sum() / self.counts.sum()).item()
     @property
     def error_ratio(self) -> float: return error_ratio(self.accuracy)
-    def __repr__(self): return f"ClassReport({self.measured_on}: sigma {100 * self.sigma:.1f} pp, balanced {100 * self.balanced:.1f} %, worst {100 * self.worst:.1f} % ({self.names[int(self.accuracy.argmin())]}), global {100 * self.overall:.1f} %)"
+    def __repr__(self):
+        return (f"ClassReport({self.measured_on}: sigma {100 * self.sigma:.1f} pp, balanced {100 * self.balanced:.1f} %, worst "
+                f"{100 * self.worst:.1f} % ({self.names[int(self.accuracy.argmin())]}), global {100 * self.overall:.1f} %)")
 
 # %% ../nbs/02c_train.ipynb #a74c646c
 def error_ratio(
