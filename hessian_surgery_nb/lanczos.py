@@ -15,7 +15,7 @@ from .hvp import InputError, as_operator
 
 # %% auto #0
 __all__ = ['orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'top_eigenpairs',
-           'eigen_residuals']
+           'eigen_residuals', 'angle_bounds']
 
 # %% ../nbs/01_lanczos.ipynb #dda86d30
 def orthogonalise(
@@ -267,3 +267,15 @@ def eigen_residuals(
     "|H v - lambda v| by fresh products: k of them. Trusts nothing that Lanczos said."
     op = as_operator(op)
     return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, pairs.vectors.T)])
+
+# %% ../nbs/01_lanczos.ipynb #60540aca
+def angle_bounds(
+    pairs: Eigenpairs,
+    rest: float | None = None, # the best eigenvalue that is not among the pairs, if known; None: only neighbours among them count
+) -> torch.Tensor: # (k,) radians; pi / 2 says nothing is known
+    "How far each vector may lie from a true eigenvector: arcsin of residual over gap (Davis and Kahan)."
+    values, slack = pairs.values, pairs.residuals
+    if rest is not None: values, slack = torch.cat([values, torch.tensor([rest], dtype=torch.float64)]), torch.cat([slack, torch.zeros(1, dtype=torch.float64)])
+    gap = (values[None] - pairs.values[:, None]).abs() - slack[None]
+    gap.fill_diagonal_(torch.inf)
+    return torch.asin((pairs.residuals / gap.amin(1).clamp(min=1e-300)).clamp(max=1.))

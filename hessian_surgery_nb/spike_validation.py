@@ -16,7 +16,8 @@ from .lanczos import top_eigenpairs
 from .train import class_report
 
 # %% auto #0
-__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Walk', 'bulk_walk', 'plot_walks']
+__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Agreement', 'spike_agreement', 'Walk',
+           'bulk_walk', 'plot_walks']
 
 # %% ../nbs/03_spike_validation.ipynb #13e84336
 def largest_gap(
@@ -82,7 +83,33 @@ def plot_spike_count(
     for v in sorted(set(s.votes)): ax.axvline(v + .5, color=COLOURS["red"], alpha=.15 + .85 * s.votes.count(v) / len(s.votes), lw=1.5)
     return ax
 
-# %% ../nbs/03_spike_validation.ipynb #d1335319
+# %% ../nbs/03_spike_validation.ipynb #0b4b8487
+@dataclass(frozen=True)
+class Agreement:
+    "How alike two sets of k directions are (appendix A, Tables 16 and 17)."
+    matched: torch.Tensor # (k,) |cos| after greedy matching, in order of the reference
+    indexed: torch.Tensor # (k,) |cos| of vectors of equal rank
+    angles: torch.Tensor # (k,) principal angles between the spaces, degrees, ascending
+    def __repr__(self):
+        m, a = self.matched, self.angles
+        return (f"Agreement(matched |cos| mean {m.mean():.3f}, min {m.min():.3f}; index-wise mean {self.indexed.mean():.3f}; "
+                f"principal angles mean {a.mean():.1f}, max {a.max():.1f} degrees)")
+
+def spike_agreement(
+    V: torch.Tensor, reference: torch.Tensor, # (n, k) orthonormal columns each
+) -> Agreement:
+    "Compare two sets of eigenvectors."
+    if V.shape != reference.shape: raise InputError(f"two sets of directions must have one shape. Got {tuple(V.shape)} and {tuple(reference.shape)}.")
+    M = (reference.T @ V).double().cpu()
+    cos, matched = M.abs().clone(), torch.zeros(len(M), dtype=torch.float64)
+    for _ in range(len(M)):
+        i, j = divmod(int(cos.argmax()), len(M))
+        matched[i] = M[i, j].abs()
+        cos[i], cos[:, j] = -1., -1.
+    angles = torch.rad2deg(torch.acos(torch.linalg.svdvals(M).clamp(max=1.)))
+    return Agreement(matched, M.diag().abs(), angles)
+
+# %% ../nbs/03_spike_validation.ipynb #97b8af27
 @dataclass(frozen=True)
 class Walk:
     "What was measured along a walk; row 0 is the start."
@@ -112,7 +139,7 @@ class Walk:
         return (f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
                 f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)")
 
-# %% ../nbs/03_spike_validation.ipynb #0b4b8487
+# %% ../nbs/03_spike_validation.ipynb #3176500f
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
@@ -129,7 +156,7 @@ def _bulk_part(d, V, archive):
         for a in archive: d = d - a * (a @ d)
     return d
 
-# %% ../nbs/03_spike_validation.ipynb #2e7cb1eb
+# %% ../nbs/03_spike_validation.ipynb #c4720aa9
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
     data, # where classes are measured
@@ -164,7 +191,7 @@ def bulk_walk(
     dist, loss, reports, lam, overlap, cosine = zip(*rows)
     return Walk(within, dist, loss, torch.stack([r.accuracy for r in reports]), reports[0].counts, lam, overlap, cosine, walls, reports[0].names)
 
-# %% ../nbs/03_spike_validation.ipynb #e43bfe88
+# %% ../nbs/03_spike_validation.ipynb #307843e0
 def plot_walks(
     walks, # Walk objects
     ax=None,
