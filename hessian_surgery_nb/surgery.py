@@ -206,7 +206,7 @@ def choose_amplitude(
     for tries in range(1, 13):
         S = sensitivity_matrix(model, spikes, data, eps=eps, params=params, forward=forward, names=names)
         moved = S.matrix.abs().max().item() * eps
-        if moved <= limit: return S, tries * S.num_passes
+        if moved <= max(limit, 1 / S.counts.min().item()): return S, tries * S.num_passes # one image may always move
         eps *= .8 * limit / moved
     raise InputError(f"a first amplitude must move no class by more than {100 * limit:g} pp. None found down to {eps:.3g}; pass eps.")
 
