@@ -519,7 +519,7 @@ def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file
     "A model's state as safetensors: same keys, same types; tied weights under each of their names."
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    return save(state, metadata={"written_by": "hessian_surgery_nb", **{k: str(v) for k, v in facts.items()}})
+    return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
 @patch
 def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors") -> Path: # the directory
