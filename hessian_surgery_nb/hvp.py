@@ -283,6 +283,7 @@ def gauss_newton(
 # %% ../nbs/00_hvp.ipynb #f2dc1150
 _MODES = ("auto", "kept", "rebuilt", "forward")
 
+# %% ../nbs/00_hvp.ipynb #7b265ca4
 class HessianOperator:
     """The Hessian (or Gauss-Newton matrix) of a loss over all given data, as something to multiply with: `op @ v`.
 
@@ -316,7 +317,7 @@ class HessianOperator:
         self._single = isinstance(self.data, list) and len(self.data) == 1
         check_mode(model)
 
-# %% ../nbs/00_hvp.ipynb #7b265ca4
+# %% ../nbs/00_hvp.ipynb #423beead
 @patch(as_prop=True)
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
@@ -327,7 +328,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #08f7fb90
+# %% ../nbs/00_hvp.ipynb #5044d3e0
 def check_mode(
     model: nn.Module,
 ):
@@ -341,7 +342,7 @@ def check_mode(
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #67f1abe1
+# %% ../nbs/00_hvp.ipynb #1afddf7f
 @patch
 def _batch(self: HessianOperator, batch):
     "One batch: its inputs, the function logits -> undivided loss, and its denominator (found when the logits are there)."
@@ -365,7 +366,7 @@ def _batch(self: HessianOperator, batch):
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #1afddf7f
+# %% ../nbs/00_hvp.ipynb #5e931f72
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -385,7 +386,7 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
                          f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #6d28fe14
+# %% ../nbs/00_hvp.ipynb #2317048d
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
@@ -399,7 +400,7 @@ def check_inputs(
             raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
                              f"them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #b9a8034c
+# %% ../nbs/00_hvp.ipynb #08950a07
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -428,7 +429,7 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #08950a07
+# %% ../nbs/00_hvp.ipynb #0eb338d7
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -436,7 +437,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach(), *g))(*self._batch_grads(b, leaves, False)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #a95254bf
+# %% ../nbs/00_hvp.ipynb #da3fc2e0
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -473,7 +474,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #da3fc2e0
+# %% ../nbs/00_hvp.ipynb #b9842d0a
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -488,7 +489,7 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #6b3e85ad
+# %% ../nbs/00_hvp.ipynb #caff8b06
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -513,7 +514,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves, False)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #24f95c07
+# %% ../nbs/00_hvp.ipynb #0de4038a
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -544,7 +545,7 @@ def as_operator(op):
                          f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #0de4038a
+# %% ../nbs/00_hvp.ipynb #4c9dc14d
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."
