@@ -5,13 +5,17 @@
 # %% ../nbs/00_hvp.ipynb #25cb0932
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import numpy as np
+import psutil
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
@@ -20,12 +24,15 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .layers import LeanLayers
+
 # %% auto #0
 __all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'as_batches', 'to_device', 'tensors_in',
            'split_batch', 'Forward', 'functional_logits', 'as_loss_module', 'known_reduction', 'call_loss',
            'loss_denominator', 'infer_reduction', 'backward_through', 'forward_over_reverse', 'gauss_newton',
-           'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'OperatorCheck', 'MatrixOperator',
-           'as_operator']
+           'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes',
+           'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut', 'OperatorCheck',
+           'MatrixOperator', 'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #a6a62290
 class InputError(ValueError):
@@ -244,10 +251,16 @@ def backward_through(
     outputs = [(g, u) for g, u in zip(grads, v) if g.requires_grad]
     if not outputs: return tuple(torch.zeros_like(p) for p in leaves)
     gs, us = zip(*outputs)
-    try: return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
-    except NotImplementedError as e:
-        raise InputError(f"a Hessian needs layers with a second derivative. PyTorch says: {e}; replace the layer, or leave its "
-                         "parameters out with params=.") from e
+    with _explained("a Hessian needs layers with a second derivative", "replace the layer, leave its parameters out with params=, or let mode='auto' find a way"):
+        return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
+
+@contextlib.contextmanager
+def _explained(rule, way_out):
+    "What PyTorch says of a derivative it does not have, as an error that helps."
+    try: yield
+    except (NotImplementedError, RuntimeError) as e:
+        if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in ("not implemented", "not differentiable")): raise
+        raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
 # %% ../nbs/00_hvp.ipynb #754995d6
 def forward_over_reverse(
@@ -255,14 +268,10 @@ def forward_over_reverse(
     leaves, v, # parameters and direction, lists of one shape
 ) -> tuple[torch.Tensor, ...]: # H v, like leaves
     "The same product as the derivative of the gradient along v, by forward-mode differentiation."
-    try:
-        with fwAD.dual_level():
-            loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            tangents = [fwAD.unpack_dual(g).tangent for g in grads]
-    except NotImplementedError as e:
-        raise InputError(f"mode='forward' needs layers whose backward pass can be differentiated forward. PyTorch says: {e}; use "
-                         "mode='rebuilt'.") from e
+    with _explained("mode='forward' needs layers whose backward pass can be differentiated forward", "use mode='rebuilt'"), fwAD.dual_level():
+        loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        tangents = [fwAD.unpack_dual(g).tangent for g in grads]
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
 # %% ../nbs/00_hvp.ipynb #c100a567
@@ -281,7 +290,9 @@ def gauss_newton(
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
 # %% ../nbs/00_hvp.ipynb #f2dc1150
-_MODES = ("auto", "kept", "rebuilt", "forward")
+_MODES = {"auto": "decided at the first product, see plan()", "kept": "double backward, the gradient's graph stays in memory: fastest",
+          "rebuilt": "double backward, a batch at a time", "forward": "forward over reverse: least memory",
+          "difference": "central differences of gradients: approximate, for layers without a second derivative"}
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 class HessianOperator:
@@ -298,26 +309,36 @@ class HessianOperator:
         *,
         params=None, # None (all trainable), a glob, or a list of names and globs
         kind: str = "hessian", # "hessian" or "gauss_newton"
-        mode: str = "auto", # "kept": fastest, memory for all batches; "rebuilt": memory for one; "forward": least memory
+        mode: str = "auto", # "kept", "rebuilt", "forward", "difference"; "auto" picks by network and memory
         forward=None, # forward(model, X) -> logits, for unusual networks
         reduction: str | None = None, # "mean" or "sum" for a custom loss; None: found out
+        memory: float | None = None, # bytes that graphs may take; None: half of what is free at the first product
+        micro_batch: int | None = None, # images at a time; None: whole batches, cut only by "auto" and when memory asks for it
+        precision: str | None = None, # "bf16": the network runs in bfloat16, see check(); None: as its weights are
     ):
-        if kind not in ("hessian", "gauss_newton"): raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
-        if not callable(loss_fn) or isinstance(loss_fn, type):
-            raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as "
-                             "nn.CrossEntropyLoss().")
-        if mode not in _MODES: raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
+        _check_options(loss_fn, kind=kind, mode=mode, precision=precision, micro_batch=micro_batch, memory=memory)
         self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), as_batches(data), kind, mode
         chosen = select_params(model, params)
         self.names, self.reduction, self.num_matvecs, self.denominator = list(chosen), reduction, 0, None
+        self.memory, self.micro_batch, self.precision = memory, micro_batch, precision
         first = next(iter(chosen.values()))
         n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
-        self._net, self._graphs, self._seen = Forward(model, forward), None, None
-        self._single = isinstance(self.data, list) and len(self.data) == 1
+        self._net, self._graphs, self._seen, self._plan = Forward(model, forward), None, None, None
         check_mode(model)
 
 # %% ../nbs/00_hvp.ipynb #423beead
+def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
+    if kind not in ("hessian", "gauss_newton"): raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
+    if mode not in _MODES: raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
+    if precision not in (None, "bf16"): raise InputError(f"precision must be None or 'bf16'. Got {precision!r}.")
+    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1): raise InputError(f"micro_batch must be a whole number of images, at least 1. Got {micro_batch!r}.")
+    if micro_batch is not None and mode == "kept": raise InputError("mode='kept' keeps whole batches, micro_batch cuts them. Got both; leave one out.")
+    if memory is not None and not memory > 0: raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
+
+# %% ../nbs/00_hvp.ipynb #08f7fb90
 @patch(as_prop=True)
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
@@ -328,7 +349,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #5044d3e0
+# %% ../nbs/00_hvp.ipynb #e4b49286
 def check_mode(
     model: nn.Module,
 ):
@@ -342,17 +363,22 @@ def check_mode(
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #1afddf7f
+# %% ../nbs/00_hvp.ipynb #5e931f72
 @patch
-def _batch(self: HessianOperator, batch):
-    "One batch: its inputs, the function logits -> undivided loss, and its denominator (found when the logits are there)."
+def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
     check_inputs(X, next(iter(self.params.values())))
     if isinstance(self.loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not y.is_floating_point(): y = y.long()
+    return X, y
+
+@patch
+def _batch(self: HessianOperator, batch):
+    "One batch: its inputs, and the function logits -> undivided loss (which finds the denominator on the way)."
+    X, y = self._load(batch)
     def loss_of(z):
         if self._seen is None: check_batch(X, y, z, self.loss_fn)
-        if self.reduction is None and known_reduction(self.loss_fn) is None: self.reduction = "sum" if self._single else infer_reduction(self.loss_fn, z.detach(), y)
+        if self.reduction is None and known_reduction(self.loss_fn) is None: self.reduction = "sum" if self._whole else infer_reduction(self.loss_fn, z.detach(), y)
         loss = call_loss(self.loss_fn, z, y)
         d = loss_denominator(self.loss_fn, z, y, self.reduction)
         if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
@@ -363,10 +389,15 @@ def _batch(self: HessianOperator, batch):
         return loss * d
     return X, loss_of
 
+@patch(as_prop=True)
+def _whole(self: HessianOperator) -> bool:
+    "Is all data one batch, taken in one piece? Then nobody need know what the loss divides by."
+    return isinstance(self.data, list) and len(self.data) == 1 and not self.plan().micro_batch
+
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #5e931f72
+# %% ../nbs/00_hvp.ipynb #2592ceeb
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -386,7 +417,7 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
                          f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #2317048d
+# %% ../nbs/00_hvp.ipynb #56a70d34
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
@@ -400,26 +431,203 @@ def check_inputs(
             raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
                              f"them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #08950a07
+# %% ../nbs/00_hvp.ipynb #0eb338d7
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
 @patch
-def _batch_grads(self: HessianOperator, batch, leaves, create_graph: bool):
+def _logits(self: HessianOperator, leaves, X):
+    "Logits with the given tensors for the selected parameters, in the wanted precision; at least single precision when they come out."
+    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
+        z = functional_logits(self._net, dict(zip(self.names, leaves)), X)
+    return z.to(self.dtype) if self.precision else z
+
+@patch
+def _batch_grads(self: HessianOperator, batch, leaves):
     "Undivided loss of a batch and its gradient."
     X, loss_of = self._batch(batch)
-    loss = loss_of(functional_logits(self._net, dict(zip(self.names, leaves)), X))
+    loss = loss_of(self._logits(leaves, X))
     if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
-    return loss, torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+# %% ../nbs/00_hvp.ipynb #eade7ba7
+def gradient_graph(
+    loss_of, # function without arguments: the scalar loss
+    leaves, # what it is differentiated for
+) -> tuple[torch.Tensor, ...]: # like leaves; only their derivative is right, not their values
+    "The gradient as something to differentiate once more. Weight gradients, which nobody reads, are left out."
+    with LeanLayers() as lean:
+        loss = loss_of()
+        if not loss.requires_grad: return tuple(torch.zeros_like(p) for p in leaves)
+        with lean.weights_unread(): grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+    if any(n.name().endswith("::Error") for n in nodes_of(grads)):
+        raise InputError(f"a Hessian needs layers with a second derivative. One of {', '.join(python_functions([loss]))} is marked once_differentiable; "
+                         "replace it, leave its parameters out with params=, or let mode='auto' find a way.")
+    return grads
+
+@patch
+def _graph(self: HessianOperator, batch, leaves):
+    X, loss_of = self._batch(batch)
+    return gradient_graph(lambda: loss_of(self._logits(leaves, X)), leaves)
+
+# %% ../nbs/00_hvp.ipynb #da3fc2e0
+def graph_bytes(
+    build, # function that builds a graph and returns it
+) -> int:
+    "Bytes that autograd saves for a graph, every storage counted once."
+    seen = {}
+    def pack(t):
+        s = t.untyped_storage()
+        seen[s.data_ptr()] = s.nbytes()
+        return t.detach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): build()
+    return sum(seen.values())
+
+def free_memory(
+    device: torch.device,
+) -> int:
+    "Bytes that could be allocated there now."
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+# %% ../nbs/00_hvp.ipynb #2d24cd42
+@dataclass(frozen=True)
+class Plan:
+    "How products are computed, and what that takes."
+    mode: str # "kept", "rebuilt", "forward" or "difference"
+    micro_batch: int | None # images at a time; None: whole batches
+    needed: float # bytes, estimated, that graphs and the pass through them take; nan when the mode was chosen by hand
+    allowed: float # bytes
+    def __repr__(self):
+        cut = "" if self.micro_batch is None else f", {self.micro_batch} images at a time"
+        return f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)" if self.needed == self.needed else f"Plan({self.mode}{cut})"
+
+# %% ../nbs/00_hvp.ipynb #e86bbe11
+@patch
+def plan(self: HessianOperator) -> Plan:
+    "How products will be computed; decided once, at the first product or here."
+    if self._plan is None: self._plan = self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan)
+    return self._plan
+
+@patch
+def _auto(self: HessianOperator) -> Plan:
+    check_mode(self.model)
+    allowed = self.memory or free_memory(self.device) / 2
+    first = next(iter(self.data), None)
+    if first is None: raise InputError("data must hold at least one batch. Got none.")
+    small, large = (next(cut(first, s)) for s in (2, 4))
+    if not self._sound(small): return Plan("rebuilt", self.micro_batch, math.nan, math.nan) # the pass itself will say what is wrong
+    mode = self._possible(small)
+    if mode == "difference": return Plan(mode, self.micro_batch, math.nan, math.nan)
+    rows = lambda y: len(y) if y.ndim else 1
+    sizes = [2 * self._graph_size(b) for b in (small, large)]
+    slope = max(sizes[1] - sizes[0], 0) / max(rows(large[1]) - rows(small[1]), 1)
+    need = lambda n: sizes[1] + slope * (n - rows(large[1]))
+    batches = [rows(split_batch(b)[1]) for b in self.data] if isinstance(self.data, list) else [rows(split_batch(first)[1])]
+    whole, one = sum(map(need, batches)), need(max(batches))
+    if mode == "kept" and isinstance(self.data, list) and not self.micro_batch and whole <= allowed: return Plan("kept", None, whole, allowed)
+    mode = "rebuilt" if mode == "kept" else mode
+    if self.micro_batch or one <= allowed or not self._separable(small, large): return Plan(mode, self.micro_batch, one, allowed)
+    size = max(1, int((allowed - need(0)) / slope) if slope else max(batches))
+    return Plan(mode, size, need(size), allowed)
+
+@patch
+def _graph_size(self: HessianOperator, batch):
+    (X, y), leaves = self._load(batch), self._leaves()
+    def build():
+        if self.kind == "gauss_newton": return self._logits(leaves, X)
+        return gradient_graph(lambda: call_loss(self.loss_fn, self._logits(leaves, X), y), leaves)
+    own = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+    return max(graph_bytes(build) - sum(own.values()), 0)
+
+@patch
+def _sound(self: HessianOperator, batch) -> bool:
+    try:
+        X, y = self._load(batch)
+        with torch.no_grad(): z = self._logits(self._leaves(), X)
+        check_batch(X, y, z, self.loss_fn)
+        call_loss(self.loss_fn, z, y)
+        return True
+    except (InputError, RuntimeError, IndexError, TypeError): return False
+
+@patch
+def _separable(self: HessianOperator, small, large):
+    with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
+    return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+# %% ../nbs/00_hvp.ipynb #9f755e9f
+def nodes_of(tensors):
+    "All nodes of the graphs that made these tensors."
+    seen, stack = set(), [t.grad_fn for t in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen: continue
+        seen.add(node); stack += [n for n, _ in node.next_functions]
+        yield node
+
+def python_functions(tensors) -> list[str]:
+    "Autograd functions written in Python by others, in the graphs of these tensors."
+    classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
+    return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
+
+# %% ../nbs/00_hvp.ipynb #6a60f0f1
+def difference(
+    gradient_at, # function (n,) -> (n,)
+    theta: torch.Tensor, v: torch.Tensor, # (n,) where, and along what
+    scale: float = 1., # of the step, in cube roots of the rounding unit
+) -> torch.Tensor: # (n,), about H v
+    "Central difference of gradients."
+    size = v.norm().item()
+    if not size: return torch.zeros_like(v)
+    h = scale * torch.finfo(v.dtype).eps ** (1 / 3) * max(theta.norm().item(), 1.) / size
+    return (gradient_at(theta + h * v) - gradient_at(theta - h * v)) / (2 * h)
+
+def _apart(a, b): return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else (0. if not a.norm() else math.inf)
+
+# %% ../nbs/00_hvp.ipynb #d54c147e
+@patch
+def _possible(self: HessianOperator, batch) -> str:
+    "The best mode that the network's layers allow, tried on a few images."
+    if self.kind == "gauss_newton": return "rebuilt"
+    (X, y), leaves, said = self._load(batch), self._leaves(), None
+    def loss(ts): return call_loss(self.loss_fn, self._logits(ts, X), y)
+    def gradient_at(theta):
+        ts = [t.detach().requires_grad_() for t in unflatten(theta, leaves)]
+        return flatten(torch.autograd.grad(loss(ts), ts, allow_unused=True, materialize_grads=True))
+    if not loss(leaves).requires_grad: return "kept"
+    theta, v = flatten(leaves).detach(), torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+    parts, foreign = unflatten(v, leaves), python_functions([loss(leaves)])
+    products = dict(kept=lambda: backward_through(gradient_graph(lambda: loss(leaves), leaves), leaves, parts, False), forward=lambda: forward_over_reverse(loss, leaves, parts))
+    for mode, product in products.items():
+        try: off = _apart(flatten(product()), difference(gradient_at, theta, v)) if foreign else product() and 0.
+        except InputError as e: said = said or str(e).split(";")[0]; continue
+        if off < .05: return mode
+        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign)} is off by {off:.0%}"
+    off = _apart(difference(gradient_at, theta, v, 2.), difference(gradient_at, theta, v))
+    if not off < .1: raise InputError(f"{said}, and differences of gradients with two steps are {off:.0%} apart; use model.double(), or replace the layer.")
+    warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
+    return "difference"
+
+# %% ../nbs/00_hvp.ipynb #7544d469
+def cut(
+    batch, # (X, y)
+    size: int | None, # images in a piece; None: in one piece
+):
+    "A batch in pieces: whatever has as many rows as there are labels is cut, the rest is passed whole."
+    X, y = split_batch(batch)
+    if size is None or not y.ndim or len(y) <= size: yield X, y; return
+    def rows(t, s): return t[s] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
+    for i in range(0, len(y), size):
+        s = slice(i, i + size)
+        yield ({k: rows(t, s) for k, t in X.items()} if isinstance(X, Mapping) else [rows(t, s) for t in X] if isinstance(X, (list, tuple)) else rows(X, s)), y[s]
 
 @patch
 def _pass(self: HessianOperator, each):
-    "Visit every batch with `each(batch)`, then settle the denominator; refuse data that changed since the last pass."
+    "Visit every piece with `each(piece)`, then settle the denominator; refuse data that changed since the last pass."
     check_mode(self.model)
     self._total, out = 0., None
-    for batch in self.data:
-        part = each(batch)
-        out = part if out is None else tuple(a + b for a, b in zip(out, part))
+    for piece in (p for batch in self.data for p in cut(batch, self.plan().micro_batch)):
+        part = each(piece)
+        out = part if out is None else tuple(a.add_(b) for a, b in zip(out, part))
     if out is None: raise InputError("data must hold at least one batch. Got none.")
     D = 1. if self._sums() else self._total
     if D == 0: raise InputError("the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0.")
@@ -429,15 +637,15 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #0eb338d7
+# %% ../nbs/00_hvp.ipynb #be0ced92
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
     leaves = self._leaves()
-    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach(), *g))(*self._batch_grads(b, leaves, False)))
+    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #da3fc2e0
+# %% ../nbs/00_hvp.ipynb #883656ce
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -446,7 +654,7 @@ def _kept(self: HessianOperator):
     if self._graphs is None or self._graphs[0] != stamp:
         self._graphs = None
         leaves, graphs = self._leaves(), []
-        self._pass(lambda b: graphs.append(self._batch_grads(b, leaves, True)[1]) or ())
+        self._pass(lambda b: graphs.append(self._graph(b, leaves)) or ())
         self._graphs = stamp, leaves, graphs
     return self._graphs[1:]
 
@@ -458,23 +666,31 @@ def _stamp(model: nn.Module) -> list:
 
 @patch
 def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
-    mode = self.mode if self.mode != "auto" else "kept" if self._single else "rebuilt"
-    leaves = self._leaves()
+    mode, leaves = self.plan().mode, self._leaves()
     parts = unflatten(v, leaves)
-    state = lambda ts: dict(zip(self.names, ts))
     if self.kind == "gauss_newton":
-        def each(b): X, loss_of = self._batch(b); return gauss_newton(lambda ts: functional_logits(self._net, state(ts), X), loss_of, leaves, parts)
+        def each(b): X, loss_of = self._batch(b); return gauss_newton(lambda ts: self._logits(ts, X), loss_of, leaves, parts)
+    elif mode == "difference": return self._difference(v)
     elif mode == "forward":
-        def each(b): X, loss_of = self._batch(b); return forward_over_reverse(lambda ts: loss_of(functional_logits(self._net, state(ts), X)), leaves, parts)
+        def each(b): X, loss_of = self._batch(b); return forward_over_reverse(lambda ts: loss_of(self._logits(ts, X)), leaves, parts)
     elif mode == "rebuilt":
-        def each(b): return backward_through(self._batch_grads(b, leaves, True)[1], leaves, parts, False)
+        def each(b): return backward_through(self._graph(b, leaves), leaves, parts, False)
     else:
         leaves, graphs = self._kept()
         outs = [backward_through(g, leaves, parts, True) for g in graphs]
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #b9842d0a
+@patch
+def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> torch.Tensor:
+    return difference(self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale)
+
+@patch
+def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
+    leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
+    return flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1])) / self.denominator
+
+# %% ../nbs/00_hvp.ipynb #d30f4562
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -489,12 +705,13 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #caff8b06
+# %% ../nbs/00_hvp.ipynb #b1d59301
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
     symmetry: float # |u'Hv - v'Hu| over |u||Hv|; rounding of the type is normal
     finite_difference: float # |Hv - difference of gradients| over |Hv|; about 1e-2 in float32, 1e-6 in float64 is normal
+    precision: float # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
 
 @patch
 def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) -> OperatorCheck: # step: relative to |theta|
@@ -504,17 +721,13 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     u, v = u / u.norm(), v / v.norm()
     Hu, Hv = self @ u, self @ v
     scale = Hv.norm().item() or 1.
-    theta = flatten(p.detach() for p in self.params.values())
-    h = (step or torch.finfo(self.dtype).eps ** (1 / 3)) * max(theta.norm().item(), 1.)
-    diff = (self._gradient_at(theta + h * v) - self._gradient_at(theta - h * v)) / (2 * h)
-    return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan)
+    full = copy.copy(self)
+    full.precision, full._graphs, full._seen = None, None, None
+    diff = full._difference(v, 1. if step is None else step / torch.finfo(self.dtype).eps ** (1 / 3))
+    off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
+    return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
 
-@patch
-def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
-    leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
-    return flatten(self._pass(lambda b: self._batch_grads(b, leaves, False)[1])) / self.denominator
-
-# %% ../nbs/00_hvp.ipynb #0de4038a
+# %% ../nbs/00_hvp.ipynb #75872576
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -545,7 +758,7 @@ def as_operator(op):
                          f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #4c9dc14d
+# %% ../nbs/00_hvp.ipynb #ffbe29cc
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

@@ -5,32 +5,46 @@
 # %% ../nbs/01_lanczos.ipynb #d8a344a4
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from .hvp import InputError, as_operator
+from .hvp import InputError, as_operator, free_memory
 
 # %% auto #0
-__all__ = ['orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'top_eigenpairs',
-           'eigen_residuals', 'angle_bounds']
+__all__ = ['slabs', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'combine',
+           'blend', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
 
 # %% ../nbs/01_lanczos.ipynb #dda86d30
+def slabs(basis): # (m, n)
+    "Slices of the coordinates, small enough that a slab of the basis stays in the cache."
+    m, n = basis.shape
+    size = 1 << 24 if basis.is_cuda else max(1 << 14, (1 << 20) // max(m, 1))
+    return [slice(s, s + size) for s in range(0, n, size)]
+
 def orthogonalise(
     w: torch.Tensor, # (n,), changed in place
-    basis: torch.Tensor, # (m, n), orthonormal rows
+    basis: torch.Tensor, # (m, n), orthonormal rows; may be of a shorter type
 ) -> torch.Tensor: # (m,) float64 on the CPU: what was removed, basis @ w
     "Remove from `w` all that lies in the basis; twice is enough."
-    h = torch.zeros(len(basis), dtype=torch.float64)
-    for _ in range(2):
-        c = basis @ w
-        w.addmv_(basis.T, c, alpha=-1)
-        h += c.double().cpu()
-    return h
+    parts = slabs(basis)
+    h, c = torch.zeros(len(basis), dtype=torch.float64, device=w.device), 0.
+    for s in parts: c = c + (basis[:, s].to(w.dtype) @ w[s]).double()
+    for again in (True, False):
+        h, step, c = h + c, c.to(w.dtype), 0.
+        for s in parts:
+            B = basis[:, s].to(w.dtype)
+            w[s].addmv_(B.T, step, alpha=-1)
+            if again: c = c + (B @ w[s]).double()
+    return h.cpu()
 
-# %% ../nbs/01_lanczos.ipynb #ce57503b
+# %% ../nbs/01_lanczos.ipynb #a5e48729
 @dataclass(frozen=True)
 class Tridiagonal:
     "Lanczos after m steps: H Q = Q T + beta[-1] next e_m'."
@@ -47,7 +61,7 @@ class Tridiagonal:
 
     def __repr__(self): return f"Tridiagonal({len(self.alpha)} steps, n={self.basis.shape[1]:,}, last beta {self.beta[-1]:.2g})"
 
-# %% ../nbs/01_lanczos.ipynb #a5e48729
+# %% ../nbs/01_lanczos.ipynb #840de445
 def random_unit(
     n: int,
     generator: torch.Generator, # on the CPU, so that a seed means the same everywhere
@@ -57,7 +71,7 @@ def random_unit(
     v = torch.randn(n, generator=generator, dtype=torch.float32 if like.dtype != torch.float64 else torch.float64)
     return (v / v.norm()).to(like.device, like.dtype)
 
-# %% ../nbs/01_lanczos.ipynb #840de445
+# %% ../nbs/01_lanczos.ipynb #bc73e06d
 def lanczos_tridiag(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     num_steps: int, # m; stops early when the space is exhausted
@@ -69,7 +83,7 @@ def lanczos_tridiag(
     op, n = as_operator(op), op.shape[0]
     if num_steps < 1: raise InputError(f"num_steps must be at least 1. Got {num_steps}.")
     m = min(num_steps, n)
-    q = random_unit(n, torch.Generator().manual_seed(seed), op) if v0 is None else _start(v0, op)
+    q = _start(v0, op, torch.Generator().manual_seed(seed))
     basis, alpha, beta = torch.empty(m, n, dtype=op.dtype, device=op.device), [], []
     for j in range(m):
         basis[j] = q
@@ -86,14 +100,16 @@ def lanczos_tridiag(
 
 def _negligible(dtype, alpha, beta): return 10 * torch.finfo(dtype).eps * max(map(abs, alpha + beta))
 
-def _start(v0, op):
+def _start(v0, op, generator):
+    if v0 is None: return random_unit(op.shape[0], generator, op)
+    if hasattr(v0, "vectors") or torch.as_tensor(v0).ndim == 2: v0 = blend(v0)
     v0 = torch.as_tensor(v0)
     if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not v0.norm() > 0:
         raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
                          f"norm {v0.norm().item():.3g}.")
     return (v0 / v0.norm()).to(op.device, op.dtype)
 
-# %% ../nbs/01_lanczos.ipynb #607171be
+# %% ../nbs/01_lanczos.ipynb #4f021222
 def plot_ritz(
     tri: Tridiagonal,
     truth=None, # (k,) eigenvalues to draw as lines
@@ -107,7 +123,7 @@ def plot_ritz(
     for m in range(1, len(T) + 1): ax.plot([m] * m, torch.linalg.eigvalsh(T[:m, :m]), ".", ms=3, color=COLOURS["blue"])
     return ax
 
-# %% ../nbs/01_lanczos.ipynb #eea3751f
+# %% ../nbs/01_lanczos.ipynb #ebfb3836
 @dataclass(frozen=True)
 class Eigenpairs:
     "Certified Ritz pairs."
@@ -121,32 +137,48 @@ class Eigenpairs:
         shown = ", ".join(f"{v:.4g}" for v in self.values[:6].tolist()) + (", ..." if len(self) > 6 else "")
         return f"Eigenpairs([{shown}], {int(self.converged.sum())} of {len(self)} certified, {self.num_matvecs} products)"
 
-# %% ../nbs/01_lanczos.ipynb #ebfb3836
+# %% ../nbs/01_lanczos.ipynb #ac9dedf2
 _ORDER = {"LA": lambda t: -t, "SA": lambda t: t, "LM": lambda t: -t.abs()}
 
 class _Krylov:
-    "A growing orthonormal basis with the operator's projection on it."
-    def __init__(self, op, size, generator):
-        self.op, self.n, self.generator = op, op.shape[0], generator
-        self.basis = torch.empty(size, self.n, dtype=op.dtype, device=op.device)
-        self.T = torch.zeros(size, size, dtype=torch.float64)
-        self.m, self.beta, self.next = 0, 0., None
+    "A growing orthonormal basis, a row a vector, with the operator's projection on it: H Q = Q T + next tail' + blur."
+    def __init__(self, op, size, generator, dtype=None, run_dir=None):
+        self.op, self.n, self.size, self.generator = op, op.shape[0], size, generator
+        self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
+        self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=torch.float64)
+        self.m, self.used, self.beta, self.next, self.tail = 0, 0, 0., None, torch.zeros(0, dtype=torch.float64)
+        self.blur = torch.zeros(size, dtype=torch.float64) # what rounding to a shorter type took from each row of the relation above
         self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; (row, size) of what closed ones left over
 
-    def expand(self, q):
-        "One product: `q` joins the basis; `next` is what it leaves over."
+    def rows(self, count, name):
+        if self.dir is None: return torch.empty(count, self.n, dtype=self.dtype, device=self.op.device)
+        return torch.from_file(str(self.dir/f"{name}.bin"), shared=True, size=count * self.n, dtype=self.dtype).view(count, self.n)
+
+    def expand(self):
+        "One product with the newest row; `next` is what it leaves over."
         m = self.m
         if self.closed: self.block, self.closed = m, False
-        self.basis[m] = q
-        w = self.op @ self.basis[m]
+        w = self.op @ self.basis[m].to(self.op.dtype)
         if not torch.isfinite(w).all():
             raise InputError(f"products must be finite. Got NaN or infinity at product {m + 1}; check the weights, or use float32 "
                              "instead of a shorter type.")
-        self.T[:m + 1, m] = self.T[m, :m + 1] = orthogonalise(w, self.basis[:m + 1])
-        self.m, self.beta = m + 1, w.norm().item()
+        h = orthogonalise(w, self.basis[:m + 1])
+        if self.resumed and not (h[:m] - self.tail).norm() <= .02 * self.tail.norm() + torch.finfo(self.dtype).eps ** .5 * .1 * self.T.abs().max():
+            raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
+        self.T[:m + 1, m] = self.T[m, :m + 1] = h
+        self.resumed = False
+        self.m, self.used, self.beta = m + 1, self.used + 1, w.norm().item()
         self.next = w.div_(self.beta) if self.beta > 0 else w
+        self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 
-# %% ../nbs/01_lanczos.ipynb #a9639d7a
+    def put(self, q):
+        "Write the vector that comes next into its row. Rounding on the way is noted, for the residuals' sake."
+        row = self.basis[self.m]
+        row.copy_(q)
+        if self.dtype != self.op.dtype: self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
+        if self.dir: self.save()
+
+# %% ../nbs/01_lanczos.ipynb #cf421db9
 @patch
 def close(self: _Krylov, slack):
     "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
@@ -159,7 +191,7 @@ def close(self: _Krylov, slack):
 @patch
 def fresh(self: _Krylov):
     "Open a new block with a random vector orthogonal to all before."
-    w, self.closed, self.beta = random_unit(self.n, self.generator, self.op), True, 0.
+    w, self.closed, self.beta, self.tail = random_unit(self.n, self.generator, self.op), True, 0., self.tail * 0.
     for _ in range(2):
         orthogonalise(w, self.basis[:self.m])
         w = w / w.norm()
@@ -172,14 +204,15 @@ def lock(self: _Krylov, theta, U, res, k):
     self.left = [(j, res[j].item()) for j in range(k)]
     self.fresh()
 
-# %% ../nbs/01_lanczos.ipynb #d03dabec
+# %% ../nbs/01_lanczos.ipynb #cd6916c6
 @patch
 def ritz(self: _Krylov, order):
     "Ritz values, wanted first, their small vectors, and bounds on their residuals."
     theta, U = torch.linalg.eigh(self.T[:self.m, :self.m])
     idx = torch.argsort(order(theta), stable=True)
     U = U[:, idx]
-    return theta[idx], U, sum((b * U[j].abs() for j, b in self.left), self.beta * U[-1].abs())
+    blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
+    return theta[idx], U, sum((b * U[j].abs() for j, b in self.left), self.beta * U[-1].abs()) + blur
 
 @patch
 def hides_nothing(self: _Krylov, order, last, slack):
@@ -190,16 +223,70 @@ def hides_nothing(self: _Krylov, order, last, slack):
     i = torch.argmin(order(theta))
     return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
 
+def combine(
+    C: torch.Tensor, # (k, m) coefficients
+    basis: torch.Tensor, # (m, n)
+    out: torch.Tensor, # (k, n), receives C @ basis; may be the first rows of the basis itself
+) -> torch.Tensor: # (k,) float64: how far rounding to the type of `out` moved each row
+    "Combinations of basis vectors, a slab of coordinates at a time."
+    lost, C = torch.zeros(len(C), dtype=torch.float64), C.to(basis.device, torch.float64 if basis.dtype == torch.float64 else torch.float32)
+    for s in slabs(basis):
+        exact = C @ basis[:, s].to(C.dtype)
+        out[:, s] = exact.to(out.dtype)
+        if out.dtype != C.dtype: lost += (exact - out[:, s].to(C.dtype)).double().square().sum(1).cpu()
+    return lost.sqrt()
+
 @patch
 def restart(self: _Krylov, theta, U, keep):
-    "Thick restart: the best `keep` Ritz vectors become the basis. In place, a slab of coordinates at a time."
-    C = U[:, :keep].T.to(self.basis)
-    for s in range(0, self.n, 1 << 18): self.basis[:keep, s:s + (1 << 18)] = C @ self.basis[:self.m, s:s + (1 << 18)]
+    "Thick restart: the best `keep` Ritz vectors become the basis. A slab of coordinates at a time: in place, or in a new file."
+    old, blur = self.basis[:self.m], ((U[:, :keep] * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
+    if self.dir: self.generation += 1; self.basis = self.rows(self.size, f"basis{self.generation}")
+    lost = combine(U[:, :keep].T, old, self.basis[:keep])
+    self.blur.zero_(); self.blur[:keep] = blur + lost * theta.abs().max()
+    self.tail = self.beta * U[-1, :keep]
     self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
     self.left = [(i, sum(b * U[j, i].abs().item() for j, b in self.left)) for i in range(keep)] if self.left else []
     self.m, self.block = keep, None
 
-# %% ../nbs/01_lanczos.ipynb #cd6916c6
+# %% ../nbs/01_lanczos.ipynb #c243ee6e
+def blend(
+    subspace, # Eigenpairs, or (n, j)
+) -> torch.Tensor: # (n,)
+    "One start vector for a whole subspace: the sum of its vectors."
+    V = subspace.vectors if hasattr(subspace, "vectors") else torch.as_tensor(subspace)
+    out = torch.empty(1, len(V), dtype=torch.float64 if V.dtype == torch.float64 else torch.float32, device=V.device)
+    combine(torch.ones(1, V.shape[1], dtype=torch.float64), V.T, out)
+    return out[0]
+
+# %% ../nbs/01_lanczos.ipynb #4d0f8b71
+_STATE = ("m", "used", "generation", "closed", "block")
+
+@patch
+def save(self: _Krylov):
+    "The state beside the vectors, atomically; then older vectors may go."
+    numbers = torch.tensor([int(-1 if getattr(self, a) is None else getattr(self, a)) for a in _STATE])
+    state = dict(T=self.T, blur=self.blur, tail=self.tail, left=torch.tensor(self.left, dtype=torch.float64).reshape(-1, 2), numbers=numbers,
+                 generator=self.generator.get_state())
+    save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
+    os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
+    for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
+
+@patch
+def load(self: _Krylov, request: dict) -> bool:
+    "Take up an interrupted run, if there is one; refuse one that asked for something else."
+    self.request = ", ".join(f"{a}={b}" for a, b in request.items())
+    if self.dir is None or not (self.dir/"state.safetensors").exists(): return False
+    with safe_open(self.dir/"state.safetensors", "pt") as f: theirs = f.metadata()["request"]
+    if theirs != self.request: raise InputError(f"a run goes on with the request it began with. {self.dir} has {theirs}; this is {self.request}. Remove it, or name another run_dir.")
+    state = load_file(self.dir/"state.safetensors")
+    for a, number in zip(_STATE, state["numbers"].tolist()): setattr(self, a, number)
+    self.block, self.closed = None if self.block < 0 else self.block, bool(self.closed)
+    self.T, self.blur, self.tail, self.left = state["T"], state["blur"], state["tail"], [(int(i), b) for i, b in state["left"].tolist()]
+    self.generator.set_state(state["generator"])
+    self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
+    return True
+
+# %% ../nbs/01_lanczos.ipynb #82ec3426
 def top_eigenpairs(
     op, # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
     k: int, # pairs wanted
@@ -207,59 +294,82 @@ def top_eigenpairs(
     which: str = "LA", # "LA" largest, "SA" smallest, "LM" largest magnitude
     tol: float = 1e-3, # residual over the largest |Ritz value|
     max_matvecs: int | None = None, # give up after so many products; None: 20 k + 200
-    max_basis: int | None = None, # vectors kept in memory; None: 2 k + 20
-    v0: torch.Tensor | None = None, # start vector (n,), or (n, j): their sum
+    max_basis: int | None = None, # vectors kept; None: 2 k + 20, fewer if they would take more than half of the free memory
+    v0=None, # where to start: a vector (n,); or a subspace, (n, j) or Eigenpairs, of a matrix close by (warm start)
     seed: int = 0, # for a random start
     verify: bool = False, # afterwards, look for missed pairs from a fresh random start
+    basis_dtype: torch.dtype | None = None, # torch.bfloat16 halves the memory of vectors; residuals count the rounding
+    run_dir=None, # keep the vectors in files there; an interrupted run goes on where it was
     progress: bool = False, # a bar
 ) -> Eigenpairs:
     "The k most wanted eigenpairs, each certified by its residual. Pairs that are not are flagged, and a warning says so."
     op, n = as_operator(op), op.shape[0]
-    _check_request(k, n, which, tol)
-    limit = 20 * k + 200 if max_matvecs is None else max_matvecs
-    size = min(n, max(max_basis or 2 * k + 20, k + 3))
-    g = torch.Generator().manual_seed(seed)
-    kry, bar = _Krylov(op, size, g), _bar(progress, k)
-    q = random_unit(n, g, op) if v0 is None else _start(torch.as_tensor(v0) if torch.as_tensor(v0).ndim == 1 else torch.as_tensor(v0).sum(1), op)
-    for used in range(1, limit + 1):
-        kry.expand(q)
+    limit, g = 20 * k + 200 if max_matvecs is None else max_matvecs, torch.Generator().manual_seed(seed)
+    _check_request(k, n, which, tol, limit, basis_dtype)
+    size = _size(op, k, max_basis, basis_dtype, run_dir)
+    kry, bar = _Krylov(op, size, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
+    if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.put(_start(v0, op, g))
+    while True:
+        kry.expand()
         slack = tol * torch.linalg.eigvalsh(kry.T[:kry.m, :kry.m]).abs().max().item()
         kry.close(slack)
-        q = kry.next
         theta, U, res = kry.ritz(_ORDER[which])
         ok = res <= slack
         bar.update(min(int(ok[:k].sum()), k) - bar.n)
-        if q is None: break
+        if kry.next is None: break
         if kry.m >= k and ok[:k].all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
             if not verify or kry.block is not None: break
             kry.lock(theta, U, res, k)
-            q = kry.next
-        elif kry.m == size and used < limit: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
+        if kry.used >= limit: break
+        if kry.m == size: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
+        kry.put(kry.next)
     bar.close()
-    return _finish(kry, theta, U, res, ok, k, used, limit, tol)
+    return _finish(kry, theta, U, res, slack, k, tol)
 
-# %% ../nbs/01_lanczos.ipynb #b850a570
-def _finish(kry, theta, U, res, ok, k, used, limit, tol) -> Eigenpairs:
-    if kry.m < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
-    vectors = (U[:, :k].T.to(kry.basis) @ kry.basis[:kry.m]).T
-    pairs = Eigenpairs(theta[:k].clone(), vectors, res[:k].clone(), used, ok[:k].clone())
+# %% ../nbs/01_lanczos.ipynb #e8420b79
+def _finish(kry, theta, U, res, slack, k, tol) -> Eigenpairs:
+    crowded = 2 * k > kry.m and kry.dir is None # then the basis itself becomes the result, which saves a copy
+    vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
+    res = res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * theta.abs().max()
+    pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, res <= slack)
     if not pairs.converged.all():
-        warnings.warn(f"{int((~pairs.converged).sum())} of {k} eigenpairs are not certified to {tol:g} after {used} products; "
-                      "raise max_matvecs or tol.", stacklevel=2)
+        warnings.warn(f"{int((~pairs.converged).sum())} of {k} eigenpairs are not certified to {tol:g} after {kry.used} products; "
+                      "raise max_matvecs or tol.", stacklevel=3)
     return pairs
 
-# %% ../nbs/01_lanczos.ipynb #c243ee6e
-def _check_request(k, n, which, tol):
+# %% ../nbs/01_lanczos.ipynb #27c8256c
+def _check_request(k, n, which, tol, limit, basis_dtype):
     if not isinstance(k, int) or isinstance(k, bool): raise InputError(f"k must be a whole number. Got {k!r}.")
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
     if which not in _ORDER: raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
     if not tol > 0: raise InputError(f"tol must be positive. Got {tol}.")
+    if limit < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
+    if basis_dtype is not None and not (isinstance(basis_dtype, torch.dtype) and basis_dtype.is_floating_point): raise InputError(f"basis_dtype must be a floating-point type. Got {basis_dtype!r}; torch.bfloat16 halves the memory.")
+
+def _size(op, k, max_basis, dtype, run_dir):
+    "How many vectors to keep."
+    n, each, wanted = op.shape[0], op.shape[0] * (dtype or op.dtype).itemsize, max(max_basis or 2 * k + 20, k + 3)
+    if run_dir is None and wanted * each > 2**28: # below 256 MB nobody need ask
+        room = free_memory(op.device)
+        if max_basis is None: wanted = max(min(wanted, int(room / 2 // each)), k + 3)
+        if min(n, wanted) * each > room:
+            raise InputError(f"the basis must fit into memory. {min(n, wanted)} vectors of {n:,} numbers take {min(n, wanted) * each / 1e9:.3g} GB, {room / 1e9:.3g} GB are free; "
+                             "use basis_dtype=torch.bfloat16, a run_dir on disk, or fewer pairs.")
+    return min(n, wanted)
+
+def _directory(run_dir):
+    if run_dir is None: return None
+    path = Path(run_dir).expanduser()
+    if path.exists() and any(p.name != "state.safetensors" and p.suffix not in (".bin", ".tmp") for p in path.iterdir()):
+        raise InputError(f"run_dir must be a directory of its own. {path} holds other files; name another.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
     return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress)
 
-# %% ../nbs/01_lanczos.ipynb #82ec3426
+# %% ../nbs/01_lanczos.ipynb #4504425d
 def eigen_residuals(
     op, # any operator
     pairs: Eigenpairs,
@@ -268,7 +378,7 @@ def eigen_residuals(
     op = as_operator(op)
     return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, pairs.vectors.T)])
 
-# %% ../nbs/01_lanczos.ipynb #60540aca
+# %% ../nbs/01_lanczos.ipynb #39ff92fa
 def angle_bounds(
     pairs: Eigenpairs,
     rest: float | None = None, # the best eigenvalue that is not among the pairs, if known; None: only neighbours among them count
