@@ -324,7 +324,7 @@ class HessianOperator:
         first = next(iter(chosen.values()))
         n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
-        self._net, self._graphs, self._seen, self._plan = Forward(model, forward), None, None, None
+        self._net, self._graphs, self._seen, self._plan, self._total = Forward(model, forward), None, None, None, 0.
         check_mode(model)
 
 # %% ../nbs/00_hvp.ipynb #423beead
@@ -593,9 +593,11 @@ def _possible(self: HessianOperator, batch) -> str:
     def gradient_at(theta):
         ts = [t.detach().requires_grad_() for t in unflatten(theta, leaves)]
         return flatten(torch.autograd.grad(loss(ts), ts, allow_unused=True, materialize_grads=True))
-    if not loss(leaves).requires_grad: return "kept"
-    theta, v = flatten(leaves).detach(), torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
-    parts, foreign = unflatten(v, leaves), python_functions([loss(leaves)])
+    value = loss(leaves)
+    if not value.requires_grad: return "kept"
+    foreign, theta = python_functions([value]), flatten(leaves).detach()
+    v = torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype) if foreign else torch.ones_like(theta)
+    parts = unflatten(v, leaves)
     products = dict(kept=lambda: backward_through(gradient_graph(lambda: loss(leaves), leaves), leaves, parts, False), forward=lambda: forward_over_reverse(loss, leaves, parts))
     for mode, product in products.items():
         try: off = _apart(flatten(product()), difference(gradient_at, theta, v)) if foreign else product() and 0.

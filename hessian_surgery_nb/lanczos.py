@@ -5,6 +5,7 @@
 # %% ../nbs/01_lanczos.ipynb #d8a344a4
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -28,27 +29,30 @@ def slabs(basis): # (m, n)
     size = 1 << 24 if basis.is_cuda else max(1 << 14, (1 << 20) // max(m, 1))
     return [slice(s, s + size) for s in range(0, n, size)]
 
+def _remove(w, basis):
+    if basis.dtype == w.dtype:
+        c = basis @ w
+        w.addmv_(basis.T, c, alpha=-1)
+        return c.double().cpu()
+    c = sum(basis[:, s].to(w.dtype) @ w[s] for s in slabs(basis))
+    for s in slabs(basis): w[s].addmv_(basis[:, s].to(w.dtype).T, c, alpha=-1)
+    return c.double().cpu()
+
 def orthogonalise(
     w: torch.Tensor, # (n,), changed in place
     basis: torch.Tensor, # (m, n), orthonormal rows; may be of a shorter type
+    near: slice | None = None, # rows that w has more than rounding errors in common with; None: possibly all
 ) -> torch.Tensor: # (m,) float64 on the CPU: what was removed, basis @ w
     "Remove from `w` all that lies in the basis; twice is enough."
-    parts = slabs(basis)
-    h, c = torch.zeros(len(basis), dtype=torch.float64, device=w.device), 0.
-    for s in parts: c = c + (basis[:, s].to(w.dtype) @ w[s]).double()
-    for again in (True, False):
-        h, step, c = h + c, c.to(w.dtype), 0.
-        for s in parts:
-            B = basis[:, s].to(w.dtype)
-            w[s].addmv_(B.T, step, alpha=-1)
-            if again: c = c + (B @ w[s]).double()
-    return h.cpu()
+    h, near = torch.zeros(len(basis), dtype=torch.float64), near or slice(None)
+    h[near] = _remove(w, basis[near])
+    return h + _remove(w, basis)
 
 # %% ../nbs/01_lanczos.ipynb #a5e48729
 @dataclass(frozen=True)
 class Tridiagonal:
     "Lanczos after m steps: H Q = Q T + beta[-1] next e_m'."
-    basis: torch.Tensor # (m, n), orthonormal rows: Q'
+    basis: torch.Tensor | None # (m, n), orthonormal rows: Q'; None when it was not kept
     alpha: torch.Tensor # (m,) float64, diagonal of T
     beta: torch.Tensor # (m,) float64; the last one is the norm of what is left over
     next: torch.Tensor # (n,), the vector that would come next; zero after a breakdown
@@ -59,7 +63,7 @@ class Tridiagonal:
         b = self.beta[:-1]
         return torch.diag(self.alpha) + torch.diag(b, 1) + torch.diag(b, -1)
 
-    def __repr__(self): return f"Tridiagonal({len(self.alpha)} steps, n={self.basis.shape[1]:,}, last beta {self.beta[-1]:.2g})"
+    def __repr__(self): return f"Tridiagonal({len(self.alpha)} steps, n={len(self.next):,}, last beta {self.beta[-1]:.2g})"
 
 # %% ../nbs/01_lanczos.ipynb #840de445
 def random_unit(
@@ -76,27 +80,37 @@ def lanczos_tridiag(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     num_steps: int, # m; stops early when the space is exhausted
     *,
-    v0: torch.Tensor | None = None, # start vector, (n,)
+    v0=None, # start vector, (n,)
     seed: int = 0, # for a random start
+    outside: torch.Tensor | None = None, # (j, n), orthonormal rows: stay orthogonal to them
+    reorthogonalise: bool = True, # False: the bare recurrence, three vectors in memory, with ghosts
 ) -> Tridiagonal:
     "Algorithm 1 with full reorthogonalisation."
     op, n = as_operator(op), op.shape[0]
     if num_steps < 1: raise InputError(f"num_steps must be at least 1. Got {num_steps}.")
     m = min(num_steps, n)
     q = _start(v0, op, torch.Generator().manual_seed(seed))
-    basis, alpha, beta = torch.empty(m, n, dtype=op.dtype, device=op.device), [], []
+    if outside is not None: orthogonalise(q, outside); q = q / q.norm()
+    basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, n, dtype=op.dtype, device=op.device), [], [], None
     for j in range(m):
-        basis[j] = q
         w = op @ q
-        if not torch.isfinite(w).all():
-            raise InputError(f"products must be finite. Got NaN or infinity at step {j + 1}; check the weights, or use float32 "
-                             "instead of a shorter type.")
-        alpha.append(orthogonalise(w, basis[:j + 1])[j].item())
-        beta.append(w.norm().item())
+        if outside is not None: orthogonalise(w, outside)
+        if reorthogonalise:
+            basis[j] = q
+            alpha.append(orthogonalise(w, basis[:j + 1], near=slice(max(j - 1, 0), j + 1))[j].item())
+        else:
+            alpha.append((w @ q).item())
+            w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
+            last = q
+        beta.append(_finite(w.norm().item(), j + 1))
         if beta[-1] <= _negligible(op.dtype, alpha, beta): w.zero_(); beta[-1] = 0.; break
         q = w.div_(beta[-1])
     k = len(alpha)
-    return Tridiagonal(basis[:k], torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), w)
+    return Tridiagonal(basis[:k] if reorthogonalise else None, torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), w)
+
+def _finite(norm, step):
+    if math.isfinite(norm): return norm
+    raise InputError(f"products must be finite. Got NaN or infinity at product {step}; check the weights, or use float32 instead of a shorter type.")
 
 def _negligible(dtype, alpha, beta): return 10 * torch.finfo(dtype).eps * max(map(abs, alpha + beta))
 
@@ -159,15 +173,13 @@ class _Krylov:
         m = self.m
         if self.closed: self.block, self.closed = m, False
         w = self.op @ self.basis[m].to(self.op.dtype)
-        if not torch.isfinite(w).all():
-            raise InputError(f"products must be finite. Got NaN or infinity at product {m + 1}; check the weights, or use float32 "
-                             "instead of a shorter type.")
-        h = orthogonalise(w, self.basis[:m + 1])
+        coupled = self.tail.nonzero().flatten()
+        h = orthogonalise(w, self.basis[:m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1))
         if self.resumed and not (h[:m] - self.tail).norm() <= .02 * self.tail.norm() + torch.finfo(self.dtype).eps ** .5 * .1 * self.T.abs().max():
             raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
         self.T[:m + 1, m] = self.T[m, :m + 1] = h
         self.resumed = False
-        self.m, self.used, self.beta = m + 1, self.used + 1, w.norm().item()
+        self.m, self.used, self.beta = m + 1, self.used + 1, _finite(w.norm().item(), m + 1)
         self.next = w.div_(self.beta) if self.beta > 0 else w
         self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 

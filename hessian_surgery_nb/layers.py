@@ -5,6 +5,7 @@
 # %% ../nbs/000a_layers.ipynb #9cc89bc6
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -12,12 +13,64 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['LeanLayers']
+__all__ = ['SMALL', 'LeanLayers']
 
 # %% ../nbs/000a_layers.ipynb #c46b51e5
-def _conv(x, w, cfg): return torch.ops.aten.convolution(x, w, None, *cfg[:3], False, [0] * len(cfg[0]), cfg[3])
+SMALL = 4 # pixels; up to here a kernel larger than one by one is taken apart into taps
+
+def _size(x, w, cfg): # height and width of the output
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], w.shape[2:], *cfg[:3])]
+
+def _as_matrices(x, w, cfg) -> bool:
+    if x.ndim != 4 or x.device.type != "cpu" or cfg[3] != 1: return False
+    return (tuple(w.shape[2:]) == (1, 1) and cfg[1] == [0, 0]) or math.prod(_size(x, w, cfg)) <= SMALL
+
+def _reach(n, out, tap, s, p, d): # along one axis: outputs that tap reaches, and the inputs they read there
+    first, last = max(0, -((tap * d - p) // s)), min(out, (n - 1 + p - tap * d) // s + 1)
+    start = first * s + tap * d - p
+    return slice(first, max(first, last)), slice(start, start + max(0, last - first - 1) * s + 1, s)
+
+def _taps(x, w, cfg):
+    "For each tap that reads more than padding: its place in the kernel, and the parts of output and input it connects (axes N, H, W)."
+    (H, W), (oh, ow), ((sh, sw), (ph, pw), (dh, dw)) = x.shape[2:], _size(x, w, cfg), cfg[:3]
+    for a in range(w.shape[2]):
+        for b in range(w.shape[3]):
+            (oy, iy), (ox, ix) = _reach(H, oh, a, sh, ph, dh), _reach(W, ow, b, sw, pw, dw)
+            if oy.start < oy.stop and ox.start < ox.stop: yield a, b, (slice(None), oy, ox), (slice(None), iy, ix)
+
+# %% ../nbs/000a_layers.ipynb #d2bdceb6
+def _rows(t): return t.reshape(-1, t.shape[-1])
+def _pixels(t): return t.permute(0, 2, 3, 1) # channels last: a view, and contiguous if that is how t lies in memory
+
+def _collect(shape, like, parts): # the sum of the parts, each (where, rows)
+    total = None
+    for where, rows in parts:
+        if total is None and len(rows) == shape[0] * shape[1] * shape[2]: total = rows.view(shape); continue # one tap fills it all
+        total = like.new_zeros(shape) if total is None else total
+        part = total[where]
+        part += rows.view(part.shape)
+    return (like.new_zeros(shape) if total is None else total).permute(0, 3, 1, 2)
+
+def _taps_forward(x, w, cfg):
+    return _collect((len(x), *_size(x, w, cfg), len(w)), x, ((out, _rows(_pixels(x)[inp]) @ w[:, :, a, b].T) for a, b, out, inp in _taps(x, w, cfg)))
+
+def _taps_to_input(gy, x, w, cfg):
+    return _collect((len(x), *x.shape[2:], x.shape[1]), gy, ((inp, _rows(_pixels(gy)[out]) @ w[:, :, a, b]) for a, b, out, inp in _taps(x, w, cfg)))
+
+def _taps_to_weight(gy, x, w, cfg):
+    parts = {(a, b): _rows(_pixels(gy)[out]).T @ _rows(_pixels(x)[inp]) for a, b, out, inp in _taps(x, w, cfg)}
+    if tuple(w.shape[2:]) == (1, 1) and parts: return parts[0, 0].view(w.shape)
+    gw = gy.new_zeros(w.shape)
+    for (a, b), part in parts.items(): gw[:, :, a, b] = part
+    return gw
+
+# %% ../nbs/000a_layers.ipynb #6526c777
+def _conv(x, w, cfg):
+    if _as_matrices(x, w, cfg): return _taps_forward(x, w, cfg)
+    return torch.ops.aten.convolution(x, w, None, *cfg[:3], False, [0] * len(cfg[0]), cfg[3])
 
 def _conv_grads(gy, x, w, cfg, want): # want: (for x, for w)
+    if _as_matrices(x, w, cfg): return _taps_to_input(gy, x, w, cfg) if want[0] else None, _taps_to_weight(gy, x, w, cfg) if want[1] else None
     return torch.ops.aten.convolution_backward(gy, x, w, None, *cfg[:3], False, [0] * len(cfg[0]), cfg[3], [*want, False])[:2]
 
 def _add(a, b): return a if b is None else b if a is None else a.add_(b)
@@ -46,7 +99,7 @@ class _ConvBackward(torch.autograd.Function):
         gw = _conv_grads(gy, dx, w, cfg, (False, True))[1] if need[2] and dx is not None else None
         return dy, gx, gw, None, None, None
 
-# %% ../nbs/000a_layers.ipynb #5a3d4035
+# %% ../nbs/000a_layers.ipynb #43838c57
 class _Linear(torch.autograd.Function):
     "y = x w', x of any number of leading axes."
     @staticmethod
@@ -71,9 +124,7 @@ class _UnreadWeight(torch.autograd.Function):
         gy, x = ctx.saved_tensors
         return F.linear(x, dw), gy @ dw, None
 
-def _rows(t): return t.reshape(-1, t.shape[-1])
-
-# %% ../nbs/000a_layers.ipynb #e80ff9da
+# %% ../nbs/000a_layers.ipynb #8f87d51b
 class _Affine(torch.autograd.Function):
     "y = x s + t, a scale and a shift per channel (axis 1)."
     @staticmethod
@@ -99,7 +150,7 @@ class _AffineBackward(torch.autograd.Function):
 
 def _channels(t, x): return t.view(-1, *[1] * (x.ndim - 2))
 
-# %% ../nbs/000a_layers.ipynb #6171a4b0
+# %% ../nbs/000a_layers.ipynb #ef1dad84
 class LeanLayers(TorchFunctionMode):
     "While active, convolutions, linear layers and frozen batch norm are swapped for equals that are cheap to differentiate twice."
     def __init__(self):
@@ -120,7 +171,7 @@ class LeanLayers(TorchFunctionMode):
         out = NotImplemented if swap is None else swap(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is NotImplemented else out
 
-# %% ../nbs/000a_layers.ipynb #118c96e3
+# %% ../nbs/000a_layers.ipynb #d00a65ce
 def _plain(*tensors): return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point()) for t in tensors)
 
 def _cast(x, *others):
@@ -134,6 +185,7 @@ def _swap_conv(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, 
     if isinstance(padding, str) or input.ndim != weight.ndim or not _plain(input, weight, bias): return NotImplemented
     listed = [[a] * d if isinstance(a, int) else list(a) * (d if len(a) == 1 else 1) for a in (stride, padding, dilation)]
     x, w, b = _cast(input, weight, bias)
+    if d == 2 and x.device.type == "cpu": x = x.contiguous(memory_format=torch.channels_last)
     y = _Conv.apply(x, w, (*listed, groups), mode if weight.is_leaf else False)
     return y if b is None else y + _channels(b, y)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .hvp import InputError, as_operator
-from .lanczos import lanczos_tridiag
+from .hvp import InputError, as_operator, free_memory
+from .lanczos import Eigenpairs, combine, lanczos_tridiag, orthogonalise
 
 # %% auto #0
 __all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'plot_density']
@@ -28,23 +28,55 @@ def probe_quadrature(
     theta, U = torch.linalg.eigh(lanczos_tridiag(op, num_matvecs, seed=seed).T)
     return theta, U[0] ** 2
 
-# %% ../nbs/02_slq.ipynb #bd133daf
+# %% ../nbs/02_slq.ipynb #ee8ab283
 @dataclass(frozen=True)
 class SpectralDensity:
     "Quadrature nodes and weights of several probes: the distribution of eigenvalues, and what follows from it."
     nodes: torch.Tensor # (num_probes, m) float64
     weights: torch.Tensor # (num_probes, m) float64, rows sum to 1
     size: int # n, the number of eigenvalues
+    gauss_error: torch.Tensor # (num_probes,) float64: how far (Wasserstein-1) each probe's quadrature can be from what that probe sees
+    edges: tuple[float, float] # smallest and largest Ritz value seen: the spectrum reaches at least so far
+    edge_residuals: tuple[float, float] # an eigenvalue lies within so much of each
     def __repr__(self):
-        return (f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} products, n={self.size:,}, "
-                f"[{self.nodes.min():.3g}, {self.nodes.max():.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})")
+        return (f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} nodes, n={self.size:,}, "
+                f"[{self.edges[0]:.3g}, {self.edges[1]:.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})")
 
-# %% ../nbs/02_slq.ipynb #ee8ab283
+# %% ../nbs/02_slq.ipynb #81513aca
+class _Known:
+    "Certified eigenpairs that later probes leave out."
+    def __init__(self, op, spikes, limit):
+        self.values, self.rows, self.limit, self.op = torch.zeros(0, dtype=torch.float64), torch.empty(0, op.shape[0], dtype=op.dtype, device=op.device), limit, op
+        if spikes is not None: self.add(spikes.values[spikes.converged], spikes.vectors.T[spikes.converged.to(spikes.vectors.device)])
+
+    def add(self, values, rows):
+        new = torch.empty(len(self.values) + len(values), self.rows.shape[1], dtype=self.op.dtype, device=self.op.device)
+        new[:len(self.values)] = self.rows
+        for i, row in enumerate(rows, len(self.values)):
+            new[i] = row
+            if i: orthogonalise(new[i], new[:i])
+            new[i] /= new[i].norm()
+        self.values, self.rows = torch.cat([self.values, values]), new
+
+    def learn(self, tri, tol):
+        "Keep the certified Ritz pairs that stand farthest out."
+        theta, U = torch.linalg.eigh(tri.T)
+        sure = (tri.beta[-1] * U[-1].abs() <= tol * theta.abs().max()).nonzero().flatten()
+        far = sure[(theta[sure] - (theta * U[0] ** 2).sum()).abs().argsort(descending=True)][:max(self.limit - len(self.values), 0)]
+        if tri.basis is None or not len(far): return
+        rows = torch.empty(len(far), tri.basis.shape[1], dtype=tri.basis.dtype, device=tri.basis.device)
+        combine(U[:, far].T, tri.basis, rows)
+        self.add(theta[far], rows)
+
+# %% ../nbs/02_slq.ipynb #dfc77630
 def spectral_density(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     *,
     num_probes: int = 10, # random vectors; the paper's Figure 1 averages over several
     num_matvecs: int = 80, # products per probe
+    spikes: Eigenpairs | None = None, # certified pairs that are known already
+    max_known: int = 32, # certified pairs that are kept for later probes; 0: plain quadrature, all probes alike
+    reorthogonalise: bool | None = None, # None: if num_matvecs vectors take less than half of the free memory; without, nothing is learnt from probes
     seed: int = 0,
     progress: bool = False, # a bar
 ) -> SpectralDensity:
@@ -52,13 +84,34 @@ def spectral_density(
     from tqdm.auto import tqdm
     if num_probes < 1 or num_matvecs < 1: raise InputError(f"num_probes and num_matvecs must be at least 1. Got {num_probes} and {num_matvecs}.")
     op = as_operator(op)
+    n = op.shape[0]
+    if reorthogonalise is None: reorthogonalise = num_matvecs * n * op.dtype.itemsize < max(free_memory(op.device) / 2, 2**26)
+    known, runs = _Known(op, spikes, max_known), []
     seeds = torch.randint(2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = [probe_quadrature(op, num_matvecs, seed=s) for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress)]
-    m = max(len(t) for t, _ in found)
-    pad = lambda x, fill: torch.cat([x, torch.full((m - len(x),), fill, dtype=x.dtype)])
-    return SpectralDensity(torch.stack([pad(t, t[-1].item()) for t, _ in found]), torch.stack([pad(w, 0.) for _, w in found]), op.shape[0])
+    for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):
+        K = len(known.values)
+        if K == n: runs.append((known.values, torch.full((n,), 1 / n, dtype=torch.float64), 0., torch.zeros(2), known.values)); continue
+        tri = lanczos_tridiag(op, min(num_matvecs, n - K), seed=s, outside=known.rows if K else None, reorthogonalise=reorthogonalise)
+        theta, U = torch.linalg.eigh(tri.T)
+        w, share = U[0] ** 2, (n - K) / n
+        gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
+        runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
+                     share * gaps.sum().item(), tri.beta[-1] * U[-1, [0, -1]].abs(), theta))
+        if s != seeds[-1]: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
+    return _gather(runs, n)
 
-# %% ../nbs/02_slq.ipynb #dfc77630
+def _gather(runs, n) -> SpectralDensity:
+    m = max(len(r[0]) for r in runs)
+    pad = lambda x, fill: torch.cat([x, torch.full((m - len(x),), fill, dtype=x.dtype)])
+    ends = []
+    for pick, at in ((min, 0), (max, -1)):
+        nodes, theta, left = pick(((r[0], r[4], r[3]) for r in runs), key=lambda r: getattr(r[0], "min" if at == 0 else "max")().item())
+        value = nodes.min() if at == 0 else nodes.max()
+        ends.append((value.item(), left[at].item() if len(theta) and value == theta[at] else 0.))
+    return SpectralDensity(torch.stack([pad(r[0], r[0][-1].item()) for r in runs]), torch.stack([pad(r[1], 0.) for r in runs]), n,
+                           torch.tensor([r[2] for r in runs], dtype=torch.float64), (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
+
+# %% ../nbs/02_slq.ipynb #e6397947
 @patch
 def estimate(self: SpectralDensity,
     f, # function of eigenvalues, on tensors
@@ -78,7 +131,18 @@ def trace_stderr(self: SpectralDensity) -> float:
     "Its standard error over probes."
     return self.estimate(lambda t: t)[1]
 
-# %% ../nbs/02_slq.ipynb #4fbaad6f
+# %% ../nbs/02_slq.ipynb #5302cddc
+@patch
+def wasserstein_bound(self: SpectralDensity,
+    confidence: float = .95, # 1 - eta
+) -> tuple[float, float]: # of the quadrature, and of the probes; their sum bounds the distance to the true distribution of eigenvalues
+    "A bound on the Wasserstein-1 distance (Chen, Trogdon and Ubaru 2021), the spectrum taken to end at the extreme nodes."
+    if not 0 < confidence < 1: raise InputError(f"confidence must lie between 0 and 1. Got {confidence}.")
+    width = self.edges[1] - self.edges[0] + sum(self.edge_residuals)
+    probes = math.sqrt(math.log(2 * self.size / (1 - confidence)) / (len(self.nodes) * (self.size + 2)))
+    return self.gauss_error.mean().item(), width * probes
+
+# %% ../nbs/02_slq.ipynb #463d5ce6
 @patch
 def density(self: SpectralDensity,
     grid: torch.Tensor, # (g,) where to evaluate
@@ -99,7 +163,7 @@ def count_above(self: SpectralDensity,
     "How many eigenvalues exceed t."
     return self.estimate(lambda x: (x > t).to(x))
 
-# %% ../nbs/02_slq.ipynb #c95b887c
+# %% ../nbs/02_slq.ipynb #ff155cff
 def plot_density(
     sd: SpectralDensity,
     spikes=None, # (k,) eigenvalues to mark

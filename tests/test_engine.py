@@ -238,3 +238,173 @@ def test_float32_against_dense(seed):
     assert pairs.converged.all() and relative_error(pairs.values, lam[:5]) < 1e-4
     sd = spectral_density(HessianOperator(net.double(), nn.CrossEntropyLoss(), (X, y)), num_probes=12, num_matvecs=30, seed=seed)
     assert abs(sd.trace - lam.sum()) < 3 * sd.trace_stderr and (sd.weights.sum(1) - 1).abs().max() < 1e-12
+
+
+class Convolutions(nn.Module):
+    "Every kind of convolution the lean layers take over, and some they must leave alone."
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(2, 4, 3, stride=2, padding=1)
+        self.two = nn.Sequential(nn.Conv2d(1, 4, 3, padding="same", bias=False), nn.Conv2d(4, 4, 3, groups=2, dilation=2, padding=2), nn.BatchNorm2d(4, affine=False))
+        self.three = nn.Conv3d(1, 2, 2, bias=False)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 1))
+        self.back = nn.ConvTranspose2d(2, 2, 2)
+        self.circular = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        a = self.one(x).tanh()[:, None]
+        b = self.circular(self.back(self.normed(self.two(a).tanh())).tanh())
+        return self.head(b.tanh().mean((2, 3)) + self.three(a[:, :, None].expand(-1, -1, 2, -1, -1)).tanh().mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_kind_of_convolution(reduction):
+    with seeded(0): net = Convolutions().double().eval()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_var.uniform_(.5, 2, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    X, y, loss = torch.randn(7, 2, 6, generator=g, dtype=torch.float64), torch.randint(3, (7,), generator=g), nn.CrossEntropyLoss(reduction=reduction)
+    H = dense_hessian(net, loss, X, y)
+    V = torch.randn(len(H), 3, generator=g, dtype=torch.float64)
+    for mode in ("kept", "rebuilt", "forward"): assert relative_error(HessianOperator(net, loss, cut(X, y, 5), mode=mode) @ V, H @ V) < 1e-10, mode
+    for params in ("two.*", ["head.weight", "one.bias"]):
+        op = HessianOperator(net, loss, (X, y), params=params)
+        rows = torch.cat([torch.full((p.numel(),), k in op.params) for k, p in net.named_parameters()])
+        assert relative_error(op @ torch.eye(op.shape[0], dtype=torch.float64), H[rows][:, rows]) < 1e-10
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_little_memory_gives_the_same_product(name):
+    net, loss, X, y = problem(name, "mean")
+    V = torch.randn(sum(p.numel() for p in net.parameters()), 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    truth = HessianOperator(net, loss, (X, y), mode="kept") @ V
+    poor = HessianOperator(net, loss, cut(X, y, 20), memory=1.)
+    assert relative_error(poor @ V, truth) < 1e-10 and poor.plan().mode == "rebuilt" and poor.plan().micro_batch == 1
+    assert relative_error(HessianOperator(net, loss, cut(X, y, 20), memory=1e9) @ V, truth) < 1e-10
+    for mode in ("rebuilt", "forward"): assert relative_error(HessianOperator(net, loss, (X, y), mode=mode, micro_batch=4) @ V, truth) < 1e-10
+    assert relative_error(HessianOperator(net, loss, (X, y), kind="gauss_newton", micro_batch=4) @ V, HessianOperator(net, loss, (X, y), kind="gauss_newton") @ V) < 1e-10
+
+
+def test_images_that_see_each_other_are_not_cut():
+    class Crowd(nn.Module):
+        def __init__(self): super().__init__(); self.net = tiny_mlp()
+        def forward(self, x): return self.net(x - x.mean(0))
+    net, (X, y) = Crowd().eval(), tiny_data()
+    H = dense_hessian(net, nn.CrossEntropyLoss(), X, y)
+    op = HessianOperator(net, nn.CrossEntropyLoss(), (X, y), memory=1.)
+    assert op.plan().micro_batch is None
+    assert relative_error(op @ torch.eye(len(H), dtype=torch.float64), H) < 1e-10
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.tanh()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Constant(Once):
+    "Not marked, and wrong: its backward pass treats what depends on x as a constant."
+    @staticmethod
+    def backward(ctx, g): return g * (1 - ctx.saved_tensors[0].detach().tanh() ** 2)
+
+
+class Right(Once):
+    @staticmethod
+    def backward(ctx, g): return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+@pytest.mark.parametrize("function, mode", [(Once, "difference"), (Constant, "difference"), (Right, "kept")], ids=lambda f: getattr(f, "__name__", f))
+def test_python_functions_of_others_are_checked(function, mode, recwarn):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.net = tiny_mlp()
+        def forward(self, x): return self.net[2](function.apply(self.net[0](x)))
+    net, (X, y) = Net().eval(), tiny_data()
+    H = dense_hessian(tiny_mlp(), nn.CrossEntropyLoss(), X, y)
+    op = HessianOperator(net, nn.CrossEntropyLoss(), (X, y))
+    assert relative_error(op @ torch.eye(len(H), dtype=torch.float64), H) < (1e-6 if mode == "difference" else 1e-10) and op.plan().mode == mode
+    assert (mode == "difference") == any("central differences" in str(w.message) for w in recwarn)
+    if function is Once:
+        with pytest.raises(InputError, match="once_differentiable"): HessianOperator(net, nn.CrossEntropyLoss(), (X, y), mode="rebuilt") @ torch.ones(len(H))
+
+
+def test_bf16_products_are_about_right_and_say_how_far_off_they_are():
+    net, (X, y) = tiny_mlp(dtype=torch.float32), tiny_data()
+    op = HessianOperator(net, nn.CrossEntropyLoss(), (X.float(), y), precision="bf16")
+    H = dense_hessian(net.double(), nn.CrossEntropyLoss(), X, y)
+    net.float()
+    v = torch.randn(len(H), generator=torch.Generator().manual_seed(0))
+    off = relative_error((op @ v).double(), H @ v.double())
+    assert 1e-4 < off < .05 and .1 < off / op.check().precision < 10
+    assert (op @ v).dtype == torch.float32 and HessianOperator(net, nn.CrossEntropyLoss(), (X.float(), y)).check().precision == 0
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("options", [dict(max_basis=9), dict(max_basis=40), dict(max_basis=12, verify=True)], ids=str)
+def test_interrupted_anywhere_it_ends_the_same(tmp_path, options, dtype):
+    A, _ = planted_matrix(torch.cat([torch.tensor([40., 30., 20., 12., 8.]), torch.linspace(-1, 2, 295)]))
+    A = A.float()
+    class Stops:
+        def __init__(self, after): self.after, self.num_matvecs, self.shape, self.dtype, self.device = after, 0, A.shape, A.dtype, A.device
+        def __matmul__(self, v):
+            if self.num_matvecs == self.after: raise KeyboardInterrupt
+            self.num_matvecs += 1
+            return A @ v
+    whole = top_eigenpairs(A, 5, tol=1e-2, basis_dtype=dtype, **options)
+    for after in range(0, whole.num_matvecs, 3):
+        run_dir = tmp_path/f"{after}"
+        with pytest.raises(KeyboardInterrupt): top_eigenpairs(Stops(after), 5, tol=1e-2, basis_dtype=dtype, run_dir=run_dir, **options)
+        again = top_eigenpairs(A, 5, tol=1e-2, basis_dtype=dtype, run_dir=run_dir, **options)
+        assert torch.equal(again.values, whole.values) and torch.equal(again.vectors, whole.vectors) and again.num_matvecs == whole.num_matvecs
+        assert torch.equal(again.residuals, whole.residuals)
+        last = top_eigenpairs(A, 5, tol=1e-2, basis_dtype=dtype, run_dir=run_dir, **options)  # a finished run costs one product
+        assert torch.equal(last.vectors, whole.vectors)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_residuals_count_the_rounding_of_a_short_type(seed):
+    A, _ = planted_matrix(torch.cat([torch.tensor([40., 30., 20., 12., 8.]), torch.linspace(-1, 2, 995)]), seed=seed)
+    pairs = top_eigenpairs(A.float(), 5, tol=1e-2, basis_dtype=torch.bfloat16, seed=seed, max_basis=9)
+    assert pairs.vectors.dtype == torch.bfloat16 and pairs.converged.all()
+    assert (eigen_residuals(A.float(), pairs) <= 1.1 * pairs.residuals).all()
+    strict = pytest.warns(UserWarning, match="not certified")  # sixteen bits cannot reach this, and do not claim to
+    with strict: assert not top_eigenpairs(A.float(), 5, tol=1e-5, basis_dtype=torch.bfloat16, seed=seed, max_matvecs=60).converged.all()
+
+
+def test_hilbert_and_more_pairs_than_spikes():
+    n = 12
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    hilbert = 1 / (i[:, None] + i[None] - 1)
+    for k in (1, 5, n):
+        pairs = top_eigenpairs(hilbert, k, tol=1e-12)
+        assert pairs.converged.all() and (pairs.values - torch.linalg.eigvalsh(hilbert).flip(0)[:k]).abs().max() < 1e-12
+    lam = torch.cat([torch.tensor([40., 30., 20., 12., 8.]), torch.linspace(0, 2, 195)]).double()
+    A, V = planted_matrix(lam)
+    pairs = top_eigenpairs(A, 8, tol=1e-9)
+    assert pairs.converged.all() and (pairs.values - lam.sort(descending=True).values[:8]).abs().max() < 1e-8
+    blind = top_eigenpairs(A, 3, tol=1e-9, v0=V[:, 5:].sum(1), verify=True)  # a start that sees none of the spikes
+    assert blind.converged.all() and (blind.values - lam[:3]).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("name, lam", [("spikes", torch.cat([torch.tensor([40., 30., 20., 12., 8.]), torch.linspace(0, 2, 195)])), ("decay", 10 * .9 ** torch.arange(200.)), ("both signs", torch.linspace(-3, 5, 200))])
+def test_error_bars_of_densities_cover(name, lam):
+    A, _ = planted_matrix(lam.double())
+    def covered(seed):
+        d = spectral_density(A, num_probes=12, num_matvecs=15, seed=1000 + seed)
+        return abs(d.trace - lam.double().sum()) <= 2 * d.trace_stderr
+    assert sum(bool(covered(s)) for s in range(100)) >= 90
+
+
+def test_known_spikes_are_counted_exactly():
+    lam = torch.cat([torch.tensor([40., 40., 20., 12., 8.]), torch.linspace(0, 2, 195)]).double()  # one eigenvalue twice
+    A, _ = planted_matrix(lam)
+    d = spectral_density(A, num_probes=6, num_matvecs=20, spikes=top_eigenpairs(A, 5, tol=1e-8, verify=True))
+    count, err = d.count_above(5.)
+    assert abs(count - 5) < 1e-6 and err < 1e-6 and (d.weights.sum(1) - 1).abs().max() < 1e-12
+    learnt = spectral_density(A, num_probes=30, num_matvecs=20)
+    count, err = learnt.count_above(5.)
+    assert abs(count - 5) <= 3 * err and err < .3
+    every = spectral_density(A, num_probes=3, num_matvecs=200, max_known=200)
+    assert abs(every.trace - lam.sum()) < 3 * every.trace_stderr + 1e-8
