@@ -84,7 +84,7 @@ def child(name: str, args):
 
 def main():
     p = arguments(__doc__, "nbs/runs/bench_eigenpairs.json")
-    p.add_argument("--rounds", type=int, default=1, help="of all contenders; ours also runs once more at the end")
+    p.add_argument("--contenders", nargs="+", choices=RUNS, default=[*RUNS, "ours"], help="who runs, in this order; their runs are added to those in --out, where a newer commit replaces an older one")
     p.add_argument("--arpack-tol", type=float, default=2e-2, help="tolerance given to ARPACK")
     p.add_argument("--steps", type=int, default=26, help="products that hessian-eigenthings is told to make")
     p.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)
@@ -92,20 +92,22 @@ def main():
     if args.only:
         Path(args.out).write_text(json.dumps(child(args.only, args)))
         return
-    results = []
-    for name in [*list(RUNS) * args.rounds, "ours"]:
+    results, circumstances = json.loads(Path(args.out).read_text())["runs"] if Path(args.out).exists() else [], about(args, tolerance=TOL, k=K, arpack_tol=args.arpack_tol, steps=args.steps)
+    results = [r for r in results if r["commit"] == circumstances["commit"] or r["what"] not in args.contenders]
+    for name in args.contenders:
         with tempfile.TemporaryDirectory() as d:
-            own = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if v is not None and k not in ("only", "out", "rounds")]
+            own = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if v is not None and k not in ("only", "out", "contenders")]
             subprocess.run([sys.executable, __file__, *own, f"--only={name}", f"--out={d}/r.json"], check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-            results.append(json.loads(Path(d, "r.json").read_text()))
+            results.append(json.loads(Path(d, "r.json").read_text()) | {k: circumstances[k] for k in ("commit", "date")})
         print(f"{name}: {results[-1]['seconds']:.0f} s, worst residual {results[-1]['worst_residual']:.2g}", flush=True)
     rows = []
     for name in RUNS:
         mine = [r for r in results if r["what"] == name]
+        if not mine: continue
         rows.append(dict(what=name, seconds=statistics.median(r["seconds"] for r in mine), gradients=statistics.median(r["seconds"] / r["gradient"] for r in mine),
                          products=mine[0]["products"], worst_residual=max(r["worst_residual"] for r in mine), outside_products=mine[0]["outside"], peak_gb=max(r["peak_gb"] for r in mine)))
     for r in rows: r["ours_over_this"] = rows[0]["gradients"] / r["gradients"]
-    write(args.out, dict(command="python benchmarks/eigenpairs.py", about=about(args, tolerance=TOL, k=K, arpack_tol=args.arpack_tol, steps=args.steps), rows=rows, runs=results), table(rows))
+    write(args.out, dict(command="python benchmarks/eigenpairs.py", about=circumstances, rows=rows, runs=results), table(rows))
 
 
 if __name__ == "__main__": main()

@@ -40,9 +40,12 @@ def main():
     times = {k: [] for k in runs}
     for _ in trange(args.rounds, desc="rounds"):
         for k, f in runs.items(): times[k].append(seconds(f))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: products["ours, graph kept"](v)
+    work = sorted(((e.key, e.self_cpu_time_total) for e in prof.key_averages()), key=lambda t: -t[1])
+    profile = {k: round(t / sum(t for _, t in work), 4) for k, t in work[:20]}
     unit = statistics.median(times["gradient"])
     rows = [dict(what=k, seconds=statistics.median(t), gradients=statistics.median(t) / unit, fastest=min(t) / min(times["gradient"]), relative_error=errors.get(k)) for k, t in times.items()]
-    write(args.out, dict(command="python benchmarks/products.py", about=about(args, rounds=args.rounds, parameters=n), rows=rows, times=times, peak_gb=peak_gb()), table(rows))
+    write(args.out, dict(command="python benchmarks/products.py", about=about(args, rounds=args.rounds, parameters=n), rows=rows, times=times, profile=profile, peak_gb=peak_gb()), table(rows))
 
 
 if __name__ == "__main__": main()

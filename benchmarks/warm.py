@@ -15,20 +15,21 @@ from hessian_surgery_nb.lanczos import eigen_residuals, orthogonalise, top_eigen
 K, TOL = 9, 1e-2
 
 
-def rayleigh_ritz_first(op, V, limit=60) -> int:
+def rayleigh_ritz_first(op, V, limit=40) -> int:
     "Products until all residuals are small enough."
-    Q, AQ = list(torch.linalg.qr(V)[0].T), []
+    Q, AQ = torch.empty(limit, len(V)), torch.empty(limit, len(V))
+    Q[:K], m = torch.linalg.qr(V)[0].T, 0
     while True:
-        AQ += [op @ q for q in Q[len(AQ):]]
-        T = torch.stack([torch.stack([q @ w for w in AQ]) for q in Q]).double()
+        for m in range(m + 1, max(K, m + 1) + 1): AQ[m - 1] = op @ Q[m - 1]
+        T = (Q[:m] @ AQ[:m].T).double()
         theta, U = torch.linalg.eigh((T + T.T) / 2)
-        theta, U = theta.flip(0)[:K], U.flip(1)[:, :K]
-        residual = lambda i: sum(u * (w - theta[i].float() * q) for u, w, q in zip(U[:, i].float(), AQ, Q))
-        norms = torch.stack([residual(i).norm() for i in range(K)]) / theta[0]
-        if (norms <= TOL).all() or len(Q) >= limit: return len(Q)
-        r = residual(int(norms.argmax()))
-        orthogonalise(r, torch.stack(Q))
-        Q.append(r / r.norm())
+        theta, U = theta.flip(0)[:K], U.flip(1)[:, :K].float()
+        R = U.T @ AQ[:m] - (theta[:, None].float() * U.T) @ Q[:m]
+        norms = R.norm(dim=1) / theta[0]
+        if (norms <= TOL).all() or m >= limit: return m
+        r = R[norms.argmax()].clone()
+        orthogonalise(r, Q[:m])
+        Q[m] = r / r.norm()
 
 
 def main():

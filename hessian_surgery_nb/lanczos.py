@@ -160,7 +160,8 @@ class _Krylov:
         self.op, self.n, self.size, self.generator = op, op.shape[0], size, generator
         self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
         self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=torch.float64)
-        self.m, self.used, self.beta, self.next, self.tail = 0, 0, 0., None, torch.zeros(0, dtype=torch.float64)
+        self.m, self.used, self.beta, self.tail = 0, 0, 0., torch.zeros(0, dtype=torch.float64)
+        self.next, self.length = None, 1. # what comes next, times its length
         self.blur = torch.zeros(size, dtype=torch.float64) # what rounding to a shorter type took from each row of the relation above
         self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; (row, size) of what closed ones left over
 
@@ -175,19 +176,22 @@ class _Krylov:
         w = self.op @ self.basis[m].to(self.op.dtype)
         coupled = self.tail.nonzero().flatten()
         h = orthogonalise(w, self.basis[:m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1))
-        if self.resumed and not (h[:m] - self.tail).norm() <= .02 * self.tail.norm() + torch.finfo(self.dtype).eps ** .5 * .1 * self.T.abs().max():
+        if self.resumed and not (h[:m] - self.tail).norm() <= .02 * self.tail.norm() + torch.finfo(self.dtype).eps ** .5 * .1 * self.T.abs().max() + sum(b for _, b in self.left):
             raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
         self.T[:m + 1, m] = self.T[m, :m + 1] = h
         self.resumed = False
         self.m, self.used, self.beta = m + 1, self.used + 1, _finite(w.norm().item(), m + 1)
-        self.next = w.div_(self.beta) if self.beta > 0 else w
+        self.next, self.length = w, self.beta or 1.
         self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 
-    def put(self, q):
+    def put(self):
         "Write the vector that comes next into its row. Rounding on the way is noted, for the residuals' sake."
         row = self.basis[self.m]
-        row.copy_(q)
-        if self.dtype != self.op.dtype: self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
+        if self.dtype == self.op.dtype: torch.div(self.next, self.length, out=row)
+        else:
+            q = self.next / self.length
+            row.copy_(q)
+            self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
         if self.dir: self.save()
 
 # %% ../nbs/01_lanczos.ipynb #cf421db9
@@ -207,7 +211,7 @@ def fresh(self: _Krylov):
     for _ in range(2):
         orthogonalise(w, self.basis[:self.m])
         w = w / w.norm()
-    self.next = w
+    self.next, self.length = w, 1.
 
 @patch
 def lock(self: _Krylov, theta, U, res, k):
@@ -320,7 +324,7 @@ def top_eigenpairs(
     _check_request(k, n, which, tol, limit, basis_dtype)
     size = _size(op, k, max_basis, basis_dtype, run_dir)
     kry, bar = _Krylov(op, size, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
-    if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.put(_start(v0, op, g))
+    if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.next = _start(v0, op, g); kry.put()
     while True:
         kry.expand()
         slack = tol * torch.linalg.eigvalsh(kry.T[:kry.m, :kry.m]).abs().max().item()
@@ -334,7 +338,7 @@ def top_eigenpairs(
             kry.lock(theta, U, res, k)
         if kry.used >= limit: break
         if kry.m == size: kry.restart(theta, U, min(k + (size - k) // 2, size - 1))
-        kry.put(kry.next)
+        kry.put()
     bar.close()
     return _finish(kry, theta, U, res, slack, k, tol)
 
@@ -388,7 +392,8 @@ def eigen_residuals(
 ) -> torch.Tensor: # (k,) float64
     "|H v - lambda v| by fresh products: k of them. Trusts nothing that Lanczos said."
     op = as_operator(op)
-    return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, pairs.vectors.T)])
+    rows = (v.to(op.dtype) for v in pairs.vectors.T)
+    return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, rows)])
 
 # %% ../nbs/01_lanczos.ipynb #39ff92fa
 def angle_bounds(

@@ -41,7 +41,8 @@ def digits_net(
 # %% ../nbs/02b_models.ipynb #6506fbeb
 def torchvision_models():
     "`torchvision.models`, also where torchvision's compiled operators do not fit the installed PyTorch."
-    import importlib.util, pathlib
+    import importlib.util
+    import pathlib
     spec = importlib.util.find_spec("torchvision")
     if spec is None: raise InputError("this network comes from torchvision, which is not installed; pip install torchvision.")
     for so in pathlib.Path(spec.origin).parent.glob("_C*.so"):

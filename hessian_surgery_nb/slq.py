@@ -15,7 +15,7 @@ from .hvp import InputError, as_operator, free_memory
 from .lanczos import Eigenpairs, combine, lanczos_tridiag, orthogonalise
 
 # %% auto #0
-__all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'plot_density']
+__all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
 
 # %% ../nbs/02_slq.ipynb #52b5a859
 def probe_quadrature(
@@ -76,7 +76,7 @@ def spectral_density(
     num_matvecs: int = 80, # products per probe
     spikes: Eigenpairs | None = None, # certified pairs that are known already
     max_known: int = 32, # certified pairs that are kept for later probes; 0: plain quadrature, all probes alike
-    reorthogonalise: bool | None = None, # None: if num_matvecs vectors take less than half of the free memory; without, nothing is learnt from probes
+    reorthogonalise: bool | None = None, # None: if the vectors take less than half of the free memory; without, nothing is learnt from probes
     seed: int = 0,
     progress: bool = False, # a bar
 ) -> SpectralDensity:
@@ -85,7 +85,7 @@ def spectral_density(
     if num_probes < 1 or num_matvecs < 1: raise InputError(f"num_probes and num_matvecs must be at least 1. Got {num_probes} and {num_matvecs}.")
     op = as_operator(op)
     n = op.shape[0]
-    if reorthogonalise is None: reorthogonalise = num_matvecs * n * op.dtype.itemsize < max(free_memory(op.device) / 2, 2**26)
+    if reorthogonalise is None: reorthogonalise = (num_matvecs + 3 * max_known) * n * op.dtype.itemsize < max(free_memory(op.device) / 2, 2**28)
     known, runs = _Known(op, spikes, max_known), []
     seeds = torch.randint(2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)).tolist()
     for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):
@@ -147,14 +147,25 @@ def wasserstein_bound(self: SpectralDensity,
 def density(self: SpectralDensity,
     grid: torch.Tensor, # (g,) where to evaluate
     bandwidth: float | None = None, # s; None: 1 % of the spectrum's width
+    *,
+    decades_from: float | None = None, # t_0: measure along the logarithmic axis `decades(t, t_0)`, with s and the density per decade
 ) -> tuple[torch.Tensor, torch.Tensor]: # density (g,), integrates to 1, and its standard error over probes (g,)
     "Eq. (3) on a grid."
-    s = (.01 * (self.nodes.max() - self.nodes.min()).item() or 1.) if bandwidth is None else bandwidth
+    nodes, grid = self.nodes, torch.as_tensor(grid, dtype=torch.float64)
+    if decades_from is not None: nodes, grid = decades(nodes, decades_from), decades(grid, decades_from)
+    s = (.01 * (nodes.max() - nodes.min()).item() or 1.) if bandwidth is None else bandwidth
     if not s > 0: raise InputError(f"bandwidth must be positive. Got {bandwidth}.")
-    grid = torch.as_tensor(grid, dtype=torch.float64)
-    g = torch.exp(-.5 * ((grid[:, None, None] - self.nodes) / s) ** 2) / (s * math.sqrt(2 * math.pi))
+    g = torch.exp(-.5 * ((grid[:, None, None] - nodes) / s) ** 2) / (s * math.sqrt(2 * math.pi))
     per_probe = (g * self.weights).sum(2)
     return per_probe.mean(1), per_probe.std(1) / math.sqrt(per_probe.shape[1])
+
+def decades(
+    t, # eigenvalues of either sign
+    t0: float, # below this magnitude the axis is linear
+) -> torch.Tensor:
+    "Signed decades above t0: asinh(t / 2 t0) / ln 10, a logarithm that passes through zero."
+    if not t0 > 0: raise InputError(f"the logarithmic axis starts at a positive eigenvalue. Got {t0}.")
+    return torch.asinh(torch.as_tensor(t, dtype=torch.float64) / (2 * t0)) / math.log(10)
 
 @patch
 def count_above(self: SpectralDensity,
@@ -170,26 +181,31 @@ def plot_density(
     *,
     truth=None, # all eigenvalues, where they are known
     bandwidth: float | None = None,
+    decades_from: float | None = None, # t_0: a logarithmic axis on both sides of zero, linear within t_0
     ax=None,
 ):
-    "The density on a logarithmic axis, a band of two standard errors, spikes marked. The axis is linear near zero where probes disagree."
+    "The density, a band of two standard errors, spikes marked, the edges of the spectrum in the corner."
     from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel="eigenvalue", ylabel="density (log)")
-    lo, hi = sd.nodes.min().item(), sd.nodes.max().item()
+    log = decades_from is not None
+    to = (lambda t: decades(t, decades_from)) if log else (lambda t: torch.as_tensor(t, dtype=torch.float64))
+    ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel="eigenvalue", ylabel="share per decade (log)" if log else "density (log)")
+    lo, hi = to(sd.nodes.min()).item(), to(sd.nodes.max()).item()
     s = (.008 * (hi - lo) or 1.) if bandwidth is None else bandwidth
-    grid = torch.linspace(lo - 6 * s, hi + 6 * s, 1500, dtype=torch.float64)
-    phi, err = sd.density(grid, s)
+    u = torch.linspace(lo - 6 * s, hi + 6 * s, 1500, dtype=torch.float64)
+    phi, err = sd.density(2 * decades_from * torch.sinh(u * math.log(10)) if log else u, s, decades_from=decades_from)
     floor = .02 / sd.size / s
     if truth is not None:
-        t = torch.as_tensor(truth, dtype=torch.float64)
-        exact = torch.exp(-.5 * ((grid[:, None] - t) / s) ** 2).mean(1) / (s * math.sqrt(2 * math.pi))
-        ax.plot(grid, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
-    ax.plot(grid, phi.clamp(min=floor), color=COLOURS["blue"], lw=1.2, label="estimate")
-    if len(sd.nodes) > 1:
-        low, high = ((phi + s * err).clamp(min=floor) for s in (-2, 2))
-        ax.fill_between(grid, low, high, color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
+        exact = torch.exp(-.5 * ((u[:, None] - to(truth)) / s) ** 2).mean(1) / (s * math.sqrt(2 * math.pi))
+        ax.plot(u, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
+    ax.plot(u, phi.clamp(min=floor), color=COLOURS["blue"], lw=1.2, label="estimate")
+    if len(sd.nodes) > 1: ax.fill_between(u, (phi - 2 * err).clamp(min=floor), (phi + 2 * err).clamp(min=floor), color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
     if spikes is not None and len(spikes):
-        ax.plot(torch.as_tensor(spikes).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
+        ax.plot(to(torch.as_tensor(spikes)).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
+    if log:
+        powers = [p for p in range(-12, 13) if decades_from <= 10. ** p]
+        ticks = [(sign * 10. ** p) for p in powers for sign in (-1, 1) if lo - .5 <= to(sign * 10. ** p) <= hi + .5] + [0.]
+        ax.set_xticks([to(t).item() for t in ticks], [f"{t:g}" for t in ticks])
     ax.set_yscale("log"); ax.set_ylim(bottom=floor)
+    ax.text(.99, .03, f"from {sd.edges[0]:.3g} to {sd.edges[1]:.3g}", transform=ax.transAxes, ha="right", fontsize=8, color=COLOURS["grey"])
     ax.legend(frameon=False, fontsize=8)
     return ax

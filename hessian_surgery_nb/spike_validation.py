@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ from .lanczos import top_eigenpairs
 from .train import class_report
 
 # %% auto #0
-__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Agreement', 'spike_agreement', 'Walk',
-           'bulk_walk', 'plot_walks']
+__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Agreement', 'spike_agreement', 'Stability',
+           'stability', 'Walk', 'bulk_walk', 'plot_walks']
 
 # %% ../nbs/03_spike_validation.ipynb #13e84336
 def largest_gap(
@@ -111,6 +112,56 @@ def spike_agreement(
 
 # %% ../nbs/03_spike_validation.ipynb #97b8af27
 @dataclass(frozen=True)
+class Stability:
+    "Leading eigenpairs of nested batches beside those of the largest (appendix A)."
+    sizes: tuple[int, ...] # images, ascending; the last one is the reference
+    values: torch.Tensor # (len(sizes), k)
+    agreement: tuple[Agreement, ...] # of each batch with the reference
+    angles: dict[int, tuple[torch.Tensor, ...]] # subspace size j -> principal angles of the leading j, degrees, for each batch
+    products: tuple[int, ...] # that each batch took
+    seconds: tuple[float, ...] # that each batch took
+
+    def _frame(self, rows, name): import pandas as pd; return pd.DataFrame(rows, index=pd.Index(self.sizes, name=name))
+    def eigenvalues(self): return self._frame([dict(enumerate(v.tolist(), 1)) for v in self.values], "images (Table 15)")
+    def cosines(self):
+        return self._frame([{"matched, mean": a.matched.mean().item(), "matched, min": a.matched.min().item(), "by rank, mean": a.indexed.mean().item(),
+                             "by rank, min": a.indexed.min().item()} for a in self.agreement], "images (Table 16)")
+    def subspaces(self):
+        return self._frame([{f"top {j}, {w} (deg)": getattr(a[i], w)().item() for j, a in self.angles.items() for w in ("max", "mean")} for i in range(len(self.sizes))], "images (Table 17)")
+    def timing(self):
+        return self._frame([{"s a product": s / p, "products": p, "s a run": s} for s, p in zip(self.seconds, self.products)], "images (Table 18)")
+    def __repr__(self): return f"Stability({len(self.sizes)} batches of {', '.join(map(str, self.sizes))} images, {self.values.shape[1]} eigenpairs each)"
+
+# %% ../nbs/03_spike_validation.ipynb #3176500f
+def stability(
+    model: nn.Module, loss_fn, data, # as for HessianOperator; data a pair of tensors (X, y)
+    *,
+    sizes=(64, 128, 256, 512), # the paper's
+    k: int = 9, # eigenpairs
+    subspaces=(3, 5, 9), # sizes of the leading spaces that are compared (choice)
+    params=None, forward=None, tol: float = 1e-3, seed: int = 0, # also of the order of images
+    progress: bool = False,
+) -> Stability:
+    "Appendix A on nested batches: how far eigenvalues, vectors and spaces of a small batch are from those of a large one, and what they cost."
+    from tqdm.auto import tqdm
+    X, y = split_batch(data)
+    sizes = sorted(sizes)
+    if not torch.is_tensor(X) or sizes[-1] > len(y): raise InputError(f"nested batches are cut from one pair of tensors with at least {sizes[-1]} images. Got {len(y)}; ask for smaller sizes.")
+    if max(subspaces) > k: raise InputError(f"subspaces must not exceed k = {k}. Got {max(subspaces)}.")
+    order, rows, reference = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)), [], None
+    for size in tqdm(sizes[::-1], desc="batches", leave=False, disable=not progress):
+        i, start = order[:size], time.perf_counter()
+        op = HessianOperator(model, loss_fn, (X[i], y[i]), params=params, forward=forward)
+        pairs = top_eigenpairs(op, k, tol=tol, seed=seed)
+        took, V = time.perf_counter() - start, pairs.vectors
+        reference = V if reference is None else reference
+        angles = {j: spike_agreement(V[:, :j], reference[:, :j]).angles for j in subspaces}
+        rows.insert(0, (pairs.values, spike_agreement(V, reference), angles, pairs.num_matvecs, took))
+    values, agreement, angles, products, seconds = zip(*rows)
+    return Stability(tuple(sizes), torch.stack(values), agreement, {j: tuple(a[j] for a in angles) for j in subspaces}, products, seconds)
+
+# %% ../nbs/03_spike_validation.ipynb #9b437b1d
+@dataclass(frozen=True)
 class Walk:
     "What was measured along a walk; row 0 is the start."
     within: str # "bulk", "spikes" or "anywhere"
@@ -139,7 +190,7 @@ class Walk:
         return (f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
                 f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)")
 
-# %% ../nbs/03_spike_validation.ipynb #3176500f
+# %% ../nbs/03_spike_validation.ipynb #307843e0
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
@@ -156,7 +207,7 @@ def _bulk_part(d, V, archive):
         for a in archive: d = d - a * (a @ d)
     return d
 
-# %% ../nbs/03_spike_validation.ipynb #c4720aa9
+# %% ../nbs/03_spike_validation.ipynb #46340154
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
     data, # where classes are measured
@@ -191,7 +242,7 @@ def bulk_walk(
     dist, loss, reports, lam, overlap, cosine = zip(*rows)
     return Walk(within, dist, loss, torch.stack([r.accuracy for r in reports]), reports[0].counts, lam, overlap, cosine, walls, reports[0].names)
 
-# %% ../nbs/03_spike_validation.ipynb #307843e0
+# %% ../nbs/03_spike_validation.ipynb #fe13b76c
 def plot_walks(
     walks, # Walk objects
     ax=None,

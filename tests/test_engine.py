@@ -259,17 +259,19 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_every_kind_of_convolution(reduction):
+def test_every_kind_of_convolution(reduction, monkeypatch):
     with seeded(0): net = Convolutions().double().eval()
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d): m.running_var.uniform_(.5, 2, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     X, y, loss = torch.randn(7, 2, 6, generator=g, dtype=torch.float64), torch.randint(3, (7,), generator=g), nn.CrossEntropyLoss(reduction=reduction)
-    H = dense_hessian(net, loss, X, y)
+    with monkeypatch.context() as patched:  # the second derivative of PyTorch's fused weight norm is wrong: the judge must not use it
+        patched.setattr(torch, "_weight_norm", lambda v, g, dim=0: g * v / v.square().sum([i for i in range(v.ndim) if i != dim], keepdim=True).sqrt())
+        H = dense_hessian(net, loss, X, y)
     V = torch.randn(len(H), 3, generator=g, dtype=torch.float64)
-    for mode in ("kept", "rebuilt", "forward"): assert relative_error(HessianOperator(net, loss, cut(X, y, 5), mode=mode) @ V, H @ V) < 1e-10, mode
-    for params in ("two.*", ["head.weight", "one.bias"]):
-        op = HessianOperator(net, loss, (X, y), params=params)
+    for mode in ("auto", "kept", "rebuilt"): assert relative_error(HessianOperator(net, loss, cut(X, y, 5), mode=mode) @ V, H @ V) < 1e-10, mode
+    for params, mode in (("two.*", "kept"), (["head.weight", "one.bias"], "rebuilt"), (["one*", "two*", "three*", "back*", "circular*", "head*"], "forward")):
+        op = HessianOperator(net, loss, (X, y), params=params, mode=mode)
         rows = torch.cat([torch.full((p.numel(),), k in op.params) for k, p in net.named_parameters()])
         assert relative_error(op @ torch.eye(op.shape[0], dtype=torch.float64), H[rows][:, rows]) < 1e-10
 
@@ -408,3 +410,12 @@ def test_known_spikes_are_counted_exactly():
     assert abs(count - 5) <= 3 * err and err < .3
     every = spectral_density(A, num_probes=3, num_matvecs=200, max_known=200)
     assert abs(every.trace - lam.sum()) < 3 * every.trace_stderr + 1e-8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward"])
+def test_batches_of_240_and_10(mode, reduction):
+    net, (X, y) = tiny_mlp(), tiny_data(250)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.], dtype=torch.float64), ignore_index=0, reduction=reduction)
+    H = dense_hessian(net, loss, X, y)
+    assert relative_error(HessianOperator(net, loss, cut(X, y, 240), mode=mode) @ torch.eye(len(H), dtype=torch.float64), H) < 1e-10
