@@ -160,7 +160,7 @@ def stability(
     values, agreement, angles, products, seconds = zip(*rows)
     return Stability(tuple(sizes), torch.stack(values), agreement, {j: tuple(a[j] for a in angles) for j in subspaces}, products, seconds)
 
-# %% ../nbs/03_spike_validation.ipynb #9b437b1d
+# %% ../nbs/03_spike_validation.ipynb #307843e0
 @dataclass(frozen=True)
 class Walk:
     "What was measured along a walk; row 0 is the start."
@@ -190,7 +190,7 @@ class Walk:
         return (f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
                 f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)")
 
-# %% ../nbs/03_spike_validation.ipynb #307843e0
+# %% ../nbs/03_spike_validation.ipynb #46340154
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
@@ -207,7 +207,7 @@ def _bulk_part(d, V, archive):
         for a in archive: d = d - a * (a @ d)
     return d
 
-# %% ../nbs/03_spike_validation.ipynb #46340154
+# %% ../nbs/03_spike_validation.ipynb #3aa78051
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
     data, # where classes are measured
@@ -242,7 +242,7 @@ def bulk_walk(
     dist, loss, reports, lam, overlap, cosine = zip(*rows)
     return Walk(within, dist, loss, torch.stack([r.accuracy for r in reports]), reports[0].counts, lam, overlap, cosine, walls, reports[0].names)
 
-# %% ../nbs/03_spike_validation.ipynb #fe13b76c
+# %% ../nbs/03_spike_validation.ipynb #184905a0
 def plot_walks(
     walks, # Walk objects
     ax=None,
