@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from hessian_surgery_nb.models import num_params, resnet50
 
-BATCHES, WIDTHS = (16, 32, 64, 128, 192), (16, 24, 32, 48, 64, 96)
+BATCHES, WIDTHS = (16, 32, 64, 128, 192), (8, 16, 32, 48, 64, 96)
 
 
 def measure(net, X, y, repeats):

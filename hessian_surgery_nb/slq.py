@@ -184,11 +184,11 @@ def plot_density(
     decades_from: float | None = None, # t_0: a logarithmic axis on both sides of zero, linear within t_0
     ax=None,
 ):
-    "The density, a band of two standard errors, spikes marked, the edges of the spectrum in the corner."
+    "The density, a band of two standard errors, spikes marked, the edges of the spectrum below."
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     log = decades_from is not None
     to = (lambda t: decades(t, decades_from)) if log else (lambda t: torch.as_tensor(t, dtype=torch.float64))
-    ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel="eigenvalue", ylabel="share per decade (log)" if log else "density (log)")
+    ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel=f"eigenvalue (from {sd.edges[0]:.2g} to {sd.edges[1]:.3g})", ylabel="share per decade (log)" if log else "density (log)")
     lo, hi = to(sd.nodes.min()).item(), to(sd.nodes.max()).item()
     s = (.008 * (hi - lo) or 1.) if bandwidth is None else bandwidth
     u = torch.linspace(lo - 6 * s, hi + 6 * s, 1500, dtype=torch.float64)
@@ -202,10 +202,9 @@ def plot_density(
     if spikes is not None and len(spikes):
         ax.plot(to(torch.as_tensor(spikes)).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
     if log:
-        powers = [p for p in range(-12, 13) if decades_from <= 10. ** p]
+        powers = [p for p in range(-12, 13) if decades_from < .9 * 10. ** p]
         ticks = [(sign * 10. ** p) for p in powers for sign in (-1, 1) if lo - .5 <= to(sign * 10. ** p) <= hi + .5] + [0.]
         ax.set_xticks([to(t).item() for t in ticks], [f"{t:g}" for t in ticks])
     ax.set_yscale("log"); ax.set_ylim(bottom=floor)
-    ax.text(.99, .03, f"from {sd.edges[0]:.3g} to {sd.edges[1]:.3g}", transform=ax.transAxes, ha="right", fontsize=8, color=COLOURS["grey"])
     ax.legend(frameon=False, fontsize=8)
     return ax
