@@ -199,8 +199,9 @@ class _Krylov:
 def close(self: _Krylov, slack):
     "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
     if self.m == self.n: self.next, self.beta, self.left = None, 0., [] # the whole space: nothing is left over
-    floor = 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max().item()
-    if self.next is None or self.beta > max(slack, floor): return
+    eps, scale = torch.finfo(self.op.dtype).eps, self.T.abs().max().item()
+    little = max(10 * eps * scale, min(slack, eps ** .5 * scale)) # a loose tolerance must not close a space that is merely flat
+    if self.next is None or self.beta > little: return
     self.left.append((self.m - 1, self.beta))
     self.fresh()
 
@@ -333,7 +334,8 @@ def top_eigenpairs(
         ok = res <= slack
         bar.update(min(int(ok[:k].sum()), k) - bar.n)
         if kry.next is None: break
-        if kry.m >= k and ok[:k].all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
+        spare = kry.m - k >= k // 4 or kry.block is not None
+        if kry.m >= k and ok[:k].all() and spare and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
             if not verify or kry.block is not None: break
             kry.lock(theta, U, res, k)
         if kry.used >= limit: break

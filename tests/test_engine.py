@@ -419,3 +419,13 @@ def test_batches_of_240_and_10(mode, reduction):
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 5.], dtype=torch.float64), ignore_index=0, reduction=reduction)
     H = dense_hessian(net, loss, X, y)
     assert relative_error(HessianOperator(net, loss, cut(X, y, 240), mode=mode) @ torch.eye(len(H), dtype=torch.float64), H) < 1e-10
+
+
+def test_many_pairs_at_a_loose_tolerance_are_the_largest():
+    "Lanczos converges at both ends: with a loose tolerance the smallest Ritz values are certified too, and must not be taken for large ones."
+    lam = torch.cat([100 * .93 ** torch.arange(40.), torch.linspace(0, 1.5, 900), -12 * .9 ** torch.arange(15.)]).double()
+    A, _ = planted_matrix(lam)
+    pairs = top_eigenpairs(A, 60, tol=1e-2)
+    truth = lam.sort(descending=True).values[:60]
+    assert pairs.converged.all() and (pairs.values[:40] - truth[:40]).abs().max() <= 1e-2  # a hundredth of the tolerance
+    assert pairs.values.min() > -1 and (pairs.values <= truth + 1e-9).all()  # none from the other end, and none too large
