@@ -145,7 +145,7 @@ class Eigenpairs:
     vectors: torch.Tensor # (n, k), orthonormal columns
     residuals: torch.Tensor # (k,) float64, |H v - lambda v|
     num_matvecs: int # products used
-    converged: torch.Tensor # (k,) bool: residual <= tol * max |Ritz value|
+    converged: torch.Tensor # (k,) bool: residual <= tol * max |Ritz value|, and the value has stopped rising
     def __len__(self): return len(self.values)
     def __repr__(self):
         shown = ", ".join(f"{v:.4g}" for v in self.values[:6].tolist()) + (", ..." if len(self) > 6 else "")
@@ -163,6 +163,7 @@ class _Krylov:
         self.m, self.used, self.beta, self.tail = 0, 0, 0., torch.zeros(0, dtype=torch.float64)
         self.next, self.length = None, 1. # what comes next, times its length
         self.blur = torch.zeros(size, dtype=torch.float64) # what rounding to a shorter type took from each row of the relation above
+        self.past = [] # wanted values after the last few products
         self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; (row, size) of what closed ones left over
 
     def rows(self, count, name):
@@ -240,6 +241,14 @@ def hides_nothing(self: _Krylov, order, last, slack):
     i = torch.argmin(order(theta))
     return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
 
+@patch
+def settled(self: _Krylov, k, slack): # (k,) bool
+    "Which wanted values have stopped rising: over the last k / 4 products by no more than the slack."
+    if len(self.past) <= k // 4: return torch.zeros(k, dtype=torch.bool)
+    gain = torch.full((k,), torch.inf, dtype=torch.float64)
+    gain[:len(self.past[0])] = self.past[0] - self.past[-1][:len(self.past[0])]
+    return gain <= slack
+
 def combine(
     C: torch.Tensor, # (k, m) coefficients
     basis: torch.Tensor, # (m, n)
@@ -282,7 +291,7 @@ _STATE = ("m", "used", "generation", "closed", "block")
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
     numbers = torch.tensor([int(-1 if getattr(self, a) is None else getattr(self, a)) for a in _STATE])
-    state = dict(T=self.T, blur=self.blur, tail=self.tail, left=torch.tensor(self.left, dtype=torch.float64).reshape(-1, 2), numbers=numbers,
+    state = {f"past{i}": t for i, t in enumerate(self.past)} | dict(T=self.T, blur=self.blur, tail=self.tail, left=torch.tensor(self.left, dtype=torch.float64).reshape(-1, 2), numbers=numbers,
                  generator=self.generator.get_state())
     save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
     os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
@@ -300,6 +309,7 @@ def load(self: _Krylov, request: dict) -> bool:
     self.block, self.closed = None if self.block < 0 else self.block, bool(self.closed)
     self.T, self.blur, self.tail, self.left = state["T"], state["blur"], state["tail"], [(int(i), b) for i, b in state["left"].tolist()]
     self.generator.set_state(state["generator"])
+    self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
     return True
 
@@ -334,8 +344,8 @@ def top_eigenpairs(
         ok = res <= slack
         bar.update(min(int(ok[:k].sum()), k) - bar.n)
         if kry.next is None: break
-        spare = kry.m - k >= k // 4 or kry.block is not None
-        if kry.m >= k and ok[:k].all() and spare and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
+        kry.past = [*kry.past, _ORDER[which](theta[:k]).clone()][-(k // 4 + 1):]
+        if kry.m >= k and (ok[:k] & kry.settled(k, slack)).all() and kry.hides_nothing(_ORDER[which], theta[k - 1], slack):
             if not verify or kry.block is not None: break
             kry.lock(theta, U, res, k)
         if kry.used >= limit: break
@@ -349,7 +359,8 @@ def _finish(kry, theta, U, res, slack, k, tol) -> Eigenpairs:
     crowded = 2 * k > kry.m and kry.dir is None # then the basis itself becomes the result, which saves a copy
     vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
     res = res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * theta.abs().max()
-    pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, res <= slack)
+    settled = torch.ones(k, dtype=torch.bool) if kry.next is None else kry.settled(k, slack)
+    pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, (res <= slack) & settled)
     if not pairs.converged.all():
         warnings.warn(f"{int((~pairs.converged).sum())} of {k} eigenpairs are not certified to {tol:g} after {kry.used} products; "
                       "raise max_matvecs or tol.", stacklevel=3)
