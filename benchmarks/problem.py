@@ -76,7 +76,7 @@ def about(args, **more) -> dict:
         except PackageNotFoundError: return None
     commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return dict(date=str(date.today()), commit=commit, device="cpu", processor=processor(), threads=args.threads, torch=torch.__version__,
-                weights=Path(args.weights).name if args.weights else "random", data="CIFAR-10 training images" if args.data else "noise", batch=args.batch,
+                weights=Path(args.weights).name if args.weights else "random", data=f"{Path(args.data).name}, training images" if args.data else "noise", batch=args.batch,
                 peers={k: installed(v) for k, v in PEERS.items()}, **more)
 
 

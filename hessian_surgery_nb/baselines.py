@@ -20,7 +20,7 @@ from .train import ClassReport, class_means, predict
 
 # %% auto #0
 __all__ = ['class_accuracies', 'best_of', 'tau_norm_state', 'Biased', 'logit_adjustment', 'tune_biases', 'paired_interval',
-           'Rival', 'Comparison', 'compare', 'plot_comparison']
+           'mean_interval', 'shown', 'pooled_interval', 'Rival', 'Comparison', 'post_hoc', 'compare', 'plot_comparison']
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
@@ -123,6 +123,49 @@ def paired_interval(
     return float(lo), float(hi)
 
 # %% ../nbs/05a_baselines.ipynb #18c0d51c
+def mean_interval(
+    values, # N numbers
+    level: float = .95,
+) -> tuple[float, float, float]: # mean and the ends of its interval; nan for a single number
+    "Mean and Student's interval."
+    from scipy.stats import t
+    v = np.asarray(values, dtype=float)
+    if len(v) < 2: return float(v.mean()), float("nan"), float("nan")
+    half = t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
+    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
+
+# %% ../nbs/05a_baselines.ipynb #02104f2b
+def shown(
+    triple, # (mean, low, high)
+    digits: int = 1,
+) -> str:
+    "'4.8', or '4.8 ± 0.9' for an interval from 3.9 to 5.7."
+    m, lo, hi = triple
+    return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
+
+def pooled_interval(
+    pairs, # for each seed: (correct_a, correct_b, y), (N,) each
+    figure: str = "sigma", # or "global"
+    *,
+    draws: int = 2000, level: float = .95, seed: int = 0,
+) -> tuple[float, float, float]: # mean change b - a over seeds, and the ends of its interval; in [0, 1] units
+    "Change of a figure of merit with an interval over seeds and images."
+    rng, changes, points = np.random.default_rng(seed), [], []
+    for a, b, y in pairs:
+        cells, n = [], torch.bincount(y)
+        for c in y.unique().tolist():
+            pair = torch.stack([a[y == c], b[y == c]], 1).numpy().astype(float)
+            cells.append((pair.mean(0), rng.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=draws) @ pair / len(pair)))
+        w = n[n > 0].double().numpy() / len(y)
+        def merit(acc): return acc.std(0) if figure == "sigma" else np.tensordot(w, acc, 1) # acc (C, ..., 2)
+        points.append(np.subtract(*merit(np.stack([c[0] for c in cells]))[::-1]))
+        found = merit(np.stack([c[1] for c in cells])) # (draws, 2)
+        changes.append(found[:, 1] - found[:, 0])
+    chosen = rng.integers(len(changes), size=(len(changes), draws))
+    pooled = np.stack(changes)[chosen, rng.integers(draws, size=chosen.shape)].mean(0)
+    return float(np.mean(points)), *map(float, np.quantile(pooled, [(1 - level) / 2, (1 + level) / 2]))
+
+# %% ../nbs/05a_baselines.ipynb #8e908ca4
 @dataclass(frozen=True)
 class Rival:
     "One method's result."
@@ -142,12 +185,17 @@ class Comparison:
     def __getitem__(self, name): return next(r for r in self.rivals if r.name == name)
     def __repr__(self): return "Comparison(" + ", ".join(f"{r.name}: {100 * r.report.sigma:.1f}" for r in self.rivals) + " pp)"
 
-# %% ../nbs/05a_baselines.ipynb #db0bbfce
+# %% ../nbs/05a_baselines.ipynb #d2a6ea64
 def _rival(name, logits, y, tuned_logits, tuned_y, names, setting, passes) -> Rival:
     def report(z, t, on): return ClassReport(class_accuracies(z, t).cpu(), torch.bincount(t, minlength=z.shape[1]).cpu(), names, on)
     return Rival(name, report(logits, y, "held_out"), report(tuned_logits, tuned_y, "sensitivity"), setting, passes, (logits.argmax(1) == y).cpu())
 
-def _post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps):
+def post_hoc(
+    model: nn.Module, sensitivity_data, held_out, # as for `compare`
+    counts=None, # (C,) training images a class, for logit adjustment; None leaves it out
+    names=None, forward=None,
+    steps: int = 41, # settings in a sweep
+): # yields Rival; the untouched model first
     "The methods that only need logits or the head."
     run = lambda data, state=None: predict(model, data, state=state, forward=forward)
     (Zs, ys), (Zh, yh) = run(sensitivity_data), run(held_out)
@@ -166,7 +214,7 @@ def _post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps):
         t = taus[best_of([Zs + logit_adjustment(counts, t).to(Zs) for t in taus], ys)]
         yield shifted("logit adjustment", logit_adjustment(counts, t), f"tau = {t:.2f}")
 
-# %% ../nbs/05a_baselines.ipynb #02104f2b
+# %% ../nbs/05a_baselines.ipynb #9d13f361
 def compare(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, held_out, # as for `operate`
     *,
@@ -187,7 +235,7 @@ def compare(
     run = lambda c: operate(model, loss_fn, hessian_data, sensitivity_data, held_out=held_out, config=c, names=names, forward=forward, progress=progress)
     surgery = surgery or run(config)
     names = surgery.before.names
-    untouched, *rivals = _post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps)
+    untouched, *rivals = post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps)
     (_, yh), (_, ys) = predict(model, held_out, forward=forward), predict(model, sensitivity_data, forward=forward)
     def operated(name, r):
         return _rival(name, predict(r.model, held_out, forward=forward)[0], yh, predict(r.model, sensitivity_data, forward=forward)[0], ys, names,
@@ -197,7 +245,7 @@ def compare(
         rivals.append(operated("random subspace, own amplitude", run(replace(config, directions="random", eps=None))))
     return Comparison((untouched, operated("surgery", surgery), *rivals), yh.cpu(), surgery)
 
-# %% ../nbs/05a_baselines.ipynb #0e1c05f7
+# %% ../nbs/05a_baselines.ipynb #f843dec5
 @patch
 def to_frame(self: Comparison):
     "One row a method, held-out, in percent and pp; the interval is that of the change of sigma against no change."
@@ -219,7 +267,7 @@ def to_dict(self: Comparison) -> list[dict]:
                     sigma_change_pp_95=[100 * lo, 100 * hi])
     return [one(r) for r in self.rivals]
 
-# %% ../nbs/05a_baselines.ipynb #9d13f361
+# %% ../nbs/05a_baselines.ipynb #60d5645e
 def plot_comparison(
     comparison: Comparison, ax=None,
 ):

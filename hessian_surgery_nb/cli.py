@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import html
 import io
+import json
 import platform
 import shlex
 import sys
@@ -21,20 +23,23 @@ import torch
 from torch import nn
 
 from . import __version__
-from .baselines import Comparison, compare, plot_comparison
+from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank
+from .experiments import EXPERIMENTS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
-from .models import digits_net, num_params
+from .models import digits_net, num_params, weights_bytes, write_atomic
+from .paper import FIGURES, TABLES, Results, read_results
+from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, check_out, json_bytes, operate, out_dir, plot_before_after, plot_history, weights_bytes, write_atomic
+from .surgery import SurgeryConfig, operate, plot_before_after, plot_history
 from .train import TrainLog, train
 
 # %% auto #0
-__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'DemoRun', 'run_demo', 'mean_interval', 'method_rows', 'shown', 'text_table',
-           'class_rows', 'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page',
-           'demo_report', 'versions', 'provenance_line', 'demo_dict', 'demo', 'parser', 'main']
+__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'DemoRun', 'run_demo', 'method_rows', 'text_table', 'class_rows',
+           'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page', 'demo_report', 'versions',
+           'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'demo', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -68,18 +73,6 @@ def run_demo(
     return DemoRun(seed, splits, log, table, num_params(net), sd, time.perf_counter() - start)
 
 # %% ../nbs/10_cli.ipynb #f523b0d5
-def mean_interval(
-    values, # N numbers
-    level: float = .95,
-) -> tuple[float, float, float]: # mean and the ends of its interval; nan for a single number
-    "Mean and Student's interval."
-    from scipy.stats import t
-    v = np.asarray(values, dtype=float)
-    if len(v) < 2: return float(v.mean()), float("nan"), float("nan")
-    half = t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
-    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
-
-# %% ../nbs/10_cli.ipynb #a5c4ed1c
 def method_rows(
     runs: list[DemoRun],
 ) -> list[dict]:
@@ -93,15 +86,7 @@ def method_rows(
                          worst_percent=mean_interval([100 * a.worst for _, a in pick])))
     return rows
 
-def shown(
-    triple, # (mean, low, high)
-    digits: int = 1,
-) -> str:
-    "'4.8', or '4.8 ± 0.9' for an interval from 3.9 to 5.7."
-    m, lo, hi = triple
-    return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
-
-# %% ../nbs/10_cli.ipynb #6eb73ea9
+# %% ../nbs/10_cli.ipynb #1666e9b0
 def text_table(
     header: list[str], rows: list[list[str]],
 ) -> str:
@@ -122,7 +107,7 @@ METHOD_HEADER = ["method", "sigma (pp)", "reduced by (%)", "balanced (%)", "wors
 def method_cells(runs: list[DemoRun]) -> list[list[str]]:
     return [[r["method"], shown(r["sigma_pp"]), shown(r["reduction_percent"]), shown(r["balanced_percent"]), shown(r["worst_percent"])] for r in method_rows(runs)]
 
-# %% ../nbs/10_cli.ipynb #98922370
+# %% ../nbs/10_cli.ipynb #d9758fe0
 def headline(
     runs: list[DemoRun],
 ) -> list[str]: # sentences
@@ -149,7 +134,7 @@ def print_demo(runs: list[DemoRun], out: Path) -> None:
     print("\n" + " ".join(headline(runs)))
     print(f"\n{out / 'report.html'}: the same with pictures\n{out / 'result.json'}: all numbers\n{out / 'weights.safetensors'}: the new weights (seed {first.seed})")
 
-# %% ../nbs/10_cli.ipynb #1068a276
+# %% ../nbs/10_cli.ipynb #5ca72eaa
 def figure_tag(
     axes, # matplotlib axes, or an array of them
     alt: str, # what the picture shows, in words
@@ -171,7 +156,7 @@ def table_tag(header: list[str], rows: list[list[str]], caption: str) -> str:
     body = "".join(f'<tr><th scope="row">{esc(r[0])}</th>' + "".join(f"<td>{esc(c)}</td>" for c in r[1:]) + "</tr>" for r in rows)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{esc(caption)}"><table><caption>{esc(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/10_cli.ipynb #68e9c080
+# %% ../nbs/10_cli.ipynb #3f21ccf3
 STYLE = """
 :root { --ink: #1c2024; --soft: #5a6370; --line: #d9dee4; --red: #b34a00; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -190,7 +175,7 @@ def html_page(title: str, body: list[str]) -> str:
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>\n' + "\n".join(body) + "\n</main></body></html>\n")
 
-# %% ../nbs/10_cli.ipynb #b2d0e7e5
+# %% ../nbs/10_cli.ipynb #1068a276
 def _figures(run: DemoRun) -> list[str]:
     s, c = run.comparison.surgery, run.comparison
     b, a = s.before, s.after
@@ -215,7 +200,7 @@ def _figures(run: DemoRun) -> list[str]:
         figure_tag(plot_comparison(c), "Held-out sigma of every method with its interval.",
                    f"Points: held-out sigma. Bars: paired 95 % intervals over images of the change against no change, seed {run.seed}.")]
 
-# %% ../nbs/10_cli.ipynb #bf7fea43
+# %% ../nbs/10_cli.ipynb #68e9c080
 def demo_report(
     runs: list[DemoRun],
     command: str, # that repeats this
@@ -239,7 +224,7 @@ def demo_report(
             "once with an amplitude of their own.</p></footer>"]
     return html_page("Hessian surgery on long-tailed digits", body)
 
-# %% ../nbs/10_cli.ipynb #27af17c1
+# %% ../nbs/10_cli.ipynb #b2d0e7e5
 def versions() -> dict:
     "What this ran on."
     return dict(hessian_surgery_nb=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
@@ -264,7 +249,82 @@ def demo_dict(
     summary = [{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)]
     return dict(what="hessian-surgery demo", command=command, versions=versions(), summary=summary, runs=[one(r) for r in runs])
 
+# %% ../nbs/10_cli.ipynb #b7c52923
+def _asked(args) -> list[str]:
+    asked = [f"Table {t}" for t in args.table or ()] + [f"Figure {f}" for f in args.figure or ()]
+    unknown = [a for a in asked if a not in TABLES | FIGURES]
+    if unknown: raise InputError(f"--table and --figure must name one that is reproduced here. {unknown[0]} is not; known: {', '.join(TABLES | FIGURES)}.")
+    return asked
+
+def _scale(args) -> Scale:
+    quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6)
+    return Scale(**quick) if args.quick else Scale(**({} if args.epochs is None else dict(epochs=args.epochs)))
+
+def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+def _time_left(todo, known) -> str: # todo: (study, name) still to run
+    timed = [np.mean(known[n]) for _, n in todo if n in known]
+    new = len(todo) - len(timed)
+    return (f"about {_duration(sum(timed))} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
+
+# %% ../nbs/10_cli.ipynb #3d8bbf30
+def reproduce(args: argparse.Namespace) -> int:
+    "The `reproduce` command."
+    asked = _asked(args)
+    if args.seeds < 1 or args.epochs is not None and args.epochs < 1: raise InputError(f"--seeds and --epochs must be at least 1. Got {args.seeds} and {args.epochs}.")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if args.weights and not Path(args.weights).is_file(): raise InputError(f"--weights must name a .safetensors file. {args.weights} is not there.")
+    out = check_out(args.out)
+    store = RunStore(out, Path(args.work) if args.work else out/"work")
+    studies = [Study(store, seed, args.dataset, args.network, _scale(args), args.tau if args.tau > 0 else None, Path(args.weights) if args.weights else None, args.data, args.download, device, sys.stderr.isatty())
+               for seed in range(args.seed, args.seed + args.seeds)]
+    known, todo = {}, []
+    for study in studies:
+        for name in feeding(*asked):
+            path = store.directory/f"{study.label}_{name}.json"
+            if path.exists(): perform(study, name); known.setdefault(name, []).append(json.loads(path.read_text())["seconds"])
+            else: todo.append((study, name))
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    say(f"{len(studies) * len(feeding(*asked)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known)}")
+    if args.dry_run:
+        for study, name in todo: print(f"{study.label}  {name:18} {EXPERIMENTS[name].says}")
+        return 0
+    for i, (study, name) in enumerate(todo):
+        say(f"[{i + 1}/{len(todo)}] seed {study.seed}: {name} ...", end=" ")
+        took = perform(study, name)["seconds"]
+        known.setdefault(name, []).append(took)
+        say(f"{_duration(took)}; {_time_left(todo[i + 1:], known)}" if i + 1 < len(todo) else _duration(took))
+    show_results(read_results(store.directory, args.dataset, args.network), out, asked, shlex.join(["hessian-surgery", *args.argv]), args.json)
+    return 0
+
 # %% ../nbs/10_cli.ipynb #e98cbeba
+def show_results(r: Results, out: Path, asked: list[str], command: str, as_json: bool = False):
+    "Tables as CSV and figures as PNG, and a page with those whose runs are there."
+    import matplotlib
+    matplotlib.use("Agg")
+    wanted, body, numbers = [w for w in (asked or [*TABLES, *FIGURES])], [f"<h1>{html.escape(r.label.replace('_', ', '))}</h1>"], {}
+    for w in wanted:
+        make, needs = (TABLES | FIGURES)[w]
+        if not r.seeds(*needs): continue
+        caption = f"{w}. {make.__doc__} {r.caption(*needs)}"
+        stem = out/f"{r.label}_{w.lower().replace(' ', '_')}"
+        if w in TABLES:
+            frame = make(r)
+            write_atomic(stem.with_suffix(".csv"), frame.to_csv().encode())
+            flat, numbers[w] = frame.reset_index(), json.loads(frame.reset_index().to_json(orient="records"))
+            body.append(table_tag([str(c) for c in flat.columns], [["" if v is None else str(v) for v in row] for row in flat.itertuples(index=False)], caption))
+            if not as_json: print(f"\n{w}. {make.__doc__}\n{frame.to_string()}")
+        else:
+            ax, png = make(r), io.BytesIO()
+            np.ravel(ax)[0].figure.savefig(png, dpi=150)
+            write_atomic(stem.with_suffix(".png"), png.getvalue())
+            body.append(figure_tag(ax, caption, caption))
+    body.append(f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>")
+    write_atomic(out/f"{r.label}_report.html", html_page(r.label, body).encode())
+    if as_json: print(json.dumps(numbers, indent=1))
+    else: print(f"\n{out/f'{r.label}_report.html'} has the tables and figures in one page.")
+
+# %% ../nbs/10_cli.ipynb #0f2cabda
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
     from tqdm.auto import tqdm
@@ -285,7 +345,7 @@ def demo(args: argparse.Namespace) -> int:
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #002dc23e
+# %% ../nbs/10_cli.ipynb #bc49ceae
 def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
@@ -306,13 +366,42 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--json", action="store_true", help="print result.json instead of tables")
     d.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     d.set_defaults(run=demo)
+    _add_reproduce(sub, wide)
     return p
+
+def _add_reproduce(sub, wide):
+    r = sub.add_parser(
+        "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
+        description="Run the experiments behind the paper's tables and figures, store each as JSON, and lay the results beside the paper's. Runs that are stored are not repeated; interrupted ones go on. "
+                    "On two processor cores a seed of all experiments with the small network takes about a day; single tables take from minutes to hours (see --dry-run).")
+    r.add_argument("dataset", help="cifar10, cifar100, or a directory with train/CLASS/* and test/CLASS/*")
+    r.add_argument("--table", type=int, action="append", metavar="N", help="this table only; may be repeated")
+    r.add_argument("--figure", type=int, action="append", metavar="N", help="this figure only; may be repeated")
+    r.add_argument("--all", action="store_true", help="every table and figure (also when none is named)")
+    r.add_argument("--network", choices=("resnet20", "resnet50"), default="resnet20", help="resnet20: 0.27 million weights; resnet50: 23.5 million")
+    r.add_argument("--weights", metavar="FILE", help="start from these weights (.safetensors) instead of training")
+    r.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, order of batches, split of the test images")
+    r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
+    r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")
+    r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")
+    r.add_argument("--tau", type=float, default=.85, help="classes at least this accurate are protected (a fraction); 0: those above the mean")
+    r.add_argument("--epochs", type=int, help="of training; default 10")
+    r.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    r.add_argument("--out", default="hessian-surgery-runs", metavar="DIR", help="where runs, tables, figures and the page go")
+    r.add_argument("--work", metavar="DIR", help="where weights and half-done runs go; default: work in --out")
+    r.add_argument("--quick", action="store_true", help="a tiny network and a few steps, to see that everything runs; the numbers mean nothing")
+    r.add_argument("--dry-run", action="store_true", help="say what would be run, and stop")
+    r.add_argument("--json", action="store_true", help="print the tables as JSON")
+    r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
+    r.set_defaults(run=reproduce)
 
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code
     "Entry point of `hessian-surgery`."
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    args.argv = argv
     try: return args.run(args)
     except InputError as e:
         if args.debug: raise

@@ -5,16 +5,21 @@
 # %% ../nbs/02a_data.ipynb #440c7d26
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
-__all__ = ['Samples', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits', 'long_tail_splits',
-           'plot_counts']
+__all__ = ['IMAGES', 'Samples', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
+           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'image_folder',
+           'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits']
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Samples:
     def counts(self) -> torch.Tensor: # (C,)
         "Images per class."
         return torch.bincount(self.y, minlength=len(self.classes))
+
+    def batches(self, size: int = 250) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        "The same data in pieces that a processor's cache likes; colour images in the layout that convolutions like."
+        x = self.x.contiguous(memory_format=torch.channels_last) if self.x.ndim == 4 and self.x.shape[1] == 3 else self.x
+        return list(zip(x.split(size), self.y.split(size)))
 
     @property
     def fingerprint(self) -> str:
@@ -158,3 +168,197 @@ def plot_counts(
     ax = new_axes(ax, title=f"{len(samples)} images of {samples.source}", xlabel="class", ylabel="images", height=2.4)
     ax.bar(samples.classes, samples.counts.tolist(), color=COLOURS["sky"])
     return ax
+
+# %% ../nbs/02a_data.ipynb #346a640a
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+def read_image(
+    path, size: int | None = None, # pixels a side; None: as it is
+): # (3, H, W) uint8
+    "One image as RGB bytes."
+    from PIL import Image, ImageOps
+    import numpy as np
+    try:
+        with Image.open(path) as im:
+            im = im.convert("RGBA").convert("RGB") if im.mode in ("P", "PA", "LA") else im.convert("RGB")
+            if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"images must be readable. {path} is not ({type(e).__name__}: {e}); remove or replace it.") from e
+
+def cache_dir() -> Path:
+    "Where decoded images are kept."
+    return Path(os.environ.get("HESSIAN_SURGERY_CACHE") or Path.home()/".cache"/"hessian_surgery_nb").expanduser()
+
+def _decode(files, size, progress):
+    from tqdm.auto import tqdm
+    first = read_image(files[0], size)
+    x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    for i, f in enumerate(tqdm(files, desc="reading images", leave=False, disable=not progress)):
+        image = read_image(f, size)
+        if image.shape != first.shape: raise InputError(f"images must be of one size. {f} is {tuple(image.shape[1:])}, {files[0]} is {tuple(first.shape[1:])}; pass size.")
+        x[i] = image
+    return x
+
+# %% ../nbs/02a_data.ipynb #bd819415
+def read_images(
+    files, # paths
+    *,
+    size: int | None = None, # pixels a side; None: as they are, which must be alike
+    progress: bool = False,
+) -> torch.Tensor: # (N, 3, H, W) uint8
+    "Decode images, or take them from the cache."
+    from safetensors.torch import load_file, save_file
+    stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in map(Path, files)]
+    kept = cache_dir()/f"images-{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:20]}.safetensors"
+    if kept.exists(): return load_file(kept)["x"]
+    x, part = _decode(list(files), size, progress), kept.with_suffix(f".{os.getpid()}.part")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(x=x), part)
+        os.replace(part, kept)
+    except Exception as e: # a full disk costs time on the next run, nothing else; safetensors has its own error for it
+        part.unlink(missing_ok=True)
+        warnings.warn(f"decoded images could not be kept in {kept.parent} ({e}); they will be read again next time. Free some space, or set HESSIAN_SURGERY_CACHE.", stacklevel=2)
+    return x
+
+# %% ../nbs/02a_data.ipynb #64dd653b
+def image_folder(
+    path, # a directory with one directory a class
+    *,
+    size: int | None = None, # pixels a side; None: as they are
+    source: str | None = None, # what to call it; None: the directory's name
+    progress: bool = False, # a bar while images are decoded
+) -> Samples: # x (N, 3, H, W) uint8
+    "Labelled images from a directory; classes in alphabetical order."
+    path = Path(path).expanduser()
+    if not path.is_dir(): raise InputError(f"an image folder must be a directory. {path} is not.")
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    if not classes: raise InputError(f"an image folder holds a folder a class. {path} has none.")
+    files = {c: sorted(f for f in (path/c).rglob("*") if f.suffix.lower() in IMAGES) for c in classes}
+    empty = [c for c in classes if not files[c]]
+    if empty: raise InputError(f"every class folder must hold images ({', '.join(IMAGES)}). {path/empty[0]} has none{f', nor have {len(empty) - 1} others' if empty[1:] else ''}; fill or remove it.")
+    x = read_images([f for c in classes for f in files[c]], size=size, progress=progress)
+    y = torch.cat([torch.full((len(files[c]),), i, dtype=torch.int64) for i, c in enumerate(classes)])
+    return Samples(x, y, torch.arange(len(y)), tuple(classes), source or path.name)
+
+# %% ../nbs/02a_data.ipynb #eda37c4c
+def write_toy_images(
+    path, # a new directory
+    *,
+    classes: int = 3, train: int = 40, test: int = 16, # images a class
+    size: int = 16, # pixels a side
+    seed: int = 0,
+):
+    "A dataset in folders, drawn here, to try programs on."
+    import numpy as np
+    from PIL import Image
+    rng, (v, u) = np.random.default_rng(seed), np.mgrid[:size, :size] / size - .5
+    for part, n in (("train", train), ("test", test)):
+        for c in range(classes):
+            folder = Path(path)/part/f"colour{c}"
+            folder.mkdir(parents=True, exist_ok=True)
+            colour = .5 + .4 * np.cos(2 * np.pi * (c / classes + np.arange(3) / 3))
+            for i in range(n):
+                x, y, r = rng.uniform(-.2, .2, 2).tolist() + [rng.uniform(.1, .3)]
+                disc = ((u - x) ** 2 + (v - y) ** 2 < r * r)[..., None]
+                image = np.where(disc, colour + rng.normal(0, .15 * (1 + c), 3), .5) + rng.normal(0, .15, (size, size, 3))
+                Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)).save(folder/f"{i:03d}.png")
+
+# %% ../nbs/02a_data.ipynb #e8cd078d
+def torchvision_part(
+    name: str, # "models", "datasets" or "transforms"
+):
+    "A part of torchvision, also where its compiled operators do not fit the installed PyTorch."
+    import importlib
+    import importlib.util
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None: raise InputError(f"this needs torchvision.{name}, and torchvision is not installed; pip install torchvision.")
+    for so in Path(spec.origin).parent.glob("_C*.so"):
+        try: torch.ops.load_library(so)
+        except OSError: _declare_nms()
+    return importlib.import_module(f"torchvision.{name}")
+
+@functools.cache
+def _declare_nms():
+    lib = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"): lib.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return lib # keeps the declarations alive
+
+def data_dir() -> Path:
+    "Where datasets lie."
+    return Path(os.environ.get("HESSIAN_SURGERY_DATA") or "data").expanduser()
+
+def _torchvision_cifar(name, root, download):
+    datasets = torchvision_part("datasets")
+    make = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name]
+    out = []
+    for train in (True, False):
+        try: d = make(root, train=train, download=download)
+        except Exception as e: raise InputError(f"{name} could not be had through torchvision ({type(e).__name__}: {e}); check {root} and the network.") from e
+        y = torch.tensor(d.targets)
+        out.append(Samples(torch.from_numpy(d.data).permute(0, 3, 1, 2), y, torch.arange(len(y)), tuple(d.classes), f"{name}/{'train' if train else 'test'}"))
+    return tuple(out)
+
+# %% ../nbs/02a_data.ipynb #79c89bd3
+def read_dataset(
+    name, # "cifar10", "cifar100", the name of a directory below `root`, or a path
+    *,
+    root=None, # where datasets lie; None: HESSIAN_SURGERY_DATA, or ./data
+    size: int | None = None, # pixels a side; None: as they are
+    download: bool = False, # let torchvision fetch CIFAR-10 or CIFAR-100 into root
+    progress: bool = False,
+) -> tuple[Samples, Samples]: # training and test images, uint8
+    "Images with their labels, from folders or from torchvision."
+    root = Path(root).expanduser() if root else data_dir()
+    folder = Path(name).expanduser() if Path(name).expanduser().is_dir() else root/str(name)
+    if (folder/"train").is_dir():
+        other = next((p for p in ("test", "val", "valid", "validation") if (folder/p).is_dir()), None)
+        if other is None: raise InputError(f"a dataset holds train and test. {folder} has train only; set some images apart as {folder/'test'}.")
+        train, test = (image_folder(folder/p, size=size, source=f"{folder.name}/{p}", progress=progress) for p in ("train", other))
+        strange, missing = sorted(set(test.classes) - set(train.classes)), sorted(set(train.classes) - set(test.classes))
+        if strange: raise InputError(f"every test class must be among the training classes. {folder/other/strange[0]} is not{f', nor are {len(strange) - 1} others' if strange[1:] else ''}; remove it, or add training images.")
+        if missing: raise InputError(f"every class must have test images, so that it can be measured. {missing[0]} has none in {folder/other}; add some.")
+        return train, test
+    if name in ("cifar10", "cifar100"):
+        if download or any((root/d).exists() for d in ("cifar-10-batches-py", "cifar-100-python")): return _torchvision_cifar(name, root, download)
+        raise InputError(f"{name} is not in {root.absolute()}. Give download=True (--download) to fetch it with torchvision, or lay it out as {root/name/'train'}/CLASS/*.png and "
+                         f"{root/name/'test'}/CLASS/*.png, or set HESSIAN_SURGERY_DATA to where it is.")
+    raise InputError(f"a dataset is a directory with train/CLASS/* and test/CLASS/*. {folder.absolute()} is not; give its path, or set HESSIAN_SURGERY_DATA to the directory above it.")
+
+# %% ../nbs/02a_data.ipynb #df985478
+def normalised(
+    samples: Samples, # uint8
+    like: Samples, # the training images, uint8, whose mean and deviation count
+) -> Samples: # float32
+    "Zero mean and unit variance in each colour of the training images."
+    counts = torch.stack([torch.bincount(like.x[:, c].flatten(), minlength=256) for c in range(like.x.shape[1])]).double()
+    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256.) / 255
+    mean = share @ level.double()
+    std = (share @ level.double() ** 2 - mean ** 2).sqrt().clamp(min=1e-6)
+    table = ((level[None] - mean[:, None]) / std[:, None]).float() # (colours, 256)
+    x = torch.empty(samples.x.shape)
+    for c in range(len(table)): x[:, c] = table[c][samples.x[:, c].int()]
+    return Samples(x, samples.y, samples.ids, samples.classes, samples.source)
+
+def image_splits(
+    train: Samples, test: Samples, # uint8, what `read_dataset` gives
+    *,
+    seed: int = 0, # which test images go where, and which training images show the curvature
+    hessian: int = 128, # training images for the curvature; the paper's B
+    share: float = .5, # of the test images of each class, for the sensitivity set
+) -> Splits:
+    "Half of the test images to tune on, half to report; stratified."
+    g, seen = torch.Generator().manual_seed(seed), set(input_digests(train.pair))
+    digests, rows, first = input_digests(test.pair), [], set()
+    for i, d in enumerate(digests): # an image that is in training, or here already, counts once or not at all
+        if d not in seen and d not in first: rows.append(i); first.add(d)
+    test, parts = test[torch.tensor(rows)], ([], [])
+    for c in range(len(test.classes)):
+        mine = (test.y == c).nonzero().flatten()
+        if len(mine) < 2: raise InputError(f"every class needs at least 2 test images that are not in training. {test.classes[c]} has {len(mine)}.")
+        mine, n = mine[torch.randperm(len(mine), generator=g)], min(max(1, round(share * len(mine))), len(mine) - 1)
+        for part, some in zip(parts, (mine[:n], mine[n:])): part.append(some)
+    some = torch.randperm(len(train), generator=g)[:hessian]
+    train, test = normalised(train, train), normalised(test, train)
+    return Splits(train, train[some], *(test[torch.cat(p).sort().values] for p in parts), seed)

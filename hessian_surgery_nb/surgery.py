@@ -5,12 +5,9 @@
 # %% ../nbs/05_surgery.ipynb #5617e226
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import math
 import numbers
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,13 +20,15 @@ from torch import nn
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
+from .models import weights_bytes, write_atomic
+from .runs import json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report, error_ratio
 
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'choose_amplitude', 'StepRecord', 'SurgeryResult', 'operate', 'plot_before_after', 'wilson', 'plot_history',
-           'write_atomic', 'check_out', 'out_dir', 'json_bytes', 'report_dict', 'weights_bytes']
+           'report_dict']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -230,6 +229,7 @@ class StepRecord:
     certified: bool # every spike's residual was within tol
     matvecs: int # products of this iteration
     passes: int # passes over the sensitivity set
+    accuracy: tuple[float, ...] # (C,) of each class, after the step
     seconds: float
 
 # %% ../nbs/05_surgery.ipynb #e1f50bf6
@@ -335,7 +335,7 @@ def iterate(self: _Operation) -> bool: # whether anything is left to try
     self.history.append(StepRecord(
         len(self.history) + 1, accepted, eps, self.control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
         (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()), tuple(pairs.values.tolist()),
-        bool(pairs.converged.all()), matvecs, passes + 1, time.perf_counter() - clock))
+        bool(pairs.converged.all()), matvecs, passes + 1, tuple(after.accuracy.tolist()), time.perf_counter() - clock))
     if not accepted:
         self.model.load_state_dict(saved)
         return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
@@ -454,54 +454,6 @@ def plot_history(
     return axes
 
 # %% ../nbs/05_surgery.ipynb #5bb4dda4
-def write_atomic(
-    path: Path, data: bytes,
-) -> Path:
-    "Write a file so that it is never seen half written."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e: raise InputError(f"results must be writable. {path}: {e.strerror}; free some space or name another directory.") from e
-    finally:
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
-    return path
-
-# %% ../nbs/05_surgery.ipynb #b148853d
-def check_out(
-    path, # where results shall go
-) -> Path:
-    "Refuse a place that cannot be written to, before anything is computed. Makes nothing."
-    path = Path(path)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir(): raise InputError(f"the output must be a directory. {there} is a file; name another.")
-    if not os.access(there, os.W_OK | os.X_OK): raise InputError(f"the output directory must be writable. {there} is not; name another.")
-    return path
-
-def out_dir(
-    path, # where results shall go
-) -> Path:
-    "A directory to write to, made if need be."
-    path = check_out(path)
-    try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"the output directory must be writable. {path}: {e.strerror}; name another.") from e
-    return path
-
-# %% ../nbs/05_surgery.ipynb #a110651a
-def json_bytes(
-    value, # anything made of dicts, lists, numbers, strings
-) -> bytes:
-    "Strict JSON: NaN and infinity become null."
-    def clean(v):
-        if isinstance(v, dict): return {str(k): clean(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)): return [clean(x) for x in v]
-        if torch.is_tensor(v): return clean(v.tolist())
-        if isinstance(v, np.generic): return clean(v.item())
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    return (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode()
-
-# %% ../nbs/05_surgery.ipynb #e06f4375
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
     return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,
@@ -514,12 +466,6 @@ def to_dict(self: SurgeryResult) -> dict:
     return dict(**reports,
                 config=asdict(self.config), returned_iteration=self.best, history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
                 spikes=self.spikes.values.tolist(), timing=dict(iteration_seconds=[h.seconds for h in self.history]))
-
-def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file's metadata
-    "A model's state as safetensors: same keys, same types; tied weights under each of their names."
-    from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
 @patch
 def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors") -> Path: # the directory

@@ -5,17 +5,23 @@
 # %% ../nbs/02c_train.ipynb #c4d7ba8f
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
-from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, functional_logits, split_batch, to_device
+from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, split_batch, to_device, unflatten
+from .models import write_atomic
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['TrainLog', 'train', 'predict', 'class_means', 'class_accuracy', 'ClassReport', 'error_ratio', 'class_report']
+__all__ = ['TrainLog', 'shifted', 'train', 'FocalLoss', 'effective_number_loss', 'predict', 'class_means', 'class_accuracy',
+           'ClassReport', 'error_ratio', 'class_report', 'class_report_of']
 
 # %% ../nbs/02c_train.ipynb #486fe2bf
 @dataclass(frozen=True)
@@ -28,46 +34,155 @@ class TrainLog:
                 f"{self.accuracy[-1]:.1%})")
 
 # %% ../nbs/02c_train.ipynb #ca3035bc
+def _optimizer(model, name, lr, weight_decay, schedule, steps):
+    params, opts = [p for p in model.parameters() if p.requires_grad], torch.optim
+    if name == "sgd": opt = opts.SGD(params, lr=lr, momentum=.9, nesterov=True, weight_decay=weight_decay)
+    else: opt = (opts.AdamW if name == "adamw" else opts.Adam)(params, lr=lr, weight_decay=weight_decay)
+    rate = opts.lr_scheduler
+    if schedule == "onecycle": return opt, rate.OneCycleLR(opt, lr, total_steps=steps + 1, cycle_momentum=False)
+    return opt, rate.CosineAnnealingLR(opt, steps) if schedule == "cosine" else rate.ConstantLR(opt, 1., 0)
+
+def shifted(
+    x: torch.Tensor, # (N, C, H, W)
+    pixels: int, # farthest move
+    generator: torch.Generator,
+) -> torch.Tensor: # (N, C, H, W)
+    "Augmentation: every image moved by up to so many pixels each way (zeros come in), half of them mirrored."
+    N, C, H, W = x.shape
+    dy, dx = (torch.randint(2 * pixels + 1, (N, 1), generator=generator) for _ in range(2))
+    rows, cols = torch.arange(H) + dy, torch.arange(W) + dx
+    cols = torch.where(torch.rand(N, 1, generator=generator) < .5, cols.flip(1), cols)
+    wide = nn.functional.pad(x, (pixels,) * 4).permute(0, 2, 3, 1)
+    return wide[torch.arange(N)[:, None, None], rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+# %% ../nbs/02c_train.ipynb #8549edf0
+class _Checkpoint:
+    "The state of a training run in one file."
+    def __init__(self, run_dir, request: dict):
+        self.path, self.request = None if run_dir is None else Path(run_dir)/"training.safetensors", request
+        if run_dir is not None: Path(run_dir).mkdir(parents=True, exist_ok=True)
+
+    def save(self, model, opt, sched, generator, log):
+        if self.path is None: return
+        state, moments = opt.state_dict(), {}
+        for i, entry in state["state"].items(): moments |= {f"opt.{i}.{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None}
+        plain = {k: v for k, v in sched.state_dict().items() if isinstance(v, (int, float, str, list, bool)) and k != "_schedule_phases"}
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | moments | dict(order=generator.get_state(), rng=torch.get_rng_state())
+        facts = dict(request=self.request, log=log, sched=plain, groups=[{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]])
+        write_atomic(self.path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+
+    def load(self, model, opt, sched, generator):
+        "The log so far; None when there is nothing to go on with."
+        if self.path is None or not self.path.exists(): return None
+        with safe_open(self.path, "pt") as f: facts, t = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
+        if facts["request"] != json.loads(json.dumps(self.request)):
+            odd = [f"{k}={facts['request'].get(k)} (now {v})" for k, v in self.request.items() if facts["request"].get(k) != json.loads(json.dumps(v))]
+            raise InputError(f"a run goes on with the recipe it began with. {self.path} has {', '.join(odd)}; remove it, or name another run_dir.")
+        model.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
+        entries = {}
+        for k, v in t.items():
+            if k.startswith("opt."): entries.setdefault(int(k.split(".")[1]), {})[k.split(".", 2)[2]] = v
+        opt.load_state_dict(dict(state=entries, param_groups=[g | dict(params=own["params"]) for g, own in zip(facts["groups"], opt.state_dict()["param_groups"])]))
+        sched.load_state_dict(facts["sched"])
+        generator.set_state(t["order"]); torch.set_rng_state(t["rng"])
+        return facts["log"]
+
+# %% ../nbs/02c_train.ipynb #5ff7ebc7
 def train(
     model: nn.Module, # changed in place, left in evaluation mode
     data: tuple, # (X, y)
     *,
     loss_fn=None, # None: cross-entropy
     epochs: int = 60,
-    lr: float = 3e-3, # at the start; falls to 0 along a cosine
+    lr: float = 3e-3, # the highest
     batch_size: int = 32,
     weight_decay: float = 1e-4,
-    seed: int = 0, # order of the batches, dropout
+    optimizer: str = "adamw", # "adamw", "adam", or "sgd" with Nesterov's momentum of 0.9
+    schedule: str = "cosine", # of lr: "cosine" falls to 0, "onecycle" rises first, "constant"
+    shift: int = 0, # augmentation: move images by up to so many pixels and mirror half of them; 0: none
+    precision: str = "float32", # or "bf16": products in bfloat16, weights in float32
+    project=None, # called before every epoch with the model: directions (n, K) that gradients are kept orthogonal to
+    seed: int = 0, # order of the batches, augmentation, dropout
+    after_epoch=None, # called after every epoch with the model, in evaluation mode, and the epoch's number
+    run_dir=None, # keep the state there after every epoch; an interrupted run goes on
     progress: bool = False, # a bar
 ) -> TrainLog:
-    "Train with AdamW and a cosine schedule."
-    from tqdm.auto import trange
-    (X, y), loss_fn = data, loss_fn or nn.CrossEntropyLoss()
-    if epochs < 1 or batch_size < 2 or not lr > 0:
-        raise InputError(f"epochs must be at least 1, batch_size at least 2 and lr positive. Got {epochs}, {batch_size}, {lr}.")
-    if not torch.isfinite(X).all(): raise InputError("images must be finite. Got NaN or infinity; remove or mend them.")
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    steps = max(1, len(y) // batch_size)
-    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs * steps)
-    g, losses, hits = torch.Generator().manual_seed(seed), [], []
-    model.train()
+    "Train in the ordinary way."
+    from tqdm.auto import tqdm
+    (X, y), loss_fn, device = data, loss_fn or nn.CrossEntropyLoss(), next(model.parameters()).device
+    request = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, shift=shift, precision=precision, seed=seed)
+    _check_training(X, request)
+    steps, g, log = max(1, len(y) // batch_size), torch.Generator().manual_seed(seed), []
+    (opt, sched), kept = _optimizer(model, optimizer, lr, weight_decay, schedule, epochs * steps), _Checkpoint(run_dir, request)
     with seeded(seed):
-        for _ in trange(epochs, desc="training", leave=False, disable=not progress):
-            total = right = 0.
+        log = kept.load(model, opt, sched, g) or []
+        bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="training", leave=False, disable=not progress)
+        for epoch in range(len(log), epochs):
+            V, total, right = project(model.eval()) if project else None, 0., 0.
+            model.train()
             for rows in torch.randperm(len(y), generator=g).tensor_split(steps):
-                z = model(X[rows])
-                loss = loss_fn(z, y[rows])
-                opt.zero_grad(); loss.backward(); opt.step(); sched.step()
-                total += loss.item() * len(rows); right += (z.argmax(1) == y[rows]).sum().item()
-            if not math.isfinite(total):
-                raise InputError(f"training must stay finite. Got a loss of {total} in epoch {len(losses) + 1}; lower lr, now "
-                                 f"{lr}.")
-            losses.append(total / len(y)); hits.append(right / len(y))
+                loss, hits = _step(model, loss_fn, opt, _batch(X, rows, shift, g).to(device), y[rows].to(device), precision, V)
+                sched.step(); bar.update()
+                total += loss * len(rows); right += hits
+            log.append((_finite_loss(total / len(y), epoch, lr), right / len(y)))
+            bar.set_postfix(loss=f"{log[-1][0]:.3f}", accuracy=f"{right / len(y):.1%}")
+            if after_epoch: after_epoch(model.eval(), epoch)
+            kept.save(model, opt, sched, g, log)
+        bar.close()
     opt.zero_grad()
     model.eval()
-    return TrainLog(tuple(losses), tuple(hits))
+    return TrainLog(*map(tuple, zip(*log)))
 
-# %% ../nbs/02c_train.ipynb #5ff7ebc7
+# %% ../nbs/02c_train.ipynb #96b4bcf6
+def _batch(X, rows, shift, generator):
+    x = X[rows]
+    if shift: x = shifted(x, shift, generator)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and x.shape[1] == 3 else x # the faster layout for colour images
+
+def _step(model, loss_fn, opt, x, y, precision, V) -> tuple[float, int]: # loss, correct images
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"): z = model(x)
+    loss = loss_fn(z.float() if precision == "bf16" else z, y)
+    opt.zero_grad(); loss.backward()
+    if V is not None:
+        params = [p for p in model.parameters() if p.requires_grad]
+        g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        for p, part in zip(params, unflatten(g - V @ (V.T @ g), params)): p.grad = part.clone()
+    opt.step()
+    return loss.item(), (z.argmax(1) == y).sum().item()
+
+def _finite_loss(loss, epoch, lr):
+    if math.isfinite(loss): return loss
+    raise InputError(f"training must stay finite. Got a loss of {loss} in epoch {epoch + 1}; lower lr, now {lr}.")
+
+def _check_training(X, r):
+    if r["epochs"] < 1 or r["batch_size"] < 2 or not r["lr"] > 0:
+        raise InputError(f"epochs must be at least 1, batch_size at least 2 and lr positive. Got {r['epochs']}, {r['batch_size']}, {r['lr']}.")
+    for name, choices in (("optimizer", ("adamw", "adam", "sgd")), ("schedule", ("cosine", "onecycle", "constant")), ("precision", ("float32", "bf16"))):
+        if r[name] not in choices: raise InputError(f"{name} must be one of {', '.join(choices)}. Got {r[name]!r}.")
+    if not torch.isfinite(X).all(): raise InputError("images must be finite. Got NaN or infinity; remove or mend them.")
+
+# %% ../nbs/02c_train.ipynb #9d08ea76
+class FocalLoss(nn.Module):
+    "Mean of (1 - p)^gamma times cross-entropy; gamma = 0 is cross-entropy."
+    def __init__(self, gamma: float = 2.):
+        super().__init__()
+        if not gamma >= 0: raise InputError(f"gamma must be 0 or positive. Got {gamma}.")
+        self.gamma, self.reduction = gamma, "mean"
+    def forward(self, z, y):
+        ce = nn.functional.cross_entropy(z, y, reduction="none")
+        return ((-torch.expm1(-ce)).clamp(min=1e-12) ** self.gamma * ce).mean() if self.gamma else ce.mean()
+
+def effective_number_loss(
+    counts, # (C,) training images a class
+    beta: float = .9999,
+) -> nn.CrossEntropyLoss: # weights have mean 1
+    "Class-balanced cross-entropy."
+    n = torch.as_tensor(counts, dtype=torch.float64)
+    if not (n > 0).all() or not 0 <= beta < 1: raise InputError(f"every class needs an image, and beta must lie in 0..1, without 1. Got {n.tolist()} and {beta}.")
+    w = (1 - beta) / (1 - beta ** n)
+    return nn.CrossEntropyLoss(weight=(w / w.mean()).float())
+
+# %% ../nbs/02c_train.ipynb #790167cb
 _CLASS_NUMBERS = nn.CrossEntropyLoss() # its rule for labels is the one for measuring accuracies
 
 @torch.no_grad()
@@ -100,7 +215,7 @@ def predict(
     if not out: raise InputError("data must hold at least one batch. Got none.")
     return torch.cat([z for z, _ in out]), torch.cat([y for _, y in out])
 
-# %% ../nbs/02c_train.ipynb #96b4bcf6
+# %% ../nbs/02c_train.ipynb #86279cf6
 def class_means(
     per_image: torch.Tensor, # (N, ...) numbers
     y: torch.Tensor, # (N,) labels
@@ -117,7 +232,7 @@ def class_means(
     total = torch.zeros(classes, *per_image.shape[1:], dtype=torch.float64, device=y.device).index_add_(0, y, per_image.double())
     return total / n.view(-1, *[1] * (per_image.ndim - 1))
 
-# %% ../nbs/02c_train.ipynb #9d08ea76
+# %% ../nbs/02c_train.ipynb #8ba4139a
 def class_accuracy(
     model: nn.Module, data, *,
     state=None, forward=None, # as for `predict`
@@ -127,7 +242,7 @@ def class_accuracy(
     z, y = predict(model, data, state=state, forward=forward)
     return class_means((z.argmax(1) == y), y, z.shape[1], names, where).cpu()
 
-# %% ../nbs/02c_train.ipynb #8222a937
+# %% ../nbs/02c_train.ipynb #49641d8c
 @dataclass(frozen=True)
 class ClassReport:
     "How well each class is classified. Fractions inside, percentage points when shown."
@@ -150,7 +265,7 @@ class ClassReport:
         return (f"ClassReport({self.measured_on}: sigma {100 * self.sigma:.1f} pp, balanced {100 * self.balanced:.1f} %, worst "
                 f"{100 * self.worst:.1f} % ({self.names[int(self.accuracy.argmin())]}), global {100 * self.overall:.1f} %)")
 
-# %% ../nbs/02c_train.ipynb #a74c646c
+# %% ../nbs/02c_train.ipynb #024d7a95
 def error_ratio(
     accuracy, # (C,) in [0, 1]
 ) -> float: # infinite when some class has no error
@@ -163,7 +278,14 @@ def class_report(
     names=None, measured_on: str = "held_out", state=None, forward=None,
 ) -> ClassReport:
     "Measure a model."
-    z, y = predict(model, data, state=state, forward=forward)
+    return class_report_of(*predict(model, data, state=state, forward=forward), names, measured_on)
+
+def class_report_of(
+    z: torch.Tensor, # (N, C) logits
+    y: torch.Tensor, # (N,) labels
+    names=None, measured_on: str = "held_out",
+) -> ClassReport:
+    "The same from logits."
     names = tuple(names) if names else tuple(map(str, range(z.shape[1])))
     if len(names) != z.shape[1]: raise InputError(f"names must be one for each of the {z.shape[1]} outputs. Got {len(names)}.")
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()

@@ -1,0 +1,87 @@
+"The command `reproduce` on images drawn here: whole runs, killed runs, users' own folders with faults."
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hessian_surgery_nb.data import write_toy_images
+
+COMMAND = [sys.executable, "-c", "import sys; from hessian_surgery_nb.cli import main; sys.exit(main())", "reproduce"]
+SOME = ["--table", "1", "--table", "4", "--table", "9", "--figure", "5", "--seeds", "1", "--quick", "--tau", "0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    d = tmp_path_factory.mktemp("reproduce")
+    write_toy_images(d/"toys")
+    return d
+
+
+def start(place, out, *more, **kw):
+    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
+    return subprocess.Popen([*COMMAND, "toys", *SOME, "--out", str(out), *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def numbers(out):
+    "Everything stored but the circumstances and the times."
+    runs = {}
+    for p in sorted(out.glob("*.json")):
+        run = json.loads(p.read_text())
+        for k in ("about", "seconds"): run.pop(k)
+        run["results"].pop("timing", None)
+        runs[p.name] = run
+    return runs
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    p = start(place, place/"whole")
+    said, errors = p.communicate(timeout=600)
+    assert p.returncode == 0, errors
+    return said, errors, numbers(place/"whole")
+
+
+def test_everything_asked_for_is_there(place, whole):
+    said, errors, runs = whole
+    assert "Table 4" in said and "Table 2" not in said and "[1/" in errors and "0 runs are stored" in errors
+    names = {p.name for p in (place/"whole").iterdir()}
+    assert {"toys_resnet20_table_1.csv", "toys_resnet20_figure_5.png", "toys_resnet20_report.html", "toys_resnet20_s0_network.json"} <= names
+    assert not [n for n in names if n.endswith(".part")]
+
+
+def test_nothing_is_run_twice(place, whole):
+    p = start(place, place/"whole", "--json")
+    said, errors = p.communicate(timeout=300)
+    assert p.returncode == 0 and ", 0 to do" in errors and "Table 1" in json.loads(said)
+    assert numbers(place/"whole") == whole[2]
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_numbers(place, whole):
+    rng, out = random.Random(0), place/"killed"
+    for _ in range(6):
+        p = start(place, out)
+        time.sleep(rng.uniform(3, 9))
+        p.kill(); p.communicate()
+        for f in out.glob("*.json"): json.loads(f.read_text())  # whole, or not there
+    p = start(place, out)
+    _, errors = p.communicate(timeout=600)
+    assert p.returncode == 0, errors
+    assert numbers(out) == whole[2]
+
+
+@pytest.mark.parametrize("arguments, says", [(["--table", "77"], "Table 77 is not"), (["--seeds", "0"], "at least 1"), (["--weights", "nowhere.safetensors"], "nowhere.safetensors is not there"),
+                                             (["--seed", "0", "--tau", "0.5"], "tau = None there, 0.5 now")])
+def test_faults_are_named(place, whole, arguments, says):
+    p = start(place, place/"whole", *arguments)
+    _, errors = p.communicate(timeout=300)
+    assert p.returncode == 2 and says in errors and "Traceback" not in errors
+    assert numbers(place/"whole") == whole[2]
+
+
+def test_a_dataset_that_is_not_there(place):
+    p = subprocess.run([*COMMAND, "cifar10", "--table", "1", "--out", str(place/"none"), "--data", str(place)], capture_output=True, text=True)
+    assert p.returncode == 2 and "--download" in p.stderr and not (place/"none"/"cifar10_resnet20_s0_network.json").exists()
