@@ -51,7 +51,7 @@ class Samples:
         "Images per class."
         return torch.bincount(self.y, minlength=len(self.classes))
 
-    def batches(self, size: int = 250) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, size: int = 128) -> list[tuple[torch.Tensor, torch.Tensor]]:
         "The same data in pieces that a processor's cache likes; colour images in the layout that convolutions like."
         x = self.x.contiguous(memory_format=torch.channels_last) if self.x.ndim == 4 and self.x.shape[1] == 3 else self.x
         return list(zip(x.split(size), self.y.split(size)))

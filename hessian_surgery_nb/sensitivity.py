@@ -70,6 +70,7 @@ def sensitivity_matrix(
     scheme: str = "central", # "central" (2K passes and one) or "forward" (K passes and one)
     metric: str = "accuracy", # or "probability": mean probability of the true label
     params=None, forward=None, # as for HessianOperator; params must be those of the spikes
+    centre: tuple | None = None, # (logits, labels) at the model's own weights, where they are known: saves a pass
     names=None, # class names, for messages
     progress: bool = False,
 ) -> Sensitivity:
@@ -77,7 +78,7 @@ def sensitivity_matrix(
     from tqdm.auto import tqdm
     V, chosen = getattr(spikes, "vectors", spikes), select_params(model, params)
     _check_sensitivity(V, chosen, eps, scheme, metric)
-    z, y = predict(model, data, forward=forward)
+    z, y = predict(model, data, forward=forward) if centre is None else centre
     def run(step):
         z, now = predict(model, data, state=moved_state(chosen, step), forward=forward)
         if not torch.equal(now, y):
@@ -92,7 +93,7 @@ def sensitivity_matrix(
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
     S, noise, n = class_means(D, y, C) / width, _paired_noise(D, y, C) / width, torch.bincount(y, minlength=C)
-    passes = 1 + V.shape[1] * (2 if scheme == "central" else 1)
+    passes = (centre is None) + V.shape[1] * (2 if scheme == "central" else 1)
     return Sensitivity(S.cpu(), noise.cpu(), accuracy.cpu(), n.cpu(), eps, scheme, metric, passes, (D / width).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d

@@ -23,7 +23,7 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .models import weights_bytes, write_atomic
 from .runs import json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
-from .train import ClassReport, class_report, error_ratio
+from .train import ClassReport, class_report, class_report_of, error_ratio, predict
 
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
@@ -271,7 +271,8 @@ class _Operation:
     def __init__(self, model, loss_fn, hessian_data, data, config: SurgeryConfig, names, forward):
         self.model, self.loss_fn, self.hessian_data, self.data = copy.deepcopy(model), loss_fn, hessian_data, data
         self.config, self.names, self.forward = config, names, forward
-        self.now = self.start = self.measure(data)
+        self.now, self.seen = self.measure(data)
+        self.start = self.now
         C = len(self.now.accuracy)
         if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
         self.num_spikes = config.num_spikes or C - 1
@@ -280,8 +281,9 @@ class _Operation:
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
     def weights(self): return copy.deepcopy(self.model.state_dict())
-    def measure(self, data, on: str = "sensitivity") -> ClassReport:
-        return class_report(self.model, data, names=self.names, measured_on=on, forward=self.forward)
+    def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
+        seen = predict(self.model, data, forward=self.forward)
+        return class_report_of(*seen, self.names, on), seen
 
     def begin(self):
         "The amplitude control, and what was measured to start it."
@@ -306,7 +308,7 @@ def look(self: _Operation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessi
     if self.control is None: S, passes = self.begin()
     probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
     if S is None or (S.eps, S.scheme, S.metric) != (probe, c.scheme, c.metric):
-        S = sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric,
+        S = sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen,
                                params=c.params, forward=self.forward, names=self.names)
         passes += S.num_passes
     self.first = self.first or (self.pairs, S)
@@ -327,7 +329,7 @@ def iterate(self: _Operation) -> bool: # whether anything is left to try
     S, matvecs, passes = self.look()
     alpha, pairs, eps, saved = self.decide(S), self.pairs, self.control.eps, self.weights()
     self.move(pairs.vectors @ alpha.to(pairs.vectors))
-    after = self.measure(self.data)
+    after, seen = self.measure(self.data)
     drop = max(0., (now.accuracy - after.accuracy).max().item())
     accepted = after.sigma <= now.sigma + self.config.rollback_sigma + 1e-9 and drop <= self.config.rollback_drop + 1e-9
     gain = (now.sigma - after.sigma) / max(now.sigma, 1e-12) if accepted else -max(drop, after.sigma - now.sigma)
@@ -339,7 +341,7 @@ def iterate(self: _Operation) -> bool: # whether anything is left to try
     if not accepted:
         self.model.load_state_dict(saved)
         return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
-    self.now = after
+    self.now, self.seen = after, seen
     if alpha.norm() > 0: self.pairs = None # elsewhere now
     if after.sigma < self.best[0]: self.best = (after.sigma, self.weights(), len(self.history))
     return True
@@ -369,14 +371,14 @@ def operate(
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = _Operation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    before = op.start if held_out is None else op.measure(held_out, "held_out")
+    before = op.start if held_out is None else op.measure(held_out, "held_out")[0]
     bar = trange(config.iterations, desc="surgery", leave=False, disable=not progress)
     for _ in bar:
         if not op.iterate(): break
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
     op.model.load_state_dict(op.best[1])
-    tuned = op.measure(sensitivity_data)
-    after = tuned if held_out is None else op.measure(held_out, "held_out")
+    tuned = op.measure(sensitivity_data)[0]
+    after = tuned if held_out is None else op.measure(held_out, "held_out")[0]
     return SurgeryResult(op.model, before, after, op.start, tuned, op.history, config, op.best[2], *op.first)
 
 # %% ../nbs/05_surgery.ipynb #93bc968a
