@@ -26,7 +26,7 @@ from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank
-from .experiments import EXPERIMENTS, Scale, Study, feeding, perform
+from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params, weights_bytes, write_atomic
 from .paper import FIGURES, TABLES, Results, read_results
@@ -258,7 +258,7 @@ def _asked(args) -> list[str]:
 
 def _scale(args) -> Scale:
     quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6)
-    return Scale(**quick) if args.quick else Scale(**({} if args.epochs is None else dict(epochs=args.epochs)))
+    return Scale(**quick) if args.quick else Scale(precision=args.precision, **({} if args.epochs is None else dict(epochs=args.epochs)))
 
 def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
@@ -273,10 +273,11 @@ def reproduce(args: argparse.Namespace) -> int:
     asked = _asked(args)
     if args.seeds < 1 or args.epochs is not None and args.epochs < 1: raise InputError(f"--seeds and --epochs must be at least 1. Got {args.seeds} and {args.epochs}.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if args.weights and not Path(args.weights).is_file(): raise InputError(f"--weights must name a .safetensors file. {args.weights} is not there.")
+    for flag, file in (("--weights", args.weights), ("--init", args.init)):
+        if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
     out = check_out(args.out)
     store = RunStore(out, Path(args.work) if args.work else out/"work")
-    studies = [Study(store, seed, args.dataset, args.network, _scale(args), args.tau if args.tau > 0 else None, Path(args.weights) if args.weights else None, args.data, args.download, device, sys.stderr.isatty())
+    studies = [Study(store, seed, args.dataset, args.network, _scale(args), args.tau if args.tau > 0 else None, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, device, sys.stderr.isatty())
                for seed in range(args.seed, args.seed + args.seeds)]
     known, todo = {}, []
     for study in studies:
@@ -378,8 +379,10 @@ def _add_reproduce(sub, wide):
     r.add_argument("--table", type=int, action="append", metavar="N", help="this table only; may be repeated")
     r.add_argument("--figure", type=int, action="append", metavar="N", help="this figure only; may be repeated")
     r.add_argument("--all", action="store_true", help="every table and figure (also when none is named)")
-    r.add_argument("--network", choices=("resnet20", "resnet50"), default="resnet20", help="resnet20: 0.27 million weights; resnet50: 23.5 million")
+    r.add_argument("--network", choices=NETWORKS, default="resnet20", help="resnet20: 0.27 million weights; resnet50: 23.5 million; resnet50bias: the paper's, with a bias on every convolution")
     r.add_argument("--weights", metavar="FILE", help="start from these weights (.safetensors) instead of training")
+    r.add_argument("--init", metavar="FILE", help="begin training from these weights, such as ImageNet's; the head may differ")
+    r.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of products in training")
     r.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, order of batches, split of the test images")
     r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
     r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .baselines import post_hoc
-from .data import Splits, image_splits, read_dataset
+from .data import Samples, Splits, image_splits, read_dataset
 from .effective_rank import effective_rank
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
@@ -30,8 +30,8 @@ from .surgery import SurgeryConfig, operate, report_dict, solve_coefficients
 from .train import FocalLoss, class_means, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'RECIPE', 'FINETUNE', 'Scale', 'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep',
-           'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude',
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'FINETUNE', 'Scale', 'Study', 'Experiment', 'experiment', 'perform', 'build',
+           'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude',
            'first_look', 'sensitivity', 'linearisation', 'focal', 'balanced', 'rivals', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
@@ -41,6 +41,7 @@ class Scale:
     width: int = 16 # channels of a ResNet-20
     blocks: int = 3 # a stage
     epochs: int = 10 # of training
+    precision: str = "float32" # of products in training, or "bf16"
     finetune_epochs: int = 3 # the paper: 15
     hessian: int = 128 # images that show the curvature
     sizes: tuple[int, ...] = (64, 128, 256, 512) # nested batches of appendix A
@@ -53,23 +54,26 @@ class Scale:
     walk_step: float = .1
     amplitudes: int = 38 # in the sweep of appendix D
 
+NETWORKS = "resnet20", "resnet50", "resnet50bias"
+
 @dataclass(frozen=True)
 class Study:
     "One dataset, one network, one seed: everything an experiment depends on."
     store: RunStore
     seed: int
     dataset: str = "cifar10" # a name or a path, as for `read_dataset`
-    network: str = "resnet20" # or "resnet50"
+    network: str = "resnet20" # "resnet50": torchvision's; "resnet50bias": the paper's, with a bias on every convolution
     scale: Scale = Scale()
     tau: float | None = .85 # protected classes are at least this accurate; the paper's value for CIFAR-10
     weights: Path | None = None # a trained starting point, safetensors; None: train one
+    init: Path | None = None # weights to begin training from, such as ImageNet's; the head may differ
     root: Path | None = None # where datasets lie
     download: bool = False # let torchvision fetch them
     device: str = "cpu"
     progress: bool = True
 
     def __post_init__(self):
-        if self.network not in ("resnet20", "resnet50"): raise InputError(f"network must be 'resnet20' or 'resnet50'. Got {self.network!r}.")
+        if self.network not in NETWORKS: raise InputError(f"network must be one of {', '.join(NETWORKS)}. Got {self.network!r}.")
 
     @property
     def label(self) -> str:
@@ -78,6 +82,9 @@ class Study:
     @property
     def splits(self) -> Splits:
         return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.progress)
+    def batches(self, part: Samples):
+        "Images in pieces that suit the device: on a processor, what its cache holds."
+        return part.batches(64 if torch.device(self.device).type == "cpu" else 1000)
     def __repr__(self): return f"Study({self.label}, runs in {self.store.directory})"
 
 @functools.lru_cache(1)
@@ -120,7 +127,8 @@ def perform(
 def build(study: Study) -> nn.Module:
     "The network before training."
     C, s = len(study.splits.train.classes), study.scale
-    net = resnet20(classes=C, width=s.width, blocks=s.blocks, seed=study.seed) if study.network == "resnet20" else resnet50(classes=C, seed=study.seed)
+    net = resnet20(classes=C, width=s.width, blocks=s.blocks, seed=study.seed) if study.network == "resnet20" else resnet50(classes=C, conv_bias=study.network == "resnet50bias", seed=study.seed)
+    if study.init: load_weights(net, study.init, head=False)
     return net.to(study.device)
 
 def keep(study: Study, folder: Path, model: nn.Module) -> str: # a digest of the weights
@@ -143,19 +151,19 @@ def measured(study: Study, model: nn.Module) -> dict:
     "Both sets, and which held-out images were right."
     s, out = study.splits, {}
     for on, part in (("sensitivity", s.sensitivity), ("held_out", s.held_out)):
-        z, y = predict(model, part.batches())
+        z, y = predict(model, study.batches(part))
         out[on] = report_dict(class_report_of(z, y, s.train.classes, on))
     return out | dict(correct=pack_bits(z.argmax(1) == y))
 
 # %% ../nbs/08a_experiments.ipynb #c6c06190
 RECIPE = dict(lr=.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4)
 
-@experiment("Table 1", needs=(), settings=lambda s: dict(weights=Path(s.weights).name) if s.weights else dict(RECIPE, epochs=s.scale.epochs, width=s.scale.width, blocks=s.scale.blocks))
+@experiment("Table 1", needs=(), settings=lambda s: dict(weights=Path(s.weights).name) if s.weights else dict(RECIPE, epochs=s.scale.epochs, precision=s.scale.precision, width=s.scale.width, blocks=s.scale.blocks, init=s.init and Path(s.init).name))
 def network(study: Study, folder: Path) -> dict:
     "Train the network, or load it, and measure every class."
     net, s, log = build(study), study.splits, None
     if study.weights: load_weights(net, study.weights)
-    else: log = train(net, s.train.pair, epochs=study.scale.epochs, seed=study.seed, run_dir=folder, progress=study.progress, **RECIPE)
+    else: log = train(net, s.train.pair, epochs=study.scale.epochs, precision=study.scale.precision, seed=study.seed, run_dir=folder, progress=study.progress, **RECIPE)
     (folder/"training.safetensors").unlink(missing_ok=True)
     return dict(weights=keep(study, folder, net), parameters=num_params(net), classes=list(s.train.classes), training=log and dict(loss=log.loss, accuracy=log.accuracy), training_images=len(s.train),
                 splits={k: getattr(s, k).fingerprint for k in ("train", "hessian", "sensitivity", "held_out")}, labels=s.held_out.y.tolist(), **measured(study, net))
@@ -188,7 +196,7 @@ def walk(study: Study, folder: Path) -> dict:
     "Walk along the bulk, along the spikes, and anywhere; measure every class after each step."
     net, s, out = model_of(study, "network"), study.splits, {}
     for within in ("bulk", "spikes", "anywhere"):
-        w = bulk_walk(net, nn.CrossEntropyLoss(), s.hessian.pair, s.held_out.batches(), num_spikes=len(s.train.classes) - 1, steps=study.scale.walk_steps, step=study.scale.walk_step,
+        w = bulk_walk(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.held_out), num_spikes=len(s.train.classes) - 1, steps=study.scale.walk_steps, step=study.scale.walk_step,
                       within=within, names=s.train.classes, seed=study.seed, progress=study.progress)
         out[within] = dict(displacement=w.displacement, loss=w.loss, accuracy=w.accuracy.tolist(), counts=w.counts.tolist(), lambda_1=w.lambda_1, overlap=w.overlap, cosine=w.cosine, walls=w.walls,
                            largest_change=w.largest_change, change_in_noise=w.change_in_noise)
@@ -203,7 +211,7 @@ def first_look(study: Study, model: nn.Module):
     "Spikes, amplitude and sensitivity matrix at the start."
     eps, K = amplitude(study, model), len(study.splits.train.classes) - 1
     pairs = top_eigenpairs(curvature(study, model), K, tol=1e-2, seed=study.seed)
-    return pairs, eps, sensitivity_matrix(model, pairs, study.splits.sensitivity.batches(), eps=eps, names=study.splits.train.classes, progress=study.progress)
+    return pairs, eps, sensitivity_matrix(model, pairs, study.batches(study.splits.sensitivity), eps=eps, names=study.splits.train.classes, progress=study.progress)
 
 @experiment("Figure 2", "Table 14")
 def sensitivity(study: Study, folder: Path) -> dict:
@@ -221,7 +229,7 @@ def linearisation(study: Study, folder: Path) -> dict:
     params, rows = {k: p for k, p in net.named_parameters() if p.requires_grad}, []
     for e in tqdm(np.geomspace(eps / 20, 4 * eps, study.scale.amplitudes), desc="amplitudes", leave=False, disable=not study.progress):
         alpha = solve_coefficients(S, S.accuracy, e, p=2., tau=study.tau)
-        z, y = predict(net, s.sensitivity.batches(), state=moved_state(params, pairs.vectors @ alpha.to(pairs.vectors)))
+        z, y = predict(net, study.batches(s.sensitivity), state=moved_state(params, pairs.vectors @ alpha.to(pairs.vectors)))
         change, predicted = class_means(z.argmax(1) == y, y, z.shape[1]) - S.accuracy, S.matrix @ alpha
         rows.append(dict(eps=e, alpha=alpha.norm().item(), predicted=predicted.norm().item(), measured=change.norm().item(), error=(change - predicted).norm().item()))
     return dict(eps=eps, sweep=rows)
@@ -231,7 +239,7 @@ def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> 
     net, s = model_of(study, start), study.splits
     eps = settings.pop("eps", None) or amplitude(study, net)
     config = SurgeryConfig(eps=None if eps == "own" else eps, tau=study.tau, scheme="forward", seed=study.seed, **settings)
-    r = operate(net, nn.CrossEntropyLoss(), s.hessian.pair, s.sensitivity.batches(), held_out=s.held_out.batches(), config=config, names=s.train.classes, progress=study.progress)
+    r = operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, progress=study.progress)
     return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=measured(study, r.model)["correct"])
 
 def _register_surgeries():
@@ -261,7 +269,7 @@ def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
               after_epoch=lambda model, epoch: write_atomic(files[label][epoch], weights_bytes(model)), **FINETUNE)
     candidates = [("none", None)] + [(f"{label}, {i + 1} epochs", f) for label in losses for i, f in enumerate(files[label])]
     def load(f): return net if f is None else load_weights(build(study), f).eval()
-    logits = [predict(load(f), s.sensitivity.batches()) for _, f in candidates]
+    logits = [predict(load(f), study.batches(s.sensitivity)) for _, f in candidates]
     sweep = [dict(setting=name) | {k: v for k, v in report_dict(class_report_of(z, y, s.train.classes, "sensitivity")).items() if k != "classes"} for (name, _), (z, y) in zip(candidates, logits)]
     fair = [i for i, row in enumerate(sweep) if i and row["balanced_percent"] >= sweep[0]["balanced_percent"] - 1e-9]
     best = min(fair, key=lambda i: sweep[i]["sigma_pp"]) if fair else max(range(1, len(sweep)), key=lambda i: sweep[i]["balanced_percent"])
@@ -282,7 +290,7 @@ def balanced(study: Study, folder: Path, beta) -> dict:
 def rivals(study: Study, folder: Path, steps) -> dict:
     "What needs no training: tau-normalisation, logit adjustment, tuned biases."
     s = study.splits
-    found = post_hoc(model_of(study, "network"), s.sensitivity.batches(), s.held_out.batches(), s.train.counts, s.train.classes, steps=steps)
+    found = post_hoc(model_of(study, "network"), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
 # %% ../nbs/08a_experiments.ipynb #63445c04

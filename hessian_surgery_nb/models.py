@@ -115,19 +115,28 @@ def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file
     return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
 # %% ../nbs/02b_models.ipynb #60e52f4c
+def _stored(path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    try: return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: raise InputError(f"weights must be a .safetensors file, or a state dict that torch.load reads with weights_only=True. {path} is not ({type(e).__name__}: "
+                                            f"{str(e).splitlines()[0]}); where you trust it, load it yourself and save model.state_dict() with safetensors.") from e
+
 def load_weights(
     model: nn.Module, # changed
-    path, # a .safetensors file
+    path, # .safetensors, or .pt / .pth with a state dict
+    *,
+    head: bool = True, # False: leave the last linear layer as it is where the file's has another shape
 ) -> nn.Module: # the same model
-    "Fill a network with stored weights."
-    from safetensors.torch import load_file
-    own, stored = model.state_dict(), load_file(path)
+    "Fill a network with stored weights. Never runs code from the file."
+    own, stored = model.state_dict(), _stored(path)
+    last = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)][-1:] if not head else []
+    stored = {k: own[k] if k in own and k.rpartition(".")[0] in last and t.shape != own[k].shape else t for k, t in stored.items()}
     odd = sorted(own.keys() ^ stored.keys()) or [f"{k}: {tuple(stored[k].shape)} for {tuple(t.shape)}" for k, t in own.items() if stored[k].shape != t.shape]
     if odd: raise InputError(f"stored weights must fit the network. {path} differs in {len(odd)} places: {', '.join(odd[:4])}; build the network they were stored from.")
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in stored.items()})
     return model
 
-# %% ../nbs/02b_models.ipynb #4b7fee96
+# %% ../nbs/02b_models.ipynb #5ab1a0d9
 def find_head(
     model: nn.Module,
     classes: int, # C

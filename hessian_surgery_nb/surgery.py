@@ -23,7 +23,7 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .models import weights_bytes, write_atomic
 from .runs import json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
-from .train import ClassReport, class_report, class_report_of, error_ratio, predict
+from .train import ClassReport, class_report_of, error_ratio, predict
 
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',

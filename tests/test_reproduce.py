@@ -85,3 +85,21 @@ def test_faults_are_named(place, whole, arguments, says):
 def test_a_dataset_that_is_not_there(place):
     p = subprocess.run([*COMMAND, "cifar10", "--table", "1", "--out", str(place/"none"), "--data", str(place)], capture_output=True, text=True)
     assert p.returncode == 2 and "--download" in p.stderr and not (place/"none"/"cifar10_resnet20_s0_network.json").exists()
+
+
+def test_a_full_disk_loses_nothing(place, whole):
+    "Writes beyond a few kB fail, as on a disk that is full: one line says so, what was stored stays, nothing half written is left."
+    import resource
+    out = place/"full"
+    p = start(place, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)))
+    _, errors = p.communicate(timeout=300)
+    assert p.returncode == 2 and "free some space" in errors and "Traceback" not in errors
+    assert not [f for f in out.rglob("*") if f.suffix == ".part"] and not list(out.glob("*.json"))
+    assert numbers(place/"whole") == whole[2]
+
+
+def test_a_corrupt_image_is_named(place):
+    write_toy_images(place/"broken", train=4, test=4)
+    (place/"broken"/"train"/"colour1"/"002.png").write_bytes(b"no image")
+    p = subprocess.run([*COMMAND, "broken", "--table", "1", "--quick", "--out", str(place/"none")], capture_output=True, text=True, env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place)))
+    assert p.returncode == 2 and "002.png is not" in p.stderr and "Traceback" not in p.stderr
