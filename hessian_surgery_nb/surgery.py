@@ -27,8 +27,8 @@ from .train import ClassReport, class_report_of, error_ratio, predict
 
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
-           'choose_amplitude', 'StepRecord', 'SurgeryResult', 'operate', 'plot_before_after', 'wilson', 'plot_history',
-           'report_dict']
+           'check_config', 'choose_amplitude', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
+           'plot_before_after', 'wilson', 'plot_history', 'report_dict']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -176,7 +176,8 @@ class SurgeryConfig:
     seed: int = 0
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
-def _check_config(c: SurgeryConfig):
+def check_config(c: SurgeryConfig):
+    "Refuse settings that make no sense."
     for name in ("iterations", "num_spikes", "seed", "eps", "probe_eps", "tau", "max_drop", "rollback_sigma", "rollback_drop", "tol"):
         kind, v = (int, "a whole number") if name in ("iterations", "num_spikes", "seed") else (numbers.Real, "a number"), getattr(c, name)
         if v is not None and (not isinstance(v, kind[0]) or isinstance(v, bool)): raise InputError(f"{name} must be {kind[1]}. Got {v!r}.")
@@ -266,7 +267,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     return Eigenpairs(nothing, V.to(like), nothing, 0, torch.ones(K, dtype=torch.bool))
 
 # %% ../nbs/05_surgery.ipynb #5d6a1172
-class _Operation:
+class SurgeryOperation:
     "Algorithm 2 between two iterations. The caller's model is copied and never touched."
     def __init__(self, model, loss_fn, hessian_data, data, config: SurgeryConfig, names, forward):
         self.model, self.loss_fn, self.hessian_data, self.data = copy.deepcopy(model), loss_fn, hessian_data, data
@@ -278,8 +279,10 @@ class _Operation:
         self.num_spikes = config.num_spikes or C - 1
         self.p = choose_exponent(self.now.accuracy) if config.p == "auto" else config.p
         self.control = self.pairs = self.first = None
+        self.fixed = False # keep the directions after a step
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
+    def params(self): return select_params(self.model, self.config.params)
     def weights(self): return copy.deepcopy(self.model.state_dict())
     def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
         seen = predict(self.model, data, forward=self.forward)
@@ -287,7 +290,7 @@ class _Operation:
 
     def begin(self):
         "The amplitude control, and what was measured to start it."
-        c, chosen = self.config, select_params(self.model, self.config.params)
+        c, chosen = self.config, self.params()
         S, passes, eps = None, 0, c.eps
         if eps is None:
             size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
@@ -300,7 +303,7 @@ class _Operation:
 
 # %% ../nbs/05_surgery.ipynb #07bf455a
 @patch
-def look(self: _Operation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
+def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
     c, matvecs, passes, S = self.config, 0, 0, None
     if self.pairs is None:
         self.pairs = _directions(self.model, self.loss_fn, self.hessian_data, c, self.num_spikes, len(self.history), self.forward)
@@ -315,7 +318,7 @@ def look(self: _Operation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessi
     return S, matvecs, passes
 
 @patch
-def decide(self: _Operation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
+def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
     c, box = self.config, None
     if c.box and c.directions == "spikes": # random directions have no eigenvalues: the ball for them
         lam = self.pairs.values
@@ -324,7 +327,7 @@ def decide(self: _Operation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
 
 # %% ../nbs/05_surgery.ipynb #889e1434
 @patch
-def iterate(self: _Operation) -> bool: # whether anything is left to try
+def iterate(self: SurgeryOperation) -> bool: # whether anything is left to try
     clock, now = time.perf_counter(), self.now
     S, matvecs, passes = self.look()
     alpha, pairs, eps, saved = self.decide(S), self.pairs, self.control.eps, self.weights()
@@ -342,14 +345,14 @@ def iterate(self: _Operation) -> bool: # whether anything is left to try
         self.model.load_state_dict(saved)
         return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
     self.now, self.seen = after, seen
-    if alpha.norm() > 0: self.pairs = None # elsewhere now
+    if alpha.norm() > 0 and not self.fixed: self.pairs = None # elsewhere now
     if after.sigma < self.best[0]: self.best = (after.sigma, self.weights(), len(self.history))
     return True
 
 @patch
 @torch.no_grad()
-def move(self: _Operation, step: torch.Tensor): # (n,)
-    for k, p in moved_state(select_params(self.model, self.config.params), step).items(): self.model.get_parameter(k).copy_(p)
+def move(self: SurgeryOperation, step: torch.Tensor): # (n,)
+    for k, p in moved_state(self.params(), step).items(): self.model.get_parameter(k).copy_(p)
 
 # %% ../nbs/05_surgery.ipynb #a222c12a
 def operate(
@@ -367,10 +370,10 @@ def operate(
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
     from tqdm.auto import trange
-    _check_config(config)
+    check_config(config)
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
-    op = _Operation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
+    op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     before = op.start if held_out is None else op.measure(held_out, "held_out")[0]
     bar = trange(config.iterations, desc="surgery", leave=False, disable=not progress)
     for _ in bar:
