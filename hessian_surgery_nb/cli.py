@@ -26,7 +26,7 @@ from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank
-from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
+from .experiments import EXPERIMENTS, MANY, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params, weights_bytes, write_atomic
 from .paper import FIGURES, TABLES, Results, read_results
@@ -257,7 +257,7 @@ def _asked(args) -> list[str]:
     return asked
 
 def _scale(args) -> Scale:
-    quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6)
+    quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6, phase=1, phase_iterations=1)
     return Scale(**quick) if args.quick else Scale(precision=args.precision, **({} if args.epochs is None else dict(epochs=args.epochs)))
 
 def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -266,35 +266,48 @@ def _time_left(todo, known) -> str: # todo: (study, name) still to run
     timed = [np.mean(known[n]) for _, n in todo if n in known]
     new = len(todo) - len(timed)
     return (f"about {_duration(sum(timed))} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
+def _work(todo, known, threads=None):
+    "Run experiments one after the other, and say how far it is."
+    if threads: torch.set_num_threads(threads)
+    for i, (study, name) in enumerate(todo):
+        print(f"[{i + 1}/{len(todo)}] seed {study.seed}: {name} begins; {_time_left(todo[i:], known)}", file=sys.stderr, flush=True)
+        known.setdefault(name, []).append(perform(study, name)["seconds"])
+
+def _side_by_side(chains, known, jobs):
+    "A process a seed, so many at a time, sharing the processor's cores evenly."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for done in [pool.submit(_work, chain, known, threads) for chain in chains if chain]: done.result()
 
 # %% ../nbs/10_cli.ipynb #3d8bbf30
 def reproduce(args: argparse.Namespace) -> int:
     "The `reproduce` command."
-    asked = _asked(args)
-    if args.seeds < 1 or args.epochs is not None and args.epochs < 1: raise InputError(f"--seeds and --epochs must be at least 1. Got {args.seeds} and {args.epochs}.")
+    held_back = args.held_back if args.held_back is not None else 50 if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else 0
+    asked = _asked(args) or (list(MANY) if held_back else [])
+    if held_back < 0: raise InputError(f"--held-back must be 0 or more. Got {held_back}.")
+    if min(args.seeds, args.jobs, args.epochs or 1) < 1 or args.epochs == 0: raise InputError(f"--seeds, --jobs and --epochs must be at least 1. Got {args.seeds}, {args.jobs} and {args.epochs}.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     for flag, file in (("--weights", args.weights), ("--init", args.init)):
         if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
     out = check_out(args.out)
     store = RunStore(out, Path(args.work) if args.work else out/"work")
-    studies = [Study(store, seed, args.dataset, args.network, _scale(args), args.tau if args.tau > 0 else None, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, device, sys.stderr.isatty())
+    tau = (.85 if Path(args.dataset).name == "cifar10" else None) if args.tau is None else args.tau or None
+    studies = [Study(store, seed, args.dataset, args.network, _scale(args), tau, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, held_back, device, sys.stderr.isatty())
                for seed in range(args.seed, args.seed + args.seeds)]
-    known, todo = {}, []
+    known, todo, say = {}, [], functools.partial(print, file=sys.stderr, flush=True)
     for study in studies:
         for name in feeding(*asked):
             path = store.directory/f"{study.label}_{name}.json"
             if path.exists(): perform(study, name); known.setdefault(name, []).append(json.loads(path.read_text())["seconds"])
             else: todo.append((study, name))
-    say = functools.partial(print, file=sys.stderr, flush=True)
     say(f"{len(studies) * len(feeding(*asked)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known)}")
     if args.dry_run:
         for study, name in todo: print(f"{study.label}  {name:18} {EXPERIMENTS[name].says}")
         return 0
-    for i, (study, name) in enumerate(todo):
-        say(f"[{i + 1}/{len(todo)}] seed {study.seed}: {name} ...", end=" ")
-        took = perform(study, name)["seconds"]
-        known.setdefault(name, []).append(took)
-        say(f"{_duration(took)}; {_time_left(todo[i + 1:], known)}" if i + 1 < len(todo) else _duration(took))
+    if args.jobs == 1: _work(todo, known)
+    else: _side_by_side([[job for job in todo if job[0] is study] for study in studies], known, args.jobs)
     show_results(read_results(store.directory, args.dataset, args.network), out, asked, shlex.join(["hessian-surgery", *args.argv]), args.json)
     return 0
 
@@ -385,9 +398,11 @@ def _add_reproduce(sub, wide):
     r.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of products in training")
     r.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, order of batches, split of the test images")
     r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
+    r.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds to run side by side, sharing the cores; two small jobs of one thread each do half again as much as one of two threads")
     r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")
+    r.add_argument("--held-back", type=int, metavar="N", help="training images a class that are kept from training to tune on, and all test images report; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, else 0")
     r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")
-    r.add_argument("--tau", type=float, default=.85, help="classes at least this accurate are protected (a fraction); 0: those above the mean")
+    r.add_argument("--tau", type=float, help="classes at least this accurate are protected (a fraction); 0: those above the mean. Default: 0.85, the paper's, for cifar10, else 0")
     r.add_argument("--epochs", type=int, help="of training; default 10")
     r.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     r.add_argument("--out", default="hessian-surgery-runs", metavar="DIR", help="where runs, tables, figures and the page go")

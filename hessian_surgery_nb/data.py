@@ -19,7 +19,8 @@ from .hvp import InputError, as_batches, split_batch, tensors_in
 # %% auto #0
 __all__ = ['IMAGES', 'Samples', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
            'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'image_folder',
-           'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits']
+           'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits',
+           'held_back_splits']
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -362,3 +363,28 @@ def image_splits(
     some = torch.randperm(len(train), generator=g)[:hessian]
     train, test = normalised(train, train), normalised(test, train)
     return Splits(train, train[some], *(test[torch.cat(p).sort().values] for p in parts), seed)
+
+# %% ../nbs/02a_data.ipynb #482a74e7
+def held_back_splits(
+    train: Samples, test: Samples, # uint8, what `read_dataset` gives
+    *,
+    seed: int = 0, # which training images are held back, and which show the curvature
+    per_class: int = 50, # training images a class for the sensitivity set
+    hessian: int = 128, # training images for the curvature
+) -> Splits:
+    "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
+    g, taken, back = torch.Generator().manual_seed(seed), set(input_digests(test.pair)), []
+    digests, unique = input_digests(train.pair), []
+    for i, d in enumerate(digests):
+        if d not in taken: unique.append(i); taken.add(d)
+    train = train[torch.tensor(unique)]
+    for c in range(len(train.classes)):
+        mine = (train.y == c).nonzero().flatten()
+        if len(mine) <= per_class: raise InputError(f"every class needs more than {per_class} training images. {train.classes[c]} has {len(mine)}; lower per_class.")
+        back.append(mine[torch.randperm(len(mine), generator=g)[:per_class]])
+    chosen = torch.zeros(len(train), dtype=torch.bool)
+    chosen[torch.cat(back)] = True
+    learn, tune = train[~chosen], train[chosen]
+    some = torch.randperm(len(learn), generator=g)[:hessian]
+    learn, tune, report = normalised(learn, learn), normalised(tune, learn), normalised(test, learn)
+    return Splits(learn, learn[some], tune, report, seed)

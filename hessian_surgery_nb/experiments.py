@@ -9,7 +9,7 @@ import copy
 import functools
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .baselines import post_hoc
-from .data import Samples, Splits, image_splits, read_dataset
+from .data import Samples, Splits, held_back_splits, image_splits, read_dataset
+from .deflation import decile_frame, deflated_operate
 from .effective_rank import effective_rank
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
@@ -30,9 +31,10 @@ from .surgery import SurgeryConfig, operate, report_dict, solve_coefficients
 from .train import FocalLoss, class_means, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'FINETUNE', 'Scale', 'Study', 'Experiment', 'experiment', 'perform', 'build',
-           'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude',
-           'first_look', 'sensitivity', 'linearisation', 'focal', 'balanced', 'rivals', 'feeding']
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'FINETUNE', 'MANY', 'Scale', 'Study', 'Experiment', 'experiment', 'perform',
+           'build', 'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability', 'walk',
+           'amplitude', 'first_look', 'sensitivity', 'linearisation', 'focal', 'balanced', 'rivals', 'phase_sizes',
+           'deflated', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Scale:
     walk_steps: int = 20
     walk_step: float = .1
     amplitudes: int = 38 # in the sweep of appendix D
+    phase: int = 15 # spikes a phase of deflated surgery takes
+    phase_iterations: int = 3
 
 NETWORKS = "resnet20", "resnet50", "resnet50bias"
 
@@ -69,6 +73,7 @@ class Study:
     init: Path | None = None # weights to begin training from, such as ImageNet's; the head may differ
     root: Path | None = None # where datasets lie
     download: bool = False # let torchvision fetch them
+    held_back: int = 0 # training images a class for the sensitivity set, where the test set is small; 0: half of the test images
     device: str = "cpu"
     progress: bool = True
 
@@ -81,7 +86,7 @@ class Study:
         return f"{Path(self.dataset).name}_{self.network}_s{self.seed}"
     @property
     def splits(self) -> Splits:
-        return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.progress)
+        return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.held_back, self.progress)
     def batches(self, part: Samples):
         "Images in pieces that suit the device: on a processor, what its cache holds."
         return part.batches(64 if torch.device(self.device).type == "cpu" else 1000)
@@ -91,7 +96,9 @@ class Study:
 def _images(dataset, root, download, progress): return read_dataset(dataset, root=root, download=download, progress=progress)
 
 @functools.lru_cache(1)
-def _splits(dataset, root, download, seed, hessian, progress): return image_splits(*_images(dataset, root, download, progress), seed=seed, hessian=hessian)
+def _splits(dataset, root, download, seed, hessian, held_back, progress):
+    images = _images(dataset, root, download, progress)
+    return held_back_splits(*images, seed=seed, per_class=held_back, hessian=hessian) if held_back else image_splits(*images, seed=seed, hessian=hessian)
 
 # %% ../nbs/08a_experiments.ipynb #d3b7f341
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def perform(
     "A run and all it needs, unless they are there."
     e = EXPERIMENTS[name]
     for other in e.needs: perform(study, other)
-    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian)
+    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | (dict(held_back=study.held_back) if study.held_back else {})
     return study.store.run(f"{study.label}_{name}", config | e.settings(study), functools.partial(e.make, study), device=study.device, seeds=[study.seed])
 
 # %% ../nbs/08a_experiments.ipynb #dc2c0afd
@@ -245,7 +252,7 @@ def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> 
 def _register_surgeries():
     for schedule in ("gamma", "adam"):
         for p in (0., .5, 1., 2.):
-            feeds = ("Table 8", "Table 3", *(("Table 4", "Table 5", "Table 9", "Table 12") if (schedule, p) == ("gamma", 2.) else ("Table 7",) if (schedule, p) == ("adam", 2.) else ()))
+            feeds = ("Table 8", "Table 3", *(("Table 4", "Table 5", "Table 9") if (schedule, p) == ("gamma", 2.) else ("Table 7",) if (schedule, p) == ("adam", 2.) else ()))
             _register_surgery(f"surgery_{schedule}_p{p:g}", feeds, schedule=schedule, p=p)
     _register_surgery("focal_surgery", ("Table 7",), start="focal", schedule="adam", p=2.)
     _register_surgery("random_same", ("Table 7",), schedule="gamma", p=2., directions="random")
@@ -309,14 +316,30 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
 # %% ../nbs/08a_experiments.ipynb #1bc45092
+def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
+
+@experiment("Table 10", "Table 11", "Table 12", "Figure 3", settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
+def deflated(study: Study, folder: Path) -> dict:
+    "Surgery over all spikes of a network with many classes, a phase at a time."
+    net, s, each = model_of(study, "network"), study.splits, study.scale.phase
+    config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", seed=study.seed)
+    r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, each), config=config,
+                         names=s.train.classes, run_dir=folder/"phases", progress=study.progress)
+    return dict(before=report_dict(r.before), after=report_dict(r.after), sensitivity_before=report_dict(r.sensitivity_before), sensitivity_after=report_dict(r.sensitivity_after), weights=keep(study, folder, r.model),
+                phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"),
+                correct=measured(study, r.model)["correct"])
+
+# %% ../nbs/08a_experiments.ipynb #56fd555c
+MANY = "Table 10", "Table 11", "Table 12", "Figure 3" # what the paper shows of a hundred classes
+
 def feeding(
-    *wanted: str, # "Table 4", "Figure 1", ...; none: everything
+    *wanted: str, # "Table 4", "Figure 1", ...; none: everything about few classes
 ) -> list[str]: # names of experiments, in an order in which each has what it needs
     "The experiments behind some tables and figures."
     known = {f for e in EXPERIMENTS.values() for f in e.feeds}
     for w in wanted:
         if w not in known: raise InputError(f"nothing that is run here feeds {w}. Known: {', '.join(sorted(known, key=lambda f: (f[0], int(f.split()[1]))))}.")
-    todo = [n for n, e in EXPERIMENTS.items() if not wanted or set(wanted) & set(e.feeds)]
+    todo = [n for n, e in EXPERIMENTS.items() if set(wanted) & set(e.feeds) or not wanted and not set(MANY) & set(e.feeds)]
     ordered = []
     def add(name):
         for other in EXPERIMENTS[name].needs: add(other)

@@ -21,7 +21,8 @@ from .slq import SpectralDensity, plot_density
 # %% auto #0
 __all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'test_sigma', 'ROWS_7', 'TABLES', 'FIGURES', 'Results', 'read_results', 'over',
            'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'table_7', 'table_8',
-           'table_3', 'table_9', 'table_15', 'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5']
+           'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'figure_1', 'figure_2', 'linear_fits',
+           'figure_4', 'figure_5', 'figure_3']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -38,6 +39,9 @@ PAPER = {
                 "focal loss, then surgery": (85.1, 5.51)},
     "Table 8": {0.5: (85.0, 6.06), 1.: (85.2, 5.96), 2.: (84.9, 5.69)},
     "Table 9": {"after surgery": (84.7, 5.52, 76.1, 74.9), "bulk fine-tuning": (85.1, 7.53, 71.0, 71.5), "classic fine-tuning": (84.9, 8.64, 69.2, 68.2)},
+    "Table 10": {0: (60.3, 16.91), 1: (60.2, 16.40, 442.0, .029), 2: (60.9, 16.49, 83.9, .067), 3: (60.8, 15.86, 24.1, .125)},
+    "Table 11": dict(zip(range(1, 11), ((30.0, 2.2), (41.8, -.1), (50.8, -1.3), (54.9, 5.1), (59.7, .3), (64.3, -.8), (67.8, -.9), (73.4, -1.4), (77.7, -2.0), (86.2, -.6)))),
+    "Table 12": {"CIFAR-10": ("9", 8.57, 5.52, -35.6, "-0.2"), "CIFAR-100": ("45 of 99", 16.28, 16.02, -1.6, "+0.1"), "ISIC-2019": ("7", 23.6, 16.4, -30.5, "-0.2")},
     "Table 15": {64: (897.5, 431.8, 220.9, 171.8, 121.5, 111.7, 79.5, 74.0, 55.0), 128: (639.9, 357.3, 319.3, 146.3, 126.7, 112.3, 91.6, 71.1, 55.8),
                  256: (462.6, 324.8, 248.8, 176.7, 133.1, 108.0, 93.0, 76.1, 54.0), 512: (522.0, 296.0, 262.0, 175.9, 139.4, 95.7, 75.0, 58.4, 42.9)},
     "Table 16": {64: (.518, .206, .287), 128: (.635, .444, .533), 256: (.803, .619, .770)},
@@ -55,7 +59,8 @@ class Results:
 
     def __contains__(self, name): return name in self.runs
     def paper(self, table: str, default=None): # the paper's numbers, where they are about the same data
-        return PAPER[table] if self.label.startswith("cifar10_") else type(PAPER[table])() if default is None else default
+        ours = ("cifar10_",) if table not in ("Table 10", "Table 11") else ("cifar100_", "tinyimagenet100_")
+        return PAPER[table] if self.label.startswith(ours) else type(PAPER[table])() if default is None else default
     def seeds(self, *names) -> list[int]: # that have all of these experiments
         return sorted(set.intersection(*(set(self.runs.get(n, {})) for n in names)))
     def of(self, name, *others) -> list[dict]: # results of an experiment, for the seeds that have the others too
@@ -241,15 +246,52 @@ def table_15(r: Results, table: int = 15):
         if size in r.paper(f"Table {table}"): rows[f"{size}, the paper"] = dict(zip(columns, r.paper(f"Table {table}")[size]))
     return pd.DataFrame(rows).T.rename_axis("images").round(3 if table == 16 else 1 if table != 18 else 2)
 
+def table_10(r: Results):
+    "Deflated surgery, phase by phase: means over seeds on the sensitivity set, and held-out."
+    import pandas as pd
+    runs, first = r.of("deflated"), 1
+    rows = [{"phase": "before", "global (%)": over([x["sensitivity_before"]["global_percent"] for x in runs]), "sigma (pp)": over([x["sensitivity_before"]["sigma_pp"] for x in runs], 2),
+             "held-out sigma (pp)": over([x["before"]["sigma_pp"] for x in runs], 2), "paper, global (%)": r.paper("Table 10").get(0, (None,))[0], "paper, sigma (pp)": r.paper("Table 10").get(0, (None, None))[1]}]
+    for i, p in enumerate(runs[0]["phases"]):
+        mean = lambda key, digits=1, scale=1.: over([scale * x["phases"][i][key] for x in runs], digits)
+        paper = r.paper("Table 10").get(i + 1, (None,) * 4)
+        rows.append({"phase": i + 1, "spikes": f"{first}-{p['spikes']}", "largest eigenvalue": mean("largest"), "eps": mean("eps", 3), "overlap with earlier": f"{max(x['phases'][i]['overlap'] for x in runs):.1g}",
+                     "global (%)": mean("overall", 1, 100), "sigma (pp)": mean("sigma", 2, 100), "held-out sigma (pp)": mean("held_out_sigma", 2, 100), "paper, largest eigenvalue": paper[2:3] and paper[2], "paper, eps": paper[3:] and paper[3],
+                     "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+        first = p["spikes"] + 1
+    return _own(pd.DataFrame(rows).set_index("phase"))
+
+def table_11(r: Results):
+    "Classes in tenths by their accuracy before, held-out: mean change."
+    import pandas as pd
+    runs = [x["deciles"] for x in r.of("deflated")]
+    before, change = (runs[0]["columns"].index(k) for k in ("before (%)", "change (pp)"))
+    rows = [{"tenth": i + 1, "before (%)": over([x["data"][i][before] for x in runs]), "change (pp)": over([x["data"][i][change] for x in runs]), "paper, before (%)": r.paper("Table 11").get(i + 1, (None,) * 2)[0],
+             "paper, change (pp)": r.paper("Table 11").get(i + 1, (None,) * 2)[1]} for i in range(len(runs[0]["data"]))]
+    return _own(pd.DataFrame(rows).set_index("tenth"))
+
+def table_12(r: Results):
+    "What it all brings, held-out."
+    import pandas as pd
+    runs = r.of("deflated")
+    b, a = ([x[k] for x in runs] for k in ("before", "after"))
+    row = {"spikes used": f"{runs[0]['phases'][-1]['spikes']}", "sigma, before (pp)": over([x["sigma_pp"] for x in b], 2), "sigma, after (pp)": over([x["sigma_pp"] for x in a], 2),
+           "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]), "change of sigma (pp)": interval(changes(r, "deflated"), 2), "change of global (pp)": interval(changes(r, "deflated", "global"), 2)}
+    frame = pd.DataFrame([row], index=["ours"])
+    for name, values in PAPER["Table 12"].items(): frame.loc[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
+    return frame.fillna("")
+
 def _stability_table(table, says):
     def make(r: Results): return table_15(r, table)
     make.__doc__ = says
     return make
 
-TABLES = {"Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_gamma_p2", "surgery_gamma_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
+def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1])))
+
+TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_gamma_p2", "surgery_gamma_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
           "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")),
           **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
-                                                                          (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}}
+                                                                          (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
 
 # %% ../nbs/09_paper.ipynb #d9a38e74
 def figure_1(r: Results, ax=None):
@@ -307,4 +349,16 @@ def figure_5(r: Results, ax=None):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-FIGURES = {"Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))}
+def figure_3(r: Results, ax=None):
+    "Class accuracies before and after deflated surgery, first seed, held-out, from the weakest class to the strongest."
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    run = r.of("deflated")[0]
+    b, a = (np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("before", "after"))
+    order = b.argsort(kind="stable")
+    ax = new_axes(ax, width=6.5, title=f"{(a > b).sum()} of {len(b)} classes gained, {(a < b).sum()} lost", xlabel="classes, by accuracy before", ylabel="accuracy (%)")
+    ax.vlines(range(len(b)), b[order], a[order], color=np.where(a >= b, COLOURS["blue"], COLOURS["red"])[order], lw=1.5)
+    ax.plot(range(len(b)), b[order], ".", ms=3, color=COLOURS["grey"], label="before"); ax.plot(range(len(b)), a[order], "o", ms=2.5, color=COLOURS["blue"], label="after")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def json_bytes(
         if torch.is_tensor(v): return clean(v.tolist())
         if isinstance(v, np.generic): return clean(v.item())
         return None if isinstance(v, float) and not math.isfinite(v) else v
-    return (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode()
+    text = json.dumps(clean(value), indent=1, allow_nan=False)
+    return (re.sub(r'\[\n([^][{}"]*)\n *\]', lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n").encode() # a list of numbers takes one line
 
 # %% ../nbs/02d_runs.ipynb #3588df4e
 def _commit():

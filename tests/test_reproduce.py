@@ -47,7 +47,7 @@ def whole(place):
 
 def test_everything_asked_for_is_there(place, whole):
     said, errors, runs = whole
-    assert "Table 4" in said and "Table 2" not in said and "[1/" in errors and "0 runs are stored" in errors
+    assert "Table 4" in said and "Table 2" not in said and "[1/" in errors and "begins" in errors and "0 runs are stored" in errors
     names = {p.name for p in (place/"whole").iterdir()}
     assert {"toys_resnet20_table_1.csv", "toys_resnet20_figure_5.png", "toys_resnet20_report.html", "toys_resnet20_s0_network.json"} <= names
     assert not [n for n in names if n.endswith(".part")]
@@ -103,3 +103,22 @@ def test_a_corrupt_image_is_named(place):
     (place/"broken"/"train"/"colour1"/"002.png").write_bytes(b"no image")
     p = subprocess.run([*COMMAND, "broken", "--table", "1", "--quick", "--out", str(place/"none")], capture_output=True, text=True, env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place)))
     assert p.returncode == 2 and "002.png is not" in p.stderr and "Traceback" not in p.stderr
+
+
+def test_seeds_side_by_side_give_the_same_numbers(place, whole):
+    out = place/"both"
+    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
+    p = subprocess.run([*COMMAND, "toys", "--table", "1", "--quick", "--tau", "0", "--seeds", "2", "--jobs", "2", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    runs = numbers(out)
+    assert len(runs) == 2 and runs["toys_resnet20_s0_network.json"] == whole[2]["toys_resnet20_s0_network.json"]
+
+
+def test_many_classes_hold_training_images_back(place):
+    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
+    out = place/"many"
+    p = subprocess.run([*COMMAND, "toys", "--held-back", "10", "--quick", "--seeds", "1", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    assert all(f"Table {t}" in p.stdout for t in (10, 11, 12)) and (out/"toys_resnet20_figure_3.png").exists()
+    run = json.loads((out/"toys_resnet20_s0_network.json").read_text())
+    assert run["results"]["training_images"] == 90 and sum(c["images"] for c in run["results"]["sensitivity"]["classes"]) == 30 and len(run["results"]["labels"]) == 48
