@@ -27,14 +27,14 @@ from .runs import RunStore, pack_bits
 from .sensitivity import moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
-from .surgery import SurgeryConfig, operate, report_dict, solve_coefficients
+from .surgery import AdamControl, GammaDecay, SurgeryConfig, operate, report_dict, solve_coefficients
 from .train import FocalLoss, class_means, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'FINETUNE', 'MANY', 'Scale', 'Study', 'Experiment', 'experiment', 'perform',
-           'build', 'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability', 'walk',
-           'amplitude', 'first_look', 'sensitivity', 'linearisation', 'focal', 'balanced', 'rivals', 'phase_sizes',
-           'deflated', 'feeding']
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'MANY', 'Scale', 'Study', 'Experiment', 'experiment',
+           'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability',
+           'walk', 'amplitude', 'first_look', 'sensitivity', 'linearisation', 'LinearModel', 'linear_model', 'played',
+           'limits', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -266,6 +266,64 @@ def _register_surgery(name, feeds, start="network", **fixed):
 _register_surgeries()
 
 # %% ../nbs/08a_experiments.ipynb #687b7382
+@dataclass(frozen=True)
+class LinearModel:
+    "Logits as a linear function of the coefficients."
+    z: torch.Tensor # (N, C)
+    J: torch.Tensor # (N, C, K)
+    y: torch.Tensor # (N,)
+    def accuracy(self, alpha) -> torch.Tensor: # (C,); alpha (K,)
+        return class_means((self.z + self.J[..., :len(alpha)] @ alpha.to(self.J)).argmax(1) == self.y, self.y, self.z.shape[1])
+
+def linear_model(model, pairs, data, eps: float, progress: bool = False) -> LinearModel:
+    "Central differences of the logits along every spike."
+    from tqdm.auto import tqdm
+    params, (z, y) = {k: p for k, p in model.named_parameters() if p.requires_grad}, predict(model, data)
+    def at(step): return predict(model, data, state=moved_state(params, step))[0]
+    J = [(at(eps * v) - at(-eps * v)) / (2 * eps) for v in tqdm(pairs.vectors.T, desc="logits along spikes", leave=False, disable=not progress)]
+    return LinearModel(z, torch.stack(J, -1), y)
+
+def played(m: LinearModel, *, eps: float, iterations: int, p: float = 2., tau: float | None = .85, max_drop: float = .01, spikes: int | None = None, schedule: str = "gamma") -> torch.Tensor: # alpha (K,)
+    "Algorithm 2 on a linear model: where it ends."
+    K = spikes or m.J.shape[-1]
+    alpha, control = torch.zeros(K, dtype=torch.float64), AdamControl(eps, iterations) if schedule == "adam" else GammaDecay(eps)
+    now = m.accuracy(alpha)
+    control.start(now.std(correction=0).item())
+    best = (now.std(correction=0).item(), alpha)
+    for _ in range(iterations):
+        S = torch.stack([m.accuracy(alpha + control.eps * e) - now for e in torch.eye(K, dtype=torch.float64)], 1) / control.eps
+        step = solve_coefficients(S, now, control.eps, p=p, tau=tau, max_drop=max_drop)
+        after = m.accuracy(alpha + step)
+        sigma, drop = after.std(correction=0).item(), (now - after).max().item()
+        accepted = sigma <= now.std(correction=0).item() + .005 and drop <= .07
+        fell = (now.std(correction=0).item() - sigma) / now.std(correction=0).item()
+        control.update(sigma, fell if accepted else -max(drop, -fell), accepted)
+        if accepted: alpha, now = alpha + step, after
+        if accepted and sigma < best[0]: best = (sigma, alpha)
+    return best[1]
+
+# %% ../nbs/08a_experiments.ipynb #2132aef5
+SWEEP = dict(amplitude=(.25, .5, 1., 2.), p=(0., .5, 1., 2., 4.), tau=(0., .8, .85, .9, None), max_drop=(0., .0025, .005, .01, .02), spikes=(3, 6, 9, 18), schedule=("gamma", "adam"))
+
+@experiment("Table 8", settings=lambda s: dict(iterations=s.scale.iterations, tau=s.tau), sweep=SWEEP)
+def limits(study: Study, folder: Path, sweep) -> dict:
+    "The loop played on linearised logits: every setting varied alone, then all amplitudes with all protections."
+    net, s, K = model_of(study, "network"), study.splits, len(study.splits.train.classes) - 1
+    eps, pairs = amplitude(study, net), top_eigenpairs(curvature(study, net), 2 * K, tol=1e-2, seed=study.seed)
+    sens, held = (linear_model(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
+    base, rows = dict(amplitude=1., p=2., tau=study.tau, max_drop=.01, spikes=K, schedule="gamma", iterations=study.scale.iterations), []
+    varied = [dict(base, **{k: v}) for k, values in sweep.items() for v in values] + [dict(base, amplitude=a, max_drop=d, tau=t, iterations=n) for a in (.5, 1., 2.) for d in (0., .005, .02) for t in (0., .85, None) for n in (3, study.scale.iterations)]
+    for setting in varied:
+        setting["spikes"] = min(setting["spikes"], 2 * K)
+        alpha = played(sens, eps=eps * setting["amplitude"], **{k: v for k, v in setting.items() if k != "amplitude"})
+        row = dict(setting=setting, moved=alpha.norm().item())
+        for on, m in (("sensitivity", sens), ("held_out", held)):
+            a, n = m.accuracy(alpha), torch.bincount(m.y).double()
+            row[on] = dict(sigma_pp=100 * a.std(correction=0).item(), global_percent=100 * float(a @ n / n.sum()))
+        rows.append(row)
+    return dict(eps=eps, start={on: dict(sigma_pp=100 * (a := m.accuracy(torch.zeros(1))).std(correction=0).item(), global_percent=100 * float(a @ torch.bincount(m.y).double() / len(m.y))) for on, m in (("sensitivity", sens), ("held_out", held))}, rows=rows)
+
+# %% ../nbs/08a_experiments.ipynb #12458537
 FINETUNE = dict(lr=1e-4, batch_size=128, weight_decay=0., optimizer="adam", schedule="constant", shift=4)
 
 def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
@@ -300,7 +358,7 @@ def rivals(study: Study, folder: Path, steps) -> dict:
     found = post_hoc(model_of(study, "network"), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
-# %% ../nbs/08a_experiments.ipynb #63445c04
+# %% ../nbs/08a_experiments.ipynb #701a3251
 def _after_surgery(study: Study, folder: Path, within: str) -> dict:
     net, s, rows = model_of(study, "surgery_gamma_p2"), study.splits, []
     def spikes(model): return top_eigenpairs(curvature(study, model), len(s.train.classes) - 1, tol=1e-2, seed=study.seed).vectors
@@ -315,7 +373,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     _make.__doc__ = f"Fine-tuning after surgery, gradients {'kept out of the spikes' if _within == 'bulk' else 'as they are'}."
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
-# %% ../nbs/08a_experiments.ipynb #1bc45092
+# %% ../nbs/08a_experiments.ipynb #6f822aed
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
 @experiment("Table 10", "Table 11", "Table 12", "Figure 3", settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
@@ -329,7 +387,7 @@ def deflated(study: Study, folder: Path) -> dict:
                 phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"),
                 correct=measured(study, r.model)["correct"])
 
-# %% ../nbs/08a_experiments.ipynb #56fd555c
+# %% ../nbs/08a_experiments.ipynb #5261a7aa
 MANY = "Table 10", "Table 11", "Table 12", "Figure 3" # what the paper shows of a hundred classes
 
 def feeding(

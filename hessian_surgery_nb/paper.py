@@ -21,8 +21,8 @@ from .slq import SpectralDensity, plot_density
 # %% auto #0
 __all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'test_sigma', 'ROWS_7', 'TABLES', 'FIGURES', 'Results', 'read_results', 'over',
            'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'table_7', 'table_8',
-           'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'figure_1', 'figure_2', 'linear_fits',
-           'figure_4', 'figure_5', 'figure_3']
+           'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame', 'plot_front',
+           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -285,6 +285,36 @@ def _stability_table(table, says):
     def make(r: Results): return table_15(r, table)
     make.__doc__ = says
     return make
+
+def limits_frame(r: Results):
+    "The loop played on linearised logits, one setting varied at a time: held-out change of global accuracy and of sigma."
+    import pandas as pd
+    runs, rows = r.of("limits"), []
+    base = runs[0]["rows"][0]["setting"] | dict(amplitude=1., p=2.)
+    for i, row in enumerate(runs[0]["rows"]):
+        odd = {k: v for k, v in row["setting"].items() if v != base[k]}
+        if len(odd) > 1 or odd and "iterations" in odd: continue
+        pick = [(run["rows"][i]["held_out"], run["start"]["held_out"]) for run in runs]
+        rows.append({"setting": ", ".join(f"{k} = {'the mean' if k == 'tau' and v is None else v}" for k, v in odd.items()) or "the paper's", "global (pp)": over([a["global_percent"] - b["global_percent"] for a, b in pick], 2),
+                     "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2), "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick])})
+    return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
+
+def plot_front(r: Results, ax=None):
+    "What surgery can reach at what price, held-out: every setting of the linear model, true runs, tuned biases, and the paper's claim. First seed that has them all."
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    ax = new_axes(ax, title="Less spread costs accuracy", xlabel="change of global accuracy (pp)", ylabel="change of sigma (%)")
+    seed = r.seeds("limits", "network")[0]
+    at = lambda name: r.runs[name][seed]["results"]
+    start = at("network")["held_out"]
+    def point(h): return h["global_percent"] - start["global_percent"], 100 * (h["sigma_pp"] / start["sigma_pp"] - 1)
+    ax.plot(*zip(*(point(row["held_out"]) for row in at("limits")["rows"])), ".", ms=3, color=COLOURS["sky"], label="the loop on linearised logits, all settings")
+    true = [point(at(n)["after"]) for n in r.runs if n.startswith("surgery_") and seed in r.runs[n]]
+    if true: ax.plot(*zip(*true), "o", ms=5, color=COLOURS["red"], label="true runs")
+    if seed in r.runs.get("rivals", {}): ax.plot(*point(at("rivals")["tuned biases"]["held_out"]), "s", ms=5, color=COLOURS["orange"], label="tuned biases")
+    ax.plot(-.2, -36, "*", ms=11, color="black", label="the paper's claim")
+    ax.axvline(-.5, color=COLOURS["grey"], lw=.8, ls="--")
+    ax.legend(frameon=False, fontsize=7, loc="upper right")
+    return ax
 
 def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1])))
 
