@@ -112,7 +112,7 @@ def table_1(r: Results):
     rows["sigma (pp)"] = {"paper (%)": totals.get("sigma"), "ours (%)": over([h["sigma_pp"] for h in reports], 2)}
     return _own(pd.DataFrame(rows).T)
 
-def _own(frame): return frame.dropna(axis=1, how="all").fillna("") # without the columns that have nothing to say
+def _own(frame): return frame.dropna(axis=1, how="all").astype(object).fillna("") # without the columns that have nothing to say
 
 def table_2(r: Results):
     "Leading eigenvalues, and how many stand apart."
@@ -169,7 +169,7 @@ def table_6(r: Results):
     p = r.paper("Table 6")
     if p: rows.append({"walk": "bulk, the paper's", "length": 2., "loss, start": p["loss"][0], "loss, end": p["loss"][1], "global, start (%)": p["global (%)"][0], "global, end (%)": p["global (%)"][1],
                  "lambda_1, start": p["lambda_1"][0], "lambda_1, end": p["lambda_1"][1], "cosine": .9999})
-    return pd.DataFrame(rows).set_index("walk").T.fillna("")
+    return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
 
 # %% ../nbs/09_paper.ipynb #92ab89ec
 ROWS_7 = [("focal loss fine-tuning", "focal", None), ("class-balanced fine-tuning", "balanced", None), ("tau-norm", "rivals", "tau-norm"), ("logit adjustment", "rivals", "logit adjustment"), ("tuned biases", "rivals", "tuned biases"),
@@ -279,7 +279,7 @@ def table_12(r: Results):
            "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]), "change of sigma (pp)": interval(changes(r, "deflated"), 2), "change of global (pp)": interval(changes(r, "deflated", "global"), 2)}
     frame = pd.DataFrame([row], index=["ours"])
     for name, values in PAPER["Table 12"].items(): frame.loc[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
-    return frame.fillna("")
+    return frame.astype(object).fillna("")
 
 def _stability_table(table, says):
     def make(r: Results): return table_15(r, table)
