@@ -16,7 +16,7 @@ from .data import check_disjoint
 from .hvp import InputError
 from .models import find_head
 from .surgery import SurgeryConfig, SurgeryResult, operate, report_dict
-from .train import ClassReport, class_means, predict
+from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
 __all__ = ['class_accuracies', 'best_of', 'tau_norm_state', 'Biased', 'logit_adjustment', 'tune_biases', 'paired_interval',
@@ -107,6 +107,13 @@ def _coordinate_search(Z, Y, b, rounds):
     return b - b.mean()
 
 # %% ../nbs/05a_baselines.ipynb #d0b4b6f4
+def _resampled(a, b, y, draws, rng): # (draws, C, 2): class accuracies of both methods on images drawn anew within each class
+    cells = []
+    for c in y.unique().tolist():
+        pair = torch.stack([a[y == c], b[y == c]], 1).numpy().astype(float)
+        cells.append(rng.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=draws) @ pair / len(pair))
+    return np.stack(cells, 1)
+
 def paired_interval(
     correct_a: torch.Tensor, correct_b: torch.Tensor, # (N,) bool, the same images
     y: torch.Tensor, # (N,)
@@ -114,11 +121,7 @@ def paired_interval(
     draws: int = 2000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float]: # ends, in [0, 1] units
     "Interval of sigma_b - sigma_a over images, resampled within classes."
-    rng, cols = np.random.default_rng(seed), []
-    for c in y.unique().tolist():
-        pair = torch.stack([correct_a[y == c], correct_b[y == c]], 1).numpy().astype(float)
-        cols.append(rng.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=draws) @ pair / len(pair))
-    sigma = np.stack(cols, 1).std(1) # (draws, 2)
+    sigma = _resampled(correct_a, correct_b, y, draws, np.random.default_rng(seed)).std(1) # (draws, 2)
     lo, hi = np.quantile(sigma[:, 1] - sigma[:, 0], [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
@@ -152,15 +155,11 @@ def pooled_interval(
     "Change of a figure of merit with an interval over seeds and images."
     rng, changes, points = np.random.default_rng(seed), [], []
     for a, b, y in pairs:
-        cells, n = [], torch.bincount(y)
-        for c in y.unique().tolist():
-            pair = torch.stack([a[y == c], b[y == c]], 1).numpy().astype(float)
-            cells.append((pair.mean(0), rng.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=draws) @ pair / len(pair)))
-        w = n[n > 0].double().numpy() / len(y)
-        def merit(acc): return acc.std(0) if figure == "sigma" else np.tensordot(w, acc, 1) # acc (C, ..., 2)
-        points.append(np.subtract(*merit(np.stack([c[0] for c in cells]))[::-1]))
-        found = merit(np.stack([c[1] for c in cells])) # (draws, 2)
-        changes.append(found[:, 1] - found[:, 0])
+        counts = torch.bincount(y)
+        w, now = counts[counts > 0].double().numpy() / len(y), np.stack([[t[y == c].double().mean().item() for t in (a, b)] for c in y.unique().tolist()])
+        def change(acc): return np.diff(acc.std(-2) if figure == "sigma" else np.tensordot(acc, w, ([-2], [0])))[..., 0] # acc (..., C, 2)
+        points.append(change(now))
+        changes.append(change(_resampled(a, b, y, draws, rng)))
     chosen = rng.integers(len(changes), size=(len(changes), draws))
     pooled = np.stack(changes)[chosen, rng.integers(draws, size=chosen.shape)].mean(0)
     return float(np.mean(points)), *map(float, np.quantile(pooled, [(1 - level) / 2, (1 + level) / 2]))
@@ -187,8 +186,7 @@ class Comparison:
 
 # %% ../nbs/05a_baselines.ipynb #d2a6ea64
 def _rival(name, logits, y, tuned_logits, tuned_y, names, setting, passes) -> Rival:
-    def report(z, t, on): return ClassReport(class_accuracies(z, t).cpu(), torch.bincount(t, minlength=z.shape[1]).cpu(), names, on)
-    return Rival(name, report(logits, y, "held_out"), report(tuned_logits, tuned_y, "sensitivity"), setting, passes, (logits.argmax(1) == y).cpu())
+    return Rival(name, class_report_of(logits, y, names), class_report_of(tuned_logits, tuned_y, names, "sensitivity"), setting, passes, (logits.argmax(1) == y).cpu())
 
 def post_hoc(
     model: nn.Module, sensitivity_data, held_out, # as for `compare`

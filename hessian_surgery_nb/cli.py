@@ -383,11 +383,12 @@ def parser() -> argparse.ArgumentParser:
     _add_reproduce(sub, wide)
     return p
 
+# %% ../nbs/10_cli.ipynb #a116ff16
 def _add_reproduce(sub, wide):
     r = sub.add_parser(
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
         description="Run the experiments behind the paper's tables and figures, store each as JSON, and lay the results beside the paper's. Runs that are stored are not repeated; interrupted ones go on. "
-                    "On two processor cores a seed of all experiments with the small network takes about a day; single tables take from minutes to hours (see --dry-run).")
+                    "With the small network on a processor, single tables take from minutes to hours and all of them many hours (see --dry-run).")
     r.add_argument("dataset", help="cifar10, cifar100, or a directory with train/CLASS/* and test/CLASS/*")
     r.add_argument("--table", type=int, action="append", metavar="N", help="this table only; may be repeated")
     r.add_argument("--figure", type=int, action="append", metavar="N", help="this figure only; may be repeated")
@@ -398,7 +399,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of products in training")
     r.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, order of batches, split of the test images")
     r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
-    r.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds to run side by side, sharing the cores; two small jobs of one thread each do half again as much as one of two threads")
+    r.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds to run side by side, sharing the cores evenly")
     r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")
     r.add_argument("--held-back", type=int, metavar="N", help="training images a class that are kept from training to tune on, and all test images report; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, else 0")
     r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")
@@ -413,6 +414,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     r.set_defaults(run=reproduce)
 
+# %% ../nbs/10_cli.ipynb #ea3e657a
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code

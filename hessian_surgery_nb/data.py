@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
-__all__ = ['IMAGES', 'Samples', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
+__all__ = ['IMAGES', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
            'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'image_folder',
            'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits',
            'held_back_splits']
@@ -52,11 +53,6 @@ class Samples:
         "Images per class."
         return torch.bincount(self.y, minlength=len(self.classes))
 
-    def batches(self, size: int = 128) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        "The same data in pieces that a processor's cache likes; colour images in the layout that convolutions like."
-        x = self.x.contiguous(memory_format=torch.channels_last) if self.x.ndim == 4 and self.x.shape[1] == 3 else self.x
-        return list(zip(x.split(size), self.y.split(size)))
-
     @property
     def fingerprint(self) -> str:
         "Twelve hex digits that name this selection: source, identifiers, labels."
@@ -68,7 +64,17 @@ class Samples:
         return (f"Samples({len(self)} of {self.source}, {len(self.classes)} classes of {int(self.counts.min())} to "
                 f"{int(self.counts.max())}, {self.fingerprint})")
 
-# %% ../nbs/02a_data.ipynb #ddcdd121
+# %% ../nbs/02a_data.ipynb #e8b42b40
+@patch
+def batches(self: Samples, size: int = 128) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "The same data in pieces."
+    return list(zip(fast_layout(self.x).split(size), self.y.split(size)))
+
+def fast_layout(x: torch.Tensor) -> torch.Tensor:
+    "Colour images in the layout that convolutions like; anything else as it is."
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and x.shape[1] == 3 else x
+
+# %% ../nbs/02a_data.ipynb #9372aa88
 def input_digests(
     data, # anything `as_batches` takes
 ) -> list[bytes]: # one digest an input, in order
@@ -83,7 +89,7 @@ def input_digests(
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 
-# %% ../nbs/02a_data.ipynb #9372aa88
+# %% ../nbs/02a_data.ipynb #34ec0e26
 def check_disjoint(
     **sets, # name -> data; None is skipped
 ):
@@ -99,7 +105,7 @@ def check_disjoint(
                              f"{len(shared)} input(s), the first is row {digests[a][first]} of {a} and row {digests[b][first]} of "
                              f"{b}; remove it from one of them.")
 
-# %% ../nbs/02a_data.ipynb #686b2113
+# %% ../nbs/02a_data.ipynb #41097568
 def load_digits() -> Samples: # x (1797, 1, 8, 8) float32, zero mean and unit variance
     "scikit-learn's handwritten digits."
     from sklearn.datasets import load_digits as load
@@ -107,7 +113,7 @@ def load_digits() -> Samples: # x (1797, 1, 8, 8) float32, zero mean and unit va
     x = torch.tensor(d.images, dtype=torch.float32)[:, None]
     return Samples((x - x.mean()) / x.std(), torch.tensor(d.target, dtype=torch.int64), torch.arange(len(x)), tuple(map(str, range(10))), "scikit-learn digits")
 
-# %% ../nbs/02a_data.ipynb #528a2f70
+# %% ../nbs/02a_data.ipynb #e81c0c2c
 def long_tail_counts(
     classes: int, # C
     head: int, # images of the most frequent class
@@ -117,7 +123,7 @@ def long_tail_counts(
     if ratio < 1 or head < 1: raise InputError(f"head and ratio must be at least 1. Got {head} and {ratio}.")
     return [max(1, round(head * ratio ** (-c / max(classes - 1, 1)))) for c in range(classes)]
 
-# %% ../nbs/02a_data.ipynb #d3e41e3e
+# %% ../nbs/02a_data.ipynb #a0188278
 @dataclass(frozen=True)
 class Splits:
     "Who may see what. `hessian` is part of `train`; nothing else overlaps."
@@ -135,7 +141,7 @@ class Splits:
         return (f"Splits(seed={self.seed}, train {len(self.train)}, hessian {len(self.hessian)}, sensitivity "
                 f"{len(self.sensitivity)}, held_out {len(self.held_out)})")
 
-# %% ../nbs/02a_data.ipynb #a0188278
+# %% ../nbs/02a_data.ipynb #dc59dfb6
 def long_tail_splits(
     samples: Samples, # what to deal out
     *,
@@ -159,7 +165,7 @@ def long_tail_splits(
     some = torch.randperm(len(dealt["train"]), generator=g)[:hessian]
     return Splits(dealt["train"], dealt["train"][some], dealt["sensitivity"], dealt["held_out"], seed)
 
-# %% ../nbs/02a_data.ipynb #20b1f3ff
+# %% ../nbs/02a_data.ipynb #82410f4f
 def plot_counts(
     samples: Samples,
     ax=None,
@@ -170,7 +176,7 @@ def plot_counts(
     ax.bar(samples.classes, samples.counts.tolist(), color=COLOURS["sky"])
     return ax
 
-# %% ../nbs/02a_data.ipynb #346a640a
+# %% ../nbs/02a_data.ipynb #bd819415
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 def read_image(
@@ -201,7 +207,7 @@ def _decode(files, size, progress):
         x[i] = image
     return x
 
-# %% ../nbs/02a_data.ipynb #bd819415
+# %% ../nbs/02a_data.ipynb #64dd653b
 def read_images(
     files, # paths
     *,
@@ -223,7 +229,7 @@ def read_images(
         warnings.warn(f"decoded images could not be kept in {kept.parent} ({e}); they will be read again next time. Free some space, or set HESSIAN_SURGERY_CACHE.", stacklevel=2)
     return x
 
-# %% ../nbs/02a_data.ipynb #64dd653b
+# %% ../nbs/02a_data.ipynb #a3dc0e51
 def image_folder(
     path, # a directory with one directory a class
     *,
@@ -243,7 +249,7 @@ def image_folder(
     y = torch.cat([torch.full((len(files[c]),), i, dtype=torch.int64) for i, c in enumerate(classes)])
     return Samples(x, y, torch.arange(len(y)), tuple(classes), source or path.name)
 
-# %% ../nbs/02a_data.ipynb #eda37c4c
+# %% ../nbs/02a_data.ipynb #650fea7f
 def write_toy_images(
     path, # a new directory
     *,
@@ -266,7 +272,7 @@ def write_toy_images(
                 image = np.where(disc, colour + rng.normal(0, .15 * (1 + c), 3), .5) + rng.normal(0, .15, (size, size, 3))
                 Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)).save(folder/f"{i:03d}.png")
 
-# %% ../nbs/02a_data.ipynb #e8cd078d
+# %% ../nbs/02a_data.ipynb #79c89bd3
 def torchvision_part(
     name: str, # "models", "datasets" or "transforms"
 ):
@@ -301,7 +307,7 @@ def _torchvision_cifar(name, root, download):
         out.append(Samples(torch.from_numpy(d.data).permute(0, 3, 1, 2), y, torch.arange(len(y)), tuple(d.classes), f"{name}/{'train' if train else 'test'}"))
     return tuple(out)
 
-# %% ../nbs/02a_data.ipynb #79c89bd3
+# %% ../nbs/02a_data.ipynb #cb261e58
 def read_dataset(
     name, # "cifar10", "cifar100", the name of a directory below `root`, or a path
     *,
@@ -322,12 +328,12 @@ def read_dataset(
         if missing: raise InputError(f"every class must have test images, so that it can be measured. {missing[0]} has none in {folder/other}; add some.")
         return train, test
     if name in ("cifar10", "cifar100"):
-        if download or any((root/d).exists() for d in ("cifar-10-batches-py", "cifar-100-python")): return _torchvision_cifar(name, root, download)
+        if download or (root/dict(cifar10="cifar-10-batches-py", cifar100="cifar-100-python")[name]).exists(): return _torchvision_cifar(name, root, download)
         raise InputError(f"{name} is not in {root.absolute()}. Give download=True (--download) to fetch it with torchvision, or lay it out as {root/name/'train'}/CLASS/*.png and "
                          f"{root/name/'test'}/CLASS/*.png, or set HESSIAN_SURGERY_DATA to where it is.")
     raise InputError(f"a dataset is a directory with train/CLASS/* and test/CLASS/*. {folder.absolute()} is not; give its path, or set HESSIAN_SURGERY_DATA to the directory above it.")
 
-# %% ../nbs/02a_data.ipynb #df985478
+# %% ../nbs/02a_data.ipynb #70eb611b
 def normalised(
     samples: Samples, # uint8
     like: Samples, # the training images, uint8, whose mean and deviation count
@@ -342,6 +348,11 @@ def normalised(
     for c in range(len(table)): x[:, c] = table[c][samples.x[:, c].int()]
     return Samples(x, samples.y, samples.ids, samples.classes, samples.source)
 
+def _first_seen(samples: Samples, seen: set) -> Samples:
+    "Without images that were seen before, elsewhere or here; adds its own to `seen`."
+    rows = [i for i, d in enumerate(input_digests(samples.pair)) if not (d in seen or seen.add(d))]
+    return samples[torch.tensor(rows, dtype=torch.int64)]
+
 def image_splits(
     train: Samples, test: Samples, # uint8, what `read_dataset` gives
     *,
@@ -350,11 +361,7 @@ def image_splits(
     share: float = .5, # of the test images of each class, for the sensitivity set
 ) -> Splits:
     "Half of the test images to tune on, half to report; stratified."
-    g, seen = torch.Generator().manual_seed(seed), set(input_digests(train.pair))
-    digests, rows, first = input_digests(test.pair), [], set()
-    for i, d in enumerate(digests): # an image that is in training, or here already, counts once or not at all
-        if d not in seen and d not in first: rows.append(i); first.add(d)
-    test, parts = test[torch.tensor(rows)], ([], [])
+    g, parts, test = torch.Generator().manual_seed(seed), ([], []), _first_seen(test, set(input_digests(train.pair)))
     for c in range(len(test.classes)):
         mine = (test.y == c).nonzero().flatten()
         if len(mine) < 2: raise InputError(f"every class needs at least 2 test images that are not in training. {test.classes[c]} has {len(mine)}.")
@@ -364,7 +371,7 @@ def image_splits(
     train, test = normalised(train, train), normalised(test, train)
     return Splits(train, train[some], *(test[torch.cat(p).sort().values] for p in parts), seed)
 
-# %% ../nbs/02a_data.ipynb #482a74e7
+# %% ../nbs/02a_data.ipynb #440bf3ec
 def held_back_splits(
     train: Samples, test: Samples, # uint8, what `read_dataset` gives
     *,
@@ -373,11 +380,7 @@ def held_back_splits(
     hessian: int = 128, # training images for the curvature
 ) -> Splits:
     "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
-    g, taken, back = torch.Generator().manual_seed(seed), set(input_digests(test.pair)), []
-    digests, unique = input_digests(train.pair), []
-    for i, d in enumerate(digests):
-        if d not in taken: unique.append(i); taken.add(d)
-    train = train[torch.tensor(unique)]
+    g, back, train = torch.Generator().manual_seed(seed), [], _first_seen(train, set(input_digests(test.pair)))
     for c in range(len(train.classes)):
         mine = (train.y == c).nonzero().flatten()
         if len(mine) <= per_class: raise InputError(f"every class needs more than {per_class} training images. {train.classes[c]} has {len(mine)}; lower per_class.")

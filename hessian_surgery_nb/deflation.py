@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator
-from .lanczos import Eigenpairs, orthogonalise, top_eigenpairs
+from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
+from .models import write_atomic
 from .runs import out_dir
-from .surgery import AdamControl, GammaDecay, StepRecord, SurgeryConfig, SurgeryOperation, check_config, choose_amplitude
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, check_config, choose_amplitude
 from .train import ClassReport
 
 # %% auto #0
@@ -40,9 +41,9 @@ class DeflatedOperator:
 
     def _check(self):
         if not len(self.rows): return
-        G = torch.stack([(self.rows @ r).float() if self.rows.dtype == r.dtype else self.rows.to(r.dtype) @ r for r in self.rows])
-        off, eps = (G - torch.eye(len(G), device=G.device)).abs().max().item(), torch.finfo(self.rows.dtype).eps
-        if not off <= 10 * math.sqrt(eps) * .1 + 4 * eps: raise InputError(f"a basis must have orthonormal columns. They differ by {off:.2g}; pass torch.linalg.qr(basis).Q.")
+        G = sum(part @ part.T for part in (self.rows[:, s].to(self.dtype) for s in slabs(self.rows)))
+        off, allowed = (G - torch.eye(len(G)).to(G)).abs().max().item(), math.sqrt(torch.finfo(self.rows.dtype).eps) # loose: rounding to a short type is no fault
+        if not off <= allowed: raise InputError(f"a basis must have orthonormal columns. They differ by {off:.2g}; pass torch.linalg.qr(basis).Q.")
 
     @property
     def num_matvecs(self) -> int: return self.op.num_matvecs
@@ -73,14 +74,15 @@ class SpikeStore:
     def vectors(self) -> torch.Tensor: # (n, count)
         return self.all[:self.count].T
 
-    def add(self, vectors: torch.Tensor) -> float: # (n, k); returns the largest |cosine| with an earlier direction
+    def add(self, vectors: torch.Tensor) -> float: # (n, k); returns the largest |cosine| with what was there before; 0 for the first
         "Orthonormalise and keep; refuse what adds nothing."
         if self.count + vectors.shape[1] > len(self.all): raise InputError(f"there is room for {len(self.all)} directions. {self.count} and {vectors.shape[1]} are too many.")
-        overlap = 0.
+        overlap, before = 0., self.count
         for v in vectors.T:
             w = v.to(torch.float64 if self.all.dtype == torch.float64 else torch.float32).clone()
             if self.count:
-                overlap = max(overlap, orthogonalise(w, self.all[:self.count]).abs().max().item())
+                shared = orthogonalise(w, self.all[:self.count])[:before].abs()
+                overlap = max([overlap, *shared.tolist()])
                 if not w.norm() > .1: raise InputError(f"a new direction must be new. All but {w.norm():.2g} of one lies in those before.")
             self.all[self.count] = (w / w.norm()).to(self.all.dtype)
             self.count += 1
@@ -102,7 +104,7 @@ def deflated_eigenpairs(
     for k in phases:
         pairs = top_eigenpairs(DeflatedOperator(op, kept.vectors), k, tol=tol, seed=seed, progress=progress)
         found.append(pairs)
-        overlaps.append(kept.add(pairs.vectors) if kept.count else (kept.add(pairs.vectors), 0.)[1])
+        overlaps.append(kept.add(pairs.vectors))
     values, residuals, converged = (torch.cat([getattr(p, a) for p in found]) for a in ("values", "residuals", "converged"))
     return Eigenpairs(values, kept.vectors, residuals, sum(p.num_matvecs for p in found), converged), overlaps
 
@@ -169,8 +171,7 @@ class _Phases:
         if self.dir is None: return
         state = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.op.model.state_dict().items()}
         facts = dict(request=self.request, count=self.kept.count, eps=self.op.config.eps, records=[asdict(r) for r in self.records])
-        save_file(state, self.dir/"phases.tmp", metadata=dict(facts=json.dumps(facts)))
-        (self.dir/"phases.tmp").replace(self.dir/"phases.safetensors")
+        write_atomic(self.dir/"phases.safetensors", save(state, metadata=dict(facts=json.dumps(facts))))
 
     def load(self):
         path = None if self.dir is None else self.dir/"phases.safetensors"
@@ -193,8 +194,7 @@ def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     op.pairs, op.fixed, eps, past = top_eigenpairs(DeflatedOperator(H, state.kept.vectors), size, tol=c.tol, seed=c.seed), True, c.eps, state.records
     if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
     elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
-    op.control = AdamControl(eps, c.iterations) if c.schedule == "adam" else GammaDecay(eps)
-    op.control.start(op.now.sigma)
+    op.control = amplitude_control(c, eps, op.now.sigma)
     return eps
 
 def _end_phase(state: _Phases, eps: float, steps):
@@ -202,10 +202,9 @@ def _end_phase(state: _Phases, eps: float, steps):
     op, pairs = state.op, state.op.pairs
     op.model.load_state_dict(op.best[1])
     op.now, op.seen = op.measure(op.data)
-    earlier = state.kept.count
     overlap = state.kept.add(pairs.vectors)
     held = None if state.held_out is None else op.measure(state.held_out, "held_out")[0]
-    state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap if earlier else 0., bool(pairs.converged.all()), pairs.num_matvecs,
+    state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(pairs.converged.all()), pairs.num_matvecs,
                                      op.now.sigma, op.now.overall, held and held.sigma, held and held.overall, tuple(steps)))
     state.save()
 

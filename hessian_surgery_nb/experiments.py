@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .baselines import post_hoc
+from .baselines import class_accuracies, post_hoc
 from .data import Samples, Splits, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
 from .effective_rank import effective_rank
@@ -27,8 +26,8 @@ from .runs import RunStore, pack_bits
 from .sensitivity import moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
-from .surgery import AdamControl, GammaDecay, SurgeryConfig, operate, report_dict, solve_coefficients
-from .train import FocalLoss, class_means, class_report_of, effective_number_loss, predict, train
+from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amplitude, report_dict, solve_coefficients
+from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'MANY', 'Scale', 'Study', 'Experiment', 'experiment',
@@ -39,7 +38,7 @@ __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'MANY', 'Sc
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
 class Scale:
-    "How much an experiment spends. The paper's values, but for training and fine-tuning, which are ours."
+    "How much an experiment spends. Where the paper gives a value it is the default, but for the length of fine-tuning."
     width: int = 16 # channels of a ResNet-20
     blocks: int = 3 # a stage
     epochs: int = 10 # of training
@@ -58,6 +57,7 @@ class Scale:
     phase: int = 15 # spikes a phase of deflated surgery takes
     phase_iterations: int = 3
 
+# %% ../nbs/08a_experiments.ipynb #d3b7f341
 NETWORKS = "resnet20", "resnet50", "resnet50bias"
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Study:
         return part.batches(64 if torch.device(self.device).type == "cpu" else 1000)
     def __repr__(self): return f"Study({self.label}, runs in {self.store.directory})"
 
+# %% ../nbs/08a_experiments.ipynb #dc2c0afd
 @functools.lru_cache(1)
 def _images(dataset, root, download, progress): return read_dataset(dataset, root=root, download=download, progress=progress)
 
@@ -100,7 +101,7 @@ def _splits(dataset, root, download, seed, hessian, held_back, progress):
     images = _images(dataset, root, download, progress)
     return held_back_splits(*images, seed=seed, per_class=held_back, hessian=hessian) if held_back else image_splits(*images, seed=seed, hessian=hessian)
 
-# %% ../nbs/08a_experiments.ipynb #d3b7f341
+# %% ../nbs/08a_experiments.ipynb #c6c06190
 @dataclass(frozen=True)
 class Experiment:
     "What is run, and why."
@@ -130,7 +131,7 @@ def perform(
     config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | (dict(held_back=study.held_back) if study.held_back else {})
     return study.store.run(f"{study.label}_{name}", config | e.settings(study), functools.partial(e.make, study), device=study.device, seeds=[study.seed])
 
-# %% ../nbs/08a_experiments.ipynb #dc2c0afd
+# %% ../nbs/08a_experiments.ipynb #1c8d6a47
 def build(study: Study) -> nn.Module:
     "The network before training."
     C, s = len(study.splits.train.classes), study.scale
@@ -162,7 +163,7 @@ def measured(study: Study, model: nn.Module) -> dict:
         out[on] = report_dict(class_report_of(z, y, s.train.classes, on))
     return out | dict(correct=pack_bits(z.argmax(1) == y))
 
-# %% ../nbs/08a_experiments.ipynb #c6c06190
+# %% ../nbs/08a_experiments.ipynb #ffd72f2f
 RECIPE = dict(lr=.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4)
 
 @experiment("Table 1", needs=(), settings=lambda s: dict(weights=Path(s.weights).name) if s.weights else dict(RECIPE, epochs=s.scale.epochs, precision=s.scale.precision, width=s.scale.width, blocks=s.scale.blocks, init=s.init and Path(s.init).name))
@@ -175,7 +176,7 @@ def network(study: Study, folder: Path) -> dict:
     return dict(weights=keep(study, folder, net), parameters=num_params(net), classes=list(s.train.classes), training=log and dict(loss=log.loss, accuracy=log.accuracy), training_images=len(s.train),
                 splits={k: getattr(s, k).fingerprint for k in ("train", "hessian", "sensitivity", "held_out")}, labels=s.held_out.y.tolist(), **measured(study, net))
 
-# %% ../nbs/08a_experiments.ipynb #758303ed
+# %% ../nbs/08a_experiments.ipynb #ad4cec4c
 def curvature(study: Study, model: nn.Module) -> HessianOperator: return HessianOperator(model, nn.CrossEntropyLoss(), study.splits.hessian.pair)
 
 @experiment("Table 2", "Figure 1", settings=lambda s: dict(resamples=s.scale.resamples, probes=s.scale.probes, steps=s.scale.density_steps))
@@ -197,7 +198,7 @@ def batch_stability(study: Study, folder: Path) -> dict:
     found = stability(model_of(study, "network"), nn.CrossEntropyLoss(), s[rows].pair, sizes=study.scale.sizes, k=K, subspaces=sorted({min(3, K), min(5, K), K}), seed=study.seed, progress=study.progress)
     return {k: getattr(found, k)().to_dict("split") for k in ("eigenvalues", "cosines", "subspaces", "timing")}
 
-# %% ../nbs/08a_experiments.ipynb #720fc405
+# %% ../nbs/08a_experiments.ipynb #a52cefc4
 @experiment("Table 6", settings=lambda s: dict(steps=s.scale.walk_steps, step=s.scale.walk_step))
 def walk(study: Study, folder: Path) -> dict:
     "Walk along the bulk, along the spikes, and anywhere; measure every class after each step."
@@ -209,10 +210,10 @@ def walk(study: Study, folder: Path) -> dict:
                            largest_change=w.largest_change, change_in_noise=w.change_in_noise)
     return out
 
-# %% ../nbs/08a_experiments.ipynb #2e0606ca
+# %% ../nbs/08a_experiments.ipynb #207b77b8
 def amplitude(study: Study, model: nn.Module) -> float:
-    "0.6 over the root of the largest eigenvalue."
-    return float(f"{.6 / math.sqrt(top_eigenpairs(curvature(study, model), 1, seed=study.seed).values[0].item()):.2g}")
+    "The first amplitude, to two digits."
+    return float(f"{paper_amplitude(top_eigenpairs(curvature(study, model), 1, seed=study.seed).values[0].item()):.2g}")
 
 def first_look(study: Study, model: nn.Module):
     "Spikes, amplitude and sensitivity matrix at the start."
@@ -237,11 +238,11 @@ def linearisation(study: Study, folder: Path) -> dict:
     for e in tqdm(np.geomspace(eps / 20, 4 * eps, study.scale.amplitudes), desc="amplitudes", leave=False, disable=not study.progress):
         alpha = solve_coefficients(S, S.accuracy, e, p=2., tau=study.tau)
         z, y = predict(net, study.batches(s.sensitivity), state=moved_state(params, pairs.vectors @ alpha.to(pairs.vectors)))
-        change, predicted = class_means(z.argmax(1) == y, y, z.shape[1]) - S.accuracy, S.matrix @ alpha
+        change, predicted = class_accuracies(z, y) - S.accuracy, S.matrix @ alpha
         rows.append(dict(eps=e, alpha=alpha.norm().item(), predicted=predicted.norm().item(), measured=change.norm().item(), error=(change - predicted).norm().item()))
     return dict(eps=eps, sweep=rows)
 
-# %% ../nbs/08a_experiments.ipynb #c87c560c
+# %% ../nbs/08a_experiments.ipynb #c43dda66
 def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> dict:
     net, s = model_of(study, start), study.splits
     eps = settings.pop("eps", None) or amplitude(study, net)
@@ -250,10 +251,8 @@ def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> 
     return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=measured(study, r.model)["correct"])
 
 def _register_surgeries():
-    for schedule in ("gamma", "adam"):
-        for p in (0., .5, 1., 2.):
-            feeds = ("Table 8", "Table 3", *(("Table 4", "Table 5", "Table 9") if (schedule, p) == ("gamma", 2.) else ("Table 7",) if (schedule, p) == ("adam", 2.) else ()))
-            _register_surgery(f"surgery_{schedule}_p{p:g}", feeds, schedule=schedule, p=p)
+    _register_surgery("surgery_gamma_p2", ("Table 4", "Table 5", "Table 8", "Table 9"), schedule="gamma", p=2.)
+    for p in (.5, 1., 2.): _register_surgery(f"surgery_adam_p{p:g}", ("Table 8", "Table 3", *(("Table 7",) if p == 2 else ())), schedule="adam", p=p)
     _register_surgery("focal_surgery", ("Table 7",), start="focal", schedule="adam", p=2.)
     _register_surgery("random_same", ("Table 7",), schedule="gamma", p=2., directions="random")
     _register_surgery("random_own", ("Table 7",), schedule="gamma", p=2., directions="random", eps="own")
@@ -265,7 +264,7 @@ def _register_surgery(name, feeds, start="network", **fixed):
 
 _register_surgeries()
 
-# %% ../nbs/08a_experiments.ipynb #687b7382
+# %% ../nbs/08a_experiments.ipynb #2132aef5
 @dataclass(frozen=True)
 class LinearModel:
     "Logits as a linear function of the coefficients."
@@ -273,7 +272,10 @@ class LinearModel:
     J: torch.Tensor # (N, C, K)
     y: torch.Tensor # (N,)
     def accuracy(self, alpha) -> torch.Tensor: # (C,); alpha (K,)
-        return class_means((self.z + self.J[..., :len(alpha)] @ alpha.to(self.J)).argmax(1) == self.y, self.y, self.z.shape[1])
+        return class_accuracies(self.z + self.J[..., :len(alpha)] @ alpha.to(self.J), self.y)
+    def figures(self, alpha) -> dict: # for JSON
+        r = ClassReport(self.accuracy(alpha), torch.bincount(self.y), (), "")
+        return dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
 
 def linear_model(model, pairs, data, eps: float, progress: bool = False) -> LinearModel:
     "Central differences of the logits along every spike."
@@ -283,26 +285,23 @@ def linear_model(model, pairs, data, eps: float, progress: bool = False) -> Line
     J = [(at(eps * v) - at(-eps * v)) / (2 * eps) for v in tqdm(pairs.vectors.T, desc="logits along spikes", leave=False, disable=not progress)]
     return LinearModel(z, torch.stack(J, -1), y)
 
-def played(m: LinearModel, *, eps: float, iterations: int, p: float = 2., tau: float | None = .85, max_drop: float = .01, spikes: int | None = None, schedule: str = "gamma") -> torch.Tensor: # alpha (K,)
-    "Algorithm 2 on a linear model: where it ends."
-    K = spikes or m.J.shape[-1]
-    alpha, control = torch.zeros(K, dtype=torch.float64), AdamControl(eps, iterations) if schedule == "adam" else GammaDecay(eps)
+def played(m: LinearModel, c: SurgeryConfig) -> torch.Tensor: # alpha (K,)
+    "Algorithm 2 on a linear model, forward differences: where it ends."
+    alpha = torch.zeros(c.num_spikes or m.J.shape[-1], dtype=torch.float64)
     now = m.accuracy(alpha)
-    control.start(now.std(correction=0).item())
-    best = (now.std(correction=0).item(), alpha)
-    for _ in range(iterations):
-        S = torch.stack([m.accuracy(alpha + control.eps * e) - now for e in torch.eye(K, dtype=torch.float64)], 1) / control.eps
-        step = solve_coefficients(S, now, control.eps, p=p, tau=tau, max_drop=max_drop)
+    control, best = amplitude_control(c, c.eps, now.std(correction=0).item()), (now.std(correction=0).item(), alpha)
+    for _ in range(c.iterations):
+        S = torch.stack([m.accuracy(alpha + control.eps * e) - now for e in torch.eye(len(alpha), dtype=torch.float64)], 1) / control.eps
+        step = solve_coefficients(S, now, control.eps, p=c.p, tau=c.tau, max_drop=c.max_drop)
         after = m.accuracy(alpha + step)
-        sigma, drop = after.std(correction=0).item(), (now - after).max().item()
-        accepted = sigma <= now.std(correction=0).item() + .005 and drop <= .07
-        fell = (now.std(correction=0).item() - sigma) / now.std(correction=0).item()
-        control.update(sigma, fell if accepted else -max(drop, -fell), accepted)
-        if accepted: alpha, now = alpha + step, after
-        if accepted and sigma < best[0]: best = (sigma, alpha)
+        accepted, gain, _ = judge(now, after, c)
+        control.update(after.std(correction=0).item(), gain, accepted)
+        if not accepted: continue
+        alpha, now = alpha + step, after
+        best = min(best, (now.std(correction=0).item(), alpha), key=lambda b: b[0])
     return best[1]
 
-# %% ../nbs/08a_experiments.ipynb #2132aef5
+# %% ../nbs/08a_experiments.ipynb #56fd555c
 SWEEP = dict(amplitude=(.25, .5, 1., 2.), p=(0., .5, 1., 2., 4.), tau=(0., .8, .85, .9, None), max_drop=(0., .0025, .005, .01, .02), spikes=(3, 6, 9, 18), schedule=("gamma", "adam"))
 
 @experiment("Table 8", settings=lambda s: dict(iterations=s.scale.iterations, tau=s.tau), sweep=SWEEP)
@@ -315,15 +314,12 @@ def limits(study: Study, folder: Path, sweep) -> dict:
     varied = [dict(base, **{k: v}) for k, values in sweep.items() for v in values] + [dict(base, amplitude=a, max_drop=d, tau=t, iterations=n) for a in (.5, 1., 2.) for d in (0., .005, .02) for t in (0., .85, None) for n in (3, study.scale.iterations)]
     for setting in varied:
         setting["spikes"] = min(setting["spikes"], 2 * K)
-        alpha = played(sens, eps=eps * setting["amplitude"], **{k: v for k, v in setting.items() if k != "amplitude"})
-        row = dict(setting=setting, moved=alpha.norm().item())
-        for on, m in (("sensitivity", sens), ("held_out", held)):
-            a, n = m.accuracy(alpha), torch.bincount(m.y).double()
-            row[on] = dict(sigma_pp=100 * a.std(correction=0).item(), global_percent=100 * float(a @ n / n.sum()))
-        rows.append(row)
-    return dict(eps=eps, start={on: dict(sigma_pp=100 * (a := m.accuracy(torch.zeros(1))).std(correction=0).item(), global_percent=100 * float(a @ torch.bincount(m.y).double() / len(m.y))) for on, m in (("sensitivity", sens), ("held_out", held))}, rows=rows)
+        alpha = played(sens, SurgeryConfig(eps=eps * setting["amplitude"], num_spikes=setting["spikes"], **{k: v for k, v in setting.items() if k not in ("amplitude", "spikes")}))
+        rows.append(dict(setting=setting, moved=alpha.norm().item(), sensitivity=sens.figures(alpha), held_out=held.figures(alpha)))
+    nothing = torch.zeros(1, dtype=torch.float64)
+    return dict(eps=eps, start=dict(sensitivity=sens.figures(nothing), held_out=held.figures(nothing)), rows=rows)
 
-# %% ../nbs/08a_experiments.ipynb #12458537
+# %% ../nbs/08a_experiments.ipynb #37cde996
 FINETUNE = dict(lr=1e-4, batch_size=128, weight_decay=0., optimizer="adam", schedule="constant", shift=4)
 
 def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
@@ -358,7 +354,7 @@ def rivals(study: Study, folder: Path, steps) -> dict:
     found = post_hoc(model_of(study, "network"), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
-# %% ../nbs/08a_experiments.ipynb #701a3251
+# %% ../nbs/08a_experiments.ipynb #1f3d5a37
 def _after_surgery(study: Study, folder: Path, within: str) -> dict:
     net, s, rows = model_of(study, "surgery_gamma_p2"), study.splits, []
     def spikes(model): return top_eigenpairs(curvature(study, model), len(s.train.classes) - 1, tol=1e-2, seed=study.seed).vectors
@@ -373,7 +369,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     _make.__doc__ = f"Fine-tuning after surgery, gradients {'kept out of the spikes' if _within == 'bulk' else 'as they are'}."
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
-# %% ../nbs/08a_experiments.ipynb #6f822aed
+# %% ../nbs/08a_experiments.ipynb #04e26fac
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
 @experiment("Table 10", "Table 11", "Table 12", "Figure 3", settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
@@ -387,7 +383,7 @@ def deflated(study: Study, folder: Path) -> dict:
                 phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"),
                 correct=measured(study, r.model)["correct"])
 
-# %% ../nbs/08a_experiments.ipynb #5261a7aa
+# %% ../nbs/08a_experiments.ipynb #e2c6003e
 MANY = "Table 10", "Table 11", "Table 12", "Figure 3" # what the paper shows of a hundred classes
 
 def feeding(

@@ -58,6 +58,7 @@ def select_params(
     _check_params(chosen)
     return chosen
 
+# %% ../nbs/00_hvp.ipynb #bf42d09e
 def check_model(model):
     "Refuse what is not a network with parameters."
     if not isinstance(model, nn.Module): raise InputError(f"a model must be a torch.nn.Module. Got {type(model).__name__}; pass the network itself.")
@@ -80,7 +81,7 @@ def _check_params(chosen: dict[str, nn.Parameter]):
             raise InputError(f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load "
                              "another checkpoint.")
 
-# %% ../nbs/00_hvp.ipynb #bd2ba372
+# %% ../nbs/00_hvp.ipynb #b91cc42b
 def flatten(
     tensors, # any iterable of tensors
 ) -> torch.Tensor: # (n,)
@@ -95,7 +96,7 @@ def unflatten(
     like = list(like)
     return [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in like]), like)]
 
-# %% ../nbs/00_hvp.ipynb #37da01e0
+# %% ../nbs/00_hvp.ipynb #a63c1ef3
 def as_batches(
     data, # a pair (X, y), a list of pairs, or a re-iterable loader of pairs
 ): # something to iterate over, again and again
@@ -109,7 +110,7 @@ def as_batches(
         raise InputError("data must give the same images in the same order on every pass. Got a loader that shuffles; build it with shuffle=False.")
     return data
 
-# %% ../nbs/00_hvp.ipynb #3e22883e
+# %% ../nbs/00_hvp.ipynb #85da1e98
 def to_device(
     x, # a tensor, or tensors in dicts, lists and tuples
     device: torch.device,
@@ -141,7 +142,7 @@ def split_batch(
     raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, "
                      "give single images to a DataLoader, wrap other loaders so that they yield pairs.")
 
-# %% ../nbs/00_hvp.ipynb #dee16269
+# %% ../nbs/00_hvp.ipynb #727a989e
 class Forward(nn.Module):
     "A network as a function from inputs to logits, whatever its calling convention."
     def __init__(self,
@@ -162,7 +163,7 @@ class Forward(nn.Module):
                              "X: model(X)[0] or similar.")
         return out
 
-# %% ../nbs/00_hvp.ipynb #727a989e
+# %% ../nbs/00_hvp.ipynb #86bc382d
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor], # parameter name -> tensor to use in its place
@@ -177,7 +178,7 @@ def functional_logits(
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {e}; check their shape and type, or pass forward=.") from e
 
-# %% ../nbs/00_hvp.ipynb #c3213db3
+# %% ../nbs/00_hvp.ipynb #c5251db6
 _ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
 _FUNCTIONS = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss, F.mse_loss: nn.MSELoss,
               F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss}
@@ -187,7 +188,7 @@ def as_loss_module(loss_fn):
     if isinstance(loss_fn, functools.partial) and loss_fn.func in _FUNCTIONS and not loss_fn.args: return _FUNCTIONS[loss_fn.func](**loss_fn.keywords)
     return _FUNCTIONS[loss_fn]() if callable(loss_fn) and not isinstance(loss_fn, nn.Module) and loss_fn in _FUNCTIONS else loss_fn
 
-# %% ../nbs/00_hvp.ipynb #c5251db6
+# %% ../nbs/00_hvp.ipynb #70a6fbee
 def known_reduction(loss_fn) -> str | None: # "mean", "sum", "batchmean"; None for a loss that is not PyTorch's own
     "The reduction of PyTorch's own losses. What another class calls its reduction need not be one, so it is not trusted."
     return getattr(loss_fn, "reduction", None) if type(loss_fn).__module__.startswith("torch.nn") else None
@@ -204,7 +205,7 @@ def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
                          "use reduction='mean' or 'sum'.")
     return loss.reshape(())
 
-# %% ../nbs/00_hvp.ipynb #70a6fbee
+# %% ../nbs/00_hvp.ipynb #b8d71618
 def loss_denominator(
     loss_fn, # a loss module or function
     output: torch.Tensor, # logits of one batch
@@ -221,7 +222,7 @@ def loss_denominator(
     if isinstance(loss_fn, _ELEMENTWISE) and reduction == "mean": return float(output.numel())
     return float(len(target))
 
-# %% ../nbs/00_hvp.ipynb #089ac5e9
+# %% ../nbs/00_hvp.ipynb #c8cb4458
 def infer_reduction(
     loss_fn, # any callable loss_fn(output, target) -> scalar
     output: torch.Tensor, target: torch.Tensor, # one batch, at least 3 rows
@@ -240,7 +241,7 @@ def infer_reduction(
     if abs(whole - (a + b)) <= tol * 2: return "sum"
     raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch.")
 
-# %% ../nbs/00_hvp.ipynb #961bfab8
+# %% ../nbs/00_hvp.ipynb #1e48cce2
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -262,7 +263,7 @@ def _explained(rule, way_out):
         if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in ("not implemented", "not differentiable")): raise
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
-# %% ../nbs/00_hvp.ipynb #754995d6
+# %% ../nbs/00_hvp.ipynb #87c8268f
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -274,7 +275,7 @@ def forward_over_reverse(
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
-# %% ../nbs/00_hvp.ipynb #c100a567
+# %% ../nbs/00_hvp.ipynb #c199f8b9
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -289,12 +290,12 @@ def gauss_newton(
     Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #f2dc1150
+# %% ../nbs/00_hvp.ipynb #7b265ca4
 _MODES = {"auto": "decided at the first product, see plan()", "kept": "double backward, the gradient's graph stays in memory: fastest",
           "rebuilt": "double backward, a batch at a time", "forward": "forward over reverse: least memory",
           "difference": "central differences of gradients: approximate, for layers without a second derivative"}
 
-# %% ../nbs/00_hvp.ipynb #7b265ca4
+# %% ../nbs/00_hvp.ipynb #423beead
 class HessianOperator:
     """The Hessian (or Gauss-Newton matrix) of a loss over all given data, as something to multiply with: `op @ v`.
 
@@ -327,7 +328,7 @@ class HessianOperator:
         self._net, self._graphs, self._seen, self._plan, self._total = Forward(model, forward), None, None, None, 0.
         check_mode(model)
 
-# %% ../nbs/00_hvp.ipynb #423beead
+# %% ../nbs/00_hvp.ipynb #08f7fb90
 def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if not callable(loss_fn) or isinstance(loss_fn, type):
         raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
@@ -338,7 +339,7 @@ def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if micro_batch is not None and mode == "kept": raise InputError("mode='kept' keeps whole batches, micro_batch cuts them. Got both; leave one out.")
     if memory is not None and not memory > 0: raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
 
-# %% ../nbs/00_hvp.ipynb #08f7fb90
+# %% ../nbs/00_hvp.ipynb #5044d3e0
 @patch(as_prop=True)
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
@@ -349,7 +350,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #e4b49286
+# %% ../nbs/00_hvp.ipynb #67f1abe1
 def check_mode(
     model: nn.Module,
 ):
@@ -363,7 +364,7 @@ def check_mode(
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #5e931f72
+# %% ../nbs/00_hvp.ipynb #2592ceeb
 @patch
 def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
@@ -397,7 +398,7 @@ def _whole(self: HessianOperator) -> bool:
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #2592ceeb
+# %% ../nbs/00_hvp.ipynb #6d28fe14
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -417,7 +418,7 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
                          f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
+# %% ../nbs/00_hvp.ipynb #b9a8034c
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
@@ -431,7 +432,7 @@ def check_inputs(
             raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
                              f"them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #0eb338d7
+# %% ../nbs/00_hvp.ipynb #eade7ba7
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -450,7 +451,7 @@ def _batch_grads(self: HessianOperator, batch, leaves):
     if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
+# %% ../nbs/00_hvp.ipynb #a95254bf
 def gradient_graph(
     loss_of, # function without arguments: the scalar loss
     leaves, # what it is differentiated for
@@ -470,7 +471,7 @@ def _graph(self: HessianOperator, batch, leaves):
     X, loss_of = self._batch(batch)
     return gradient_graph(lambda: loss_of(self._logits(leaves, X)), leaves)
 
-# %% ../nbs/00_hvp.ipynb #da3fc2e0
+# %% ../nbs/00_hvp.ipynb #b9842d0a
 def graph_bytes(
     build, # function that builds a graph and returns it
 ) -> int:
@@ -489,7 +490,7 @@ def free_memory(
     "Bytes that could be allocated there now."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
-# %% ../nbs/00_hvp.ipynb #2d24cd42
+# %% ../nbs/00_hvp.ipynb #f17cfd82
 @dataclass(frozen=True)
 class Plan:
     "How products are computed, and what that takes."
@@ -501,7 +502,7 @@ class Plan:
         cut = "" if self.micro_batch is None else f", {self.micro_batch} images at a time"
         return f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)" if self.needed == self.needed else f"Plan({self.mode}{cut})"
 
-# %% ../nbs/00_hvp.ipynb #e86bbe11
+# %% ../nbs/00_hvp.ipynb #e092ada0
 @patch
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
@@ -530,6 +531,7 @@ def _auto(self: HessianOperator) -> Plan:
     size = max(1, int((allowed - need(0)) / slope) if slope else max(batches))
     return Plan(mode, size, need(size), allowed)
 
+# %% ../nbs/00_hvp.ipynb #9f755e9f
 @patch
 def _graph_size(self: HessianOperator, batch):
     (X, y), leaves = self._load(batch), self._leaves()
@@ -554,7 +556,7 @@ def _separable(self: HessianOperator, small, large):
     with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
     return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
-# %% ../nbs/00_hvp.ipynb #9f755e9f
+# %% ../nbs/00_hvp.ipynb #6a60f0f1
 def nodes_of(tensors):
     "All nodes of the graphs that made these tensors."
     seen, stack = set(), [t.grad_fn for t in tensors]
@@ -569,7 +571,7 @@ def python_functions(tensors) -> list[str]:
     classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
     return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
 
-# %% ../nbs/00_hvp.ipynb #6a60f0f1
+# %% ../nbs/00_hvp.ipynb #7c390faa
 def difference(
     gradient_at, # function (n,) -> (n,)
     theta: torch.Tensor, v: torch.Tensor, # (n,) where, and along what
@@ -583,7 +585,7 @@ def difference(
 
 def _apart(a, b): return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else (0. if not a.norm() else math.inf)
 
-# %% ../nbs/00_hvp.ipynb #d54c147e
+# %% ../nbs/00_hvp.ipynb #7544d469
 @patch
 def _possible(self: HessianOperator, batch) -> str:
     "The best mode that the network's layers allow, tried on a few images."
@@ -609,7 +611,7 @@ def _possible(self: HessianOperator, batch) -> str:
     warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
     return "difference"
 
-# %% ../nbs/00_hvp.ipynb #7544d469
+# %% ../nbs/00_hvp.ipynb #992bfdf6
 def cut(
     batch, # (X, y)
     size: int | None, # images in a piece; None: in one piece
@@ -639,7 +641,7 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #be0ced92
+# %% ../nbs/00_hvp.ipynb #f5ed6abc
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -647,7 +649,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #883656ce
+# %% ../nbs/00_hvp.ipynb #2665f1ee
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -683,6 +685,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
+# %% ../nbs/00_hvp.ipynb #5a0af7b3
 @patch
 def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> torch.Tensor:
     return difference(self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale)
@@ -692,7 +695,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #d30f4562
+# %% ../nbs/00_hvp.ipynb #6b3e85ad
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -707,7 +710,7 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #b1d59301
+# %% ../nbs/00_hvp.ipynb #72aedcc0
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -729,7 +732,7 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
     return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
 
-# %% ../nbs/00_hvp.ipynb #75872576
+# %% ../nbs/00_hvp.ipynb #40b06246
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -760,7 +763,7 @@ def as_operator(op):
                          f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #ffbe29cc
+# %% ../nbs/00_hvp.ipynb #090c4d05
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

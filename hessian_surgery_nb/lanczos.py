@@ -108,6 +108,7 @@ def lanczos_tridiag(
     k = len(alpha)
     return Tridiagonal(basis[:k] if reorthogonalise else None, torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), w)
 
+# %% ../nbs/01_lanczos.ipynb #6af1921d
 def _finite(norm, step):
     if math.isfinite(norm): return norm
     raise InputError(f"products must be finite. Got NaN or infinity at product {step}; check the weights, or use float32 instead of a shorter type.")
@@ -123,7 +124,7 @@ def _start(v0, op, generator):
                          f"norm {v0.norm().item():.3g}.")
     return (v0 / v0.norm()).to(op.device, op.dtype)
 
-# %% ../nbs/01_lanczos.ipynb #4f021222
+# %% ../nbs/01_lanczos.ipynb #6813586e
 def plot_ritz(
     tri: Tridiagonal,
     truth=None, # (k,) eigenvalues to draw as lines
@@ -137,7 +138,7 @@ def plot_ritz(
     for m in range(1, len(T) + 1): ax.plot([m] * m, torch.linalg.eigvalsh(T[:m, :m]), ".", ms=3, color=COLOURS["blue"])
     return ax
 
-# %% ../nbs/01_lanczos.ipynb #ebfb3836
+# %% ../nbs/01_lanczos.ipynb #ac9dedf2
 @dataclass(frozen=True)
 class Eigenpairs:
     "Certified Ritz pairs."
@@ -151,7 +152,7 @@ class Eigenpairs:
         shown = ", ".join(f"{v:.4g}" for v in self.values[:6].tolist()) + (", ..." if len(self) > 6 else "")
         return f"Eigenpairs([{shown}], {int(self.converged.sum())} of {len(self)} certified, {self.num_matvecs} products)"
 
-# %% ../nbs/01_lanczos.ipynb #ac9dedf2
+# %% ../nbs/01_lanczos.ipynb #a9639d7a
 _ORDER = {"LA": lambda t: -t, "SA": lambda t: t, "LM": lambda t: -t.abs()}
 
 class _Krylov:
@@ -185,17 +186,19 @@ class _Krylov:
         self.next, self.length = w, self.beta or 1.
         self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 
-    def put(self):
-        "Write the vector that comes next into its row. Rounding on the way is noted, for the residuals' sake."
-        row = self.basis[self.m]
-        if self.dtype == self.op.dtype: torch.div(self.next, self.length, out=row)
-        else:
-            q = self.next / self.length
-            row.copy_(q)
-            self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
-        if self.dir: self.save()
-
 # %% ../nbs/01_lanczos.ipynb #cf421db9
+@patch
+def put(self: _Krylov):
+    "Write the vector that comes next into its row. Rounding on the way is noted, for the residuals' sake."
+    row = self.basis[self.m]
+    if self.dtype == self.op.dtype: torch.div(self.next, self.length, out=row)
+    else:
+        q = self.next / self.length
+        row.copy_(q)
+        self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
+    if self.dir: self.save()
+
+# %% ../nbs/01_lanczos.ipynb #cd6916c6
 @patch
 def close(self: _Krylov, slack):
     "If hardly anything is left over the space is invariant: go on with a random vector orthogonal to it (None when it is the whole space)."
@@ -222,7 +225,7 @@ def lock(self: _Krylov, theta, U, res, k):
     self.left = [(j, res[j].item()) for j in range(k)]
     self.fresh()
 
-# %% ../nbs/01_lanczos.ipynb #cd6916c6
+# %% ../nbs/01_lanczos.ipynb #c243ee6e
 @patch
 def ritz(self: _Krylov, order):
     "Ritz values, wanted first, their small vectors, and bounds on their residuals."
@@ -249,6 +252,7 @@ def settled(self: _Krylov, k, slack): # (k,) bool
     gain[:len(self.past[0])] = self.past[0] - self.past[-1][:len(self.past[0])]
     return gain <= slack
 
+# %% ../nbs/01_lanczos.ipynb #415a0632
 def combine(
     C: torch.Tensor, # (k, m) coefficients
     basis: torch.Tensor, # (m, n)
@@ -274,7 +278,7 @@ def restart(self: _Krylov, theta, U, keep):
     self.left = [(i, sum(b * U[j, i].abs().item() for j, b in self.left)) for i in range(keep)] if self.left else []
     self.m, self.block = keep, None
 
-# %% ../nbs/01_lanczos.ipynb #c243ee6e
+# %% ../nbs/01_lanczos.ipynb #82ec3426
 def blend(
     subspace, # Eigenpairs, or (n, j)
 ) -> torch.Tensor: # (n,)
@@ -284,7 +288,7 @@ def blend(
     combine(torch.ones(1, V.shape[1], dtype=torch.float64), V.T, out)
     return out[0]
 
-# %% ../nbs/01_lanczos.ipynb #4d0f8b71
+# %% ../nbs/01_lanczos.ipynb #27c8256c
 _STATE = ("m", "used", "generation", "closed", "block")
 
 @patch
@@ -313,7 +317,7 @@ def load(self: _Krylov, request: dict) -> bool:
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
     return True
 
-# %% ../nbs/01_lanczos.ipynb #82ec3426
+# %% ../nbs/01_lanczos.ipynb #60540aca
 def top_eigenpairs(
     op, # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
     k: int, # pairs wanted
@@ -354,7 +358,7 @@ def top_eigenpairs(
     bar.close()
     return _finish(kry, theta, U, res, slack, k, tol)
 
-# %% ../nbs/01_lanczos.ipynb #e8420b79
+# %% ../nbs/01_lanczos.ipynb #5328bce1
 def _finish(kry, theta, U, res, slack, k, tol) -> Eigenpairs:
     crowded = 2 * k > kry.m and kry.dir is None # then the basis itself becomes the result, which saves a copy
     vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
@@ -366,7 +370,7 @@ def _finish(kry, theta, U, res, slack, k, tol) -> Eigenpairs:
                       "raise max_matvecs or tol.", stacklevel=3)
     return pairs
 
-# %% ../nbs/01_lanczos.ipynb #27c8256c
+# %% ../nbs/01_lanczos.ipynb #4504425d
 def _check_request(k, n, which, tol, limit, basis_dtype):
     if not isinstance(k, int) or isinstance(k, bool): raise InputError(f"k must be a whole number. Got {k!r}.")
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
@@ -398,7 +402,7 @@ def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
     return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress)
 
-# %% ../nbs/01_lanczos.ipynb #4504425d
+# %% ../nbs/01_lanczos.ipynb #39ff92fa
 def eigen_residuals(
     op, # any operator
     pairs: Eigenpairs,
@@ -408,7 +412,7 @@ def eigen_residuals(
     rows = (v.to(op.dtype) for v in pairs.vectors.T)
     return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, rows)])
 
-# %% ../nbs/01_lanczos.ipynb #39ff92fa
+# %% ../nbs/01_lanczos.ipynb #02a862c6
 def angle_bounds(
     pairs: Eigenpairs,
     rest: float | None = None, # the best eigenvalue that is not among the pairs, if known; None: only neighbours among them count

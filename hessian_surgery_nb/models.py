@@ -18,8 +18,8 @@ from .hvp import InputError
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['num_params', 'digits_net', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'weights_bytes', 'load_weights',
-           'find_head']
+__all__ = ['num_params', 'digits_net', 'normed', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'weights_bytes',
+           'load_weights', 'find_head']
 
 # %% ../nbs/02b_models.ipynb #e0562e4a
 def num_params(
@@ -44,6 +44,12 @@ def digits_net(
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, classes))
 
 # %% ../nbs/02b_models.ipynb #6506fbeb
+def normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    "A convolution without bias and its batch norm; in evaluation as one convolution."
+    if norm.training: return norm(conv(x))
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return nn.functional.conv2d(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale, conv.stride, conv.padding)
+
 class BasicBlock(nn.Module):
     "Two 3 x 3 convolutions and a shortcut without weights."
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -53,10 +59,10 @@ class BasicBlock(nn.Module):
         self.stride, self.more = stride, outputs - inputs
 
     def forward(self, x):
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        y = normed(self.conv2, self.bn2, normed(self.conv1, self.bn1, x).relu_())
         short = x[:, :, ::self.stride, ::self.stride]
         if self.more: short = nn.functional.pad(short, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return torch.relu(y + short)
+        return y.add_(short).relu_()
 
 def resnet20(
     *,
@@ -78,7 +84,7 @@ def resnet20(
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net.eval()
 
-# %% ../nbs/02b_models.ipynb #f00a62c0
+# %% ../nbs/02b_models.ipynb #f5b16d59
 def resnet50(
     *,
     classes: int = 10,
@@ -93,7 +99,7 @@ def resnet50(
         if conv_bias and isinstance(m, nn.Conv2d): m.bias = nn.Parameter(torch.zeros(m.out_channels))
     return net.eval()
 
-# %% ../nbs/02b_models.ipynb #74188521
+# %% ../nbs/02b_models.ipynb #60e52f4c
 def write_atomic(
     path: Path, data: bytes,
 ) -> Path:
@@ -114,7 +120,7 @@ def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
-# %% ../nbs/02b_models.ipynb #60e52f4c
+# %% ../nbs/02b_models.ipynb #e1961e83
 def _stored(path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
     try: return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
@@ -136,7 +142,7 @@ def load_weights(
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in stored.items()})
     return model
 
-# %% ../nbs/02b_models.ipynb #5ab1a0d9
+# %% ../nbs/02b_models.ipynb #bd0a97b3
 def find_head(
     model: nn.Module,
     classes: int, # C

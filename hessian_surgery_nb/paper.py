@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ import torch
 from .baselines import mean_interval, pooled_interval, shown
 from .hvp import InputError
 from .runs import unpack_bits
+from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density
 
 # %% auto #0
-__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'test_sigma', 'ROWS_7', 'TABLES', 'FIGURES', 'Results', 'read_results', 'over',
-           'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'table_7', 'table_8',
-           'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame', 'plot_front',
-           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3']
+__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'TABLES', 'FIGURES', 'Results', 'read_results', 'over', 'changes',
+           'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'table_7', 'table_8', 'table_3',
+           'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame', 'plot_front', 'figure_1',
+           'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -48,7 +50,6 @@ PAPER = {
     "Table 17": {64: (59.4, 33.0, 88.1, 38.7, 76.9, 34.7), 128: (42.6, 23.1, 34.6, 20.6, 58.9, 24.2), 256: (35.5, 18.3, 23.7, 12.7, 44.4, 14.3)},
     "Table 18": {64: (5.5, 97), 128: (6.3, 126), 256: (9.3, 174), 512: (12.7, 261)}}
 PAPER_FITS = dict(q="about 1", measured_slope="below the predicted one") # their digits were lost with the paper's formulas
-test_sigma = lambda d: float(np.std(list(d.values())))
 
 # %% ../nbs/09_paper.ipynb #244f8ae0
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Results:
     runs: dict[str, dict[int, dict]] # experiment -> seed -> run
 
     def __contains__(self, name): return name in self.runs
-    def paper(self, table: str, default=None): # the paper's numbers, where they are about the same data
-        ours = ("cifar10_",) if table not in ("Table 10", "Table 11") else ("cifar100_", "tinyimagenet100_")
-        return PAPER[table] if self.label.startswith(ours) else type(PAPER[table])() if default is None else default
+    def paper(self, table: str): # the paper's numbers where they are about the same data; else nothing of their kind
+        same = ("cifar10_",) if table not in ("Table 10", "Table 11") else ("cifar100_", "tinyimagenet100_")
+        return PAPER[table] if self.label.startswith(same) else type(PAPER[table])()
     def seeds(self, *names) -> list[int]: # that have all of these experiments
         return sorted(set.intersection(*(set(self.runs.get(n, {})) for n in names)))
     def of(self, name, *others) -> list[dict]: # results of an experiment, for the seeds that have the others too
@@ -76,6 +77,7 @@ class Results:
         return (f"{self.label.replace('_', ', ')} ({start}), seed{'s' if len(self.seeds(*names)) > 1 else ''} {', '.join(map(str, self.seeds(*names)))}, {about[0]['device']}, "
                 f"{dates[0]}{' to ' + dates[-1] if dates[1:] else ''}, commit {', '.join(commits)}, {sum(r['seconds'] for r in runs) / 60:.0f} minutes.")
 
+# %% ../nbs/09_paper.ipynb #61605f9d
 def read_results(
     directory, # of the JSON files
     dataset: str = "cifar10", network: str = "resnet20",
@@ -88,6 +90,7 @@ def read_results(
         runs.setdefault(run["config"]["experiment"], {})[run["config"]["seed"]] = run
     return Results(label, runs)
 
+# %% ../nbs/09_paper.ipynb #84a15a6f
 def over(values, digits: int = 1) -> str:
     "Mean over seeds with Student's interval; fewer than three are shown one by one."
     return shown(mean_interval(values), digits) if len(values) > 2 else " / ".join(f"{v:.{digits}f}" for v in values)
@@ -99,7 +102,7 @@ def changes(r: Results, name: str, figure: str = "sigma", base: str = "network",
 
 def interval(triple, digits: int = 1) -> str: return f"{triple[0]:+.{digits}f} [{triple[1]:+.{digits}f}, {triple[2]:+.{digits}f}]"
 
-# %% ../nbs/09_paper.ipynb #84a15a6f
+# %% ../nbs/09_paper.ipynb #92ab89ec
 def _classes(report): return {c["name"]: c["accuracy_percent"] for c in report["classes"]}
 
 def table_1(r: Results):
@@ -137,9 +140,9 @@ def table_4(r: Results, name: str = "surgery_gamma_p2"):
     frame.loc["global, images and seeds"] = {"change": interval(changes(r, name, "global"), 2)}
     return _own(frame)
 
-# %% ../nbs/09_paper.ipynb #403fa584
+# %% ../nbs/09_paper.ipynb #a81e8d87
 def table_5(r: Results, seed: int | None = None, name: str = "surgery_gamma_p2"):
-    "How one run went, on the sensitivity set."
+    "How one run went, the first seed's, on the sensitivity set."
     import pandas as pd
     seed = r.seeds(name)[0] if seed is None else seed
     run = r.runs[name][seed]["results"]
@@ -171,7 +174,7 @@ def table_6(r: Results):
                  "lambda_1, start": p["lambda_1"][0], "lambda_1, end": p["lambda_1"][1], "cosine": .9999})
     return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
 
-# %% ../nbs/09_paper.ipynb #92ab89ec
+# %% ../nbs/09_paper.ipynb #5c188ccd
 ROWS_7 = [("focal loss fine-tuning", "focal", None), ("class-balanced fine-tuning", "balanced", None), ("tau-norm", "rivals", "tau-norm"), ("logit adjustment", "rivals", "logit adjustment"), ("tuned biases", "rivals", "tuned biases"),
           ("surgery", "surgery_adam_p2", None), ("surgery, gamma schedule", "surgery_gamma_p2", None), ("focal loss, then surgery", "focal_surgery", None), ("random subspace, same norm", "random_same", None),
           ("random subspace, own amplitude", "random_own", None)]
@@ -191,12 +194,13 @@ def table_7(r: Results):
                      "worst class (%)": over([h["worst_percent"] for h in reports]), **paper(method)})
     return _own(pd.DataFrame(rows).set_index("method"))
 
+# %% ../nbs/09_paper.ipynb #d9a38e74
 def table_8(r: Results):
-    "The exponent of the class weights, both schedules, held-out."
+    "The exponent of the class weights with the Adam-style schedule, and both schedules at p = 2, held-out."
     import pandas as pd
     rows = []
     for schedule in ("adam", "gamma"):
-        for p in (0., .5, 1., 2.):
+        for p in (.5, 1., 2.):
             name = f"surgery_{schedule}_p{p:g}"
             if name not in r: continue
             after = [run["after"] for run in r.of(name)]
@@ -206,10 +210,11 @@ def table_8(r: Results):
                          "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
     return _own(pd.DataFrame(rows).set_index(["schedule", "p"]))
 
-def table_3(r: Results, schedule: str = "gamma"):
+# %% ../nbs/09_paper.ipynb #1595e5c3
+def table_3(r: Results, schedule: str = "adam"):
     "The rule for the exponent under mild imbalance: p = 2 for the smallest sigma, p = 1 for the best worst class. Paired changes against the rule's choice."
     import pandas as pd
-    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (0., .5, 1., 2.)}
+    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (.5, 1., 2.)}
     for goal, choice in (("sigma", 2.), ("worst", 1.)):
         for p, name in names.items():
             if p == choice or name not in r or names[choice] not in r: continue
@@ -221,6 +226,7 @@ def table_3(r: Results, schedule: str = "gamma"):
                          "the rule is": "supported" if better[0] else "contradicted" if better[1] else "undecided"})
     return pd.DataFrame(rows).set_index(["goal", "against"])
 
+# %% ../nbs/09_paper.ipynb #3f228e12
 def table_9(r: Results):
     "Fine-tuning after surgery, epoch by epoch, held-out."
     import pandas as pd
@@ -233,7 +239,7 @@ def table_9(r: Results):
     for method, (g, s, *_) in r.paper("Table 9").items(): frame.loc[f"the paper: {method}{', 15 epochs' if 'tuning' in method else ''}"] = (g, s)
     return frame
 
-# %% ../nbs/09_paper.ipynb #a81e8d87
+# %% ../nbs/09_paper.ipynb #aeea54b8
 def table_15(r: Results, table: int = 15):
     "Appendix A, Tables 15 to 18: mean over seeds, the paper's row below each."
     import pandas as pd
@@ -246,6 +252,7 @@ def table_15(r: Results, table: int = 15):
         if size in r.paper(f"Table {table}"): rows[f"{size}, the paper"] = dict(zip(columns, r.paper(f"Table {table}")[size]))
     return pd.DataFrame(rows).T.rename_axis("images").round(3 if table == 16 else 1 if table != 18 else 2)
 
+# %% ../nbs/09_paper.ipynb #df3cc95c
 def table_10(r: Results):
     "Deflated surgery, phase by phase: means over seeds on the sensitivity set, and held-out."
     import pandas as pd
@@ -261,6 +268,7 @@ def table_10(r: Results):
         first = p["spikes"] + 1
     return _own(pd.DataFrame(rows).set_index("phase"))
 
+# %% ../nbs/09_paper.ipynb #2fc78d67
 def table_11(r: Results):
     "Classes in tenths by their accuracy before, held-out: mean change."
     import pandas as pd
@@ -281,11 +289,13 @@ def table_12(r: Results):
     for name, values in PAPER["Table 12"].items(): frame.loc[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
     return frame.astype(object).fillna("")
 
+# %% ../nbs/09_paper.ipynb #43421120
 def _stability_table(table, says):
     def make(r: Results): return table_15(r, table)
     make.__doc__ = says
     return make
 
+# %% ../nbs/09_paper.ipynb #94f19964
 def limits_frame(r: Results):
     "The loop played on linearised logits, one setting varied at a time: held-out change of global accuracy and of sigma."
     import pandas as pd
@@ -299,6 +309,7 @@ def limits_frame(r: Results):
                      "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2), "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick])})
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
 
+# %% ../nbs/09_paper.ipynb #338b0adb
 def plot_front(r: Results, ax=None):
     "What surgery can reach at what price, held-out: every setting of the linear model, true runs, tuned biases, and the paper's claim. First seed that has them all."
     from hessian_surgery_nb.testbed import COLOURS, new_axes
@@ -317,14 +328,15 @@ def plot_front(r: Results, ax=None):
     ax.legend(frameon=False, fontsize=7, loc="upper right")
     return ax
 
+# %% ../nbs/09_paper.ipynb #c9c23ebe
 def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1])))
 
-TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_gamma_p2", "surgery_gamma_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
+TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
           "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")),
           **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
                                                                           (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
 
-# %% ../nbs/09_paper.ipynb #d9a38e74
+# %% ../nbs/09_paper.ipynb #7606ae55
 def figure_1(r: Results, ax=None):
     "Spectral density of the first seed."
     run = r.of("spectrum")[0]
@@ -335,17 +347,10 @@ def figure_1(r: Results, ax=None):
 
 def figure_2(r: Results, ax=None):
     "The sensitivity matrix of the first seed; entries within two standard errors of zero are grey."
-    import seaborn as sns
-    from hessian_surgery_nb.testbed import new_axes
-    run, names = r.of("sensitivity")[0], r.of("network")[0]["classes"]
-    S, noise = np.array(run["matrix"]), np.array(run["noise"])
-    ax = new_axes(ax, width=6., height=.3 * len(S) + 1., title=f"Sensitivity to a step along each spike (eps = {run['eps']:g})", xlabel="spike", ylabel="")
-    sns.heatmap(S, cmap="RdBu_r", center=0, annot=len(S) <= 20, fmt=".1f", annot_kws=dict(size=7), ax=ax, xticklabels=range(1, S.shape[1] + 1), yticklabels=names, cbar_kws=dict(label="accuracy per unit step"))
-    for text, v, e in zip(ax.texts, S.flatten(), noise.flatten()):
-        if abs(v) < 2 * e: text.set_color("#8c8c8c")
-    ax.grid(False); ax.tick_params(rotation=0)
-    return ax
+    run = r.of("sensitivity")[0]
+    return plot_sensitivity(SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"])), r.of("network")[0]["classes"], ax)
 
+# %% ../nbs/09_paper.ipynb #7b20f347
 def linear_fits(r: Results) -> dict:
     "Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a power law, both fitted to relative accuracy over the two decades (choice)."
     from scipy.optimize import curve_fit
@@ -360,6 +365,7 @@ def linear_fits(r: Results) -> dict:
                         additive_r2=r2(np.log(error), np.log(c0 + c1 * (e / e.max()) ** q)), power=b, power_r2=r2(np.log(error), np.log(a * (e / e.max()) ** b))))
     return {k: [o[k] for o in out] for k in out[0]}
 
+# %% ../nbs/09_paper.ipynb #0d917c3d
 def figure_4(r: Results, ax=None):
     "Predicted and measured change of the class accuracies over amplitude, first seed."
     from hessian_surgery_nb.testbed import COLOURS, new_axes

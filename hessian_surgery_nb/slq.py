@@ -100,6 +100,7 @@ def spectral_density(
         if s != seeds[-1]: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
     return _gather(runs, n)
 
+# %% ../nbs/02_slq.ipynb #2df4dd94
 def _gather(runs, n) -> SpectralDensity:
     m = max(len(r[0]) for r in runs)
     pad = lambda x, fill: torch.cat([x, torch.full((m - len(x),), fill, dtype=x.dtype)])
@@ -111,7 +112,7 @@ def _gather(runs, n) -> SpectralDensity:
     return SpectralDensity(torch.stack([pad(r[0], r[0][-1].item()) for r in runs]), torch.stack([pad(r[1], 0.) for r in runs]), n,
                            torch.tensor([r[2] for r in runs], dtype=torch.float64), (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
 
-# %% ../nbs/02_slq.ipynb #e6397947
+# %% ../nbs/02_slq.ipynb #4fbaad6f
 @patch
 def estimate(self: SpectralDensity,
     f, # function of eigenvalues, on tensors
@@ -131,7 +132,7 @@ def trace_stderr(self: SpectralDensity) -> float:
     "Its standard error over probes."
     return self.estimate(lambda t: t)[1]
 
-# %% ../nbs/02_slq.ipynb #5302cddc
+# %% ../nbs/02_slq.ipynb #befe4052
 @patch
 def wasserstein_bound(self: SpectralDensity,
     confidence: float = .95, # 1 - eta
@@ -142,7 +143,7 @@ def wasserstein_bound(self: SpectralDensity,
     probes = math.sqrt(math.log(2 * self.size / (1 - confidence)) / (len(self.nodes) * (self.size + 2)))
     return self.gauss_error.mean().item(), width * probes
 
-# %% ../nbs/02_slq.ipynb #463d5ce6
+# %% ../nbs/02_slq.ipynb #025e5ee3
 @patch
 def density(self: SpectralDensity,
     grid: torch.Tensor, # (g,) where to evaluate
@@ -174,7 +175,7 @@ def count_above(self: SpectralDensity,
     "How many eigenvalues exceed t."
     return self.estimate(lambda x: (x > t).to(x))
 
-# %% ../nbs/02_slq.ipynb #ff155cff
+# %% ../nbs/02_slq.ipynb #bf62283a
 def plot_density(
     sd: SpectralDensity,
     spikes=None, # (k,) eigenvalues to mark

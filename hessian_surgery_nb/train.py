@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .data import fast_layout
 from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, split_batch, to_device, unflatten
 from .models import write_atomic
 from .testbed import seeded
@@ -110,34 +111,29 @@ def train(
     "Train in the ordinary way."
     from tqdm.auto import tqdm
     (X, y), loss_fn, device = data, loss_fn or nn.CrossEntropyLoss(), next(model.parameters()).device
-    request = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, shift=shift, precision=precision, seed=seed)
-    _check_training(X, request)
-    steps, g, log = max(1, len(y) // batch_size), torch.Generator().manual_seed(seed), []
+    request = _checked(X, epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, shift=shift, precision=precision, seed=seed)
+    steps, g = max(1, len(y) // batch_size), torch.Generator().manual_seed(seed)
     (opt, sched), kept = _optimizer(model, optimizer, lr, weight_decay, schedule, epochs * steps), _Checkpoint(run_dir, request)
     with seeded(seed):
         log = kept.load(model, opt, sched, g) or []
         bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="training", leave=False, disable=not progress)
         for epoch in range(len(log), epochs):
-            V, total, right = project(model.eval()) if project else None, 0., 0.
+            V = project(model.eval()) if project else None
             model.train()
-            for rows in torch.randperm(len(y), generator=g).tensor_split(steps):
-                loss, hits = _step(model, loss_fn, opt, _batch(X, rows, shift, g).to(device), y[rows].to(device), precision, V)
-                sched.step(); bar.update()
-                total += loss * len(rows); right += hits
-            log.append((_finite_loss(total / len(y), epoch, lr), right / len(y)))
-            bar.set_postfix(loss=f"{log[-1][0]:.3f}", accuracy=f"{right / len(y):.1%}")
+            def step(rows): return _step(model, loss_fn, opt, _batch(X, rows, shift, g).to(device), y[rows].to(device), precision, V)
+            loss, accuracy = _epoch(step, torch.randperm(len(y), generator=g).tensor_split(steps), sched, bar)
+            log.append((_finite_loss(loss, epoch, lr), accuracy))
             if after_epoch: after_epoch(model.eval(), epoch)
             kept.save(model, opt, sched, g, log)
         bar.close()
-    opt.zero_grad()
-    model.eval()
+    model.eval().zero_grad()
     return TrainLog(*map(tuple, zip(*log)))
 
 # %% ../nbs/02c_train.ipynb #96b4bcf6
 def _batch(X, rows, shift, generator):
     x = X[rows]
     if shift: x = shifted(x, shift, generator)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and x.shape[1] == 3 else x # the faster layout for colour images
+    return fast_layout(x)
 
 def _step(model, loss_fn, opt, x, y, precision, V) -> tuple[float, int]: # loss, correct images
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"): z = model(x)
@@ -150,16 +146,27 @@ def _step(model, loss_fn, opt, x, y, precision, V) -> tuple[float, int]: # loss,
     opt.step()
     return loss.item(), (z.argmax(1) == y).sum().item()
 
+def _epoch(step, parts, sched, bar) -> tuple[float, float]: # mean loss, accuracy
+    total = right = 0.
+    for rows in parts:
+        loss, hits = step(rows)
+        sched.step(); bar.update()
+        total += loss * len(rows); right += hits
+    n = sum(map(len, parts))
+    bar.set_postfix(loss=f"{total / n:.3f}", accuracy=f"{right / n:.1%}")
+    return total / n, right / n
+
 def _finite_loss(loss, epoch, lr):
     if math.isfinite(loss): return loss
     raise InputError(f"training must stay finite. Got a loss of {loss} in epoch {epoch + 1}; lower lr, now {lr}.")
 
-def _check_training(X, r):
+def _checked(X, **r) -> dict: # r
     if r["epochs"] < 1 or r["batch_size"] < 2 or not r["lr"] > 0:
         raise InputError(f"epochs must be at least 1, batch_size at least 2 and lr positive. Got {r['epochs']}, {r['batch_size']}, {r['lr']}.")
     for name, choices in (("optimizer", ("adamw", "adam", "sgd")), ("schedule", ("cosine", "onecycle", "constant")), ("precision", ("float32", "bf16"))):
         if r[name] not in choices: raise InputError(f"{name} must be one of {', '.join(choices)}. Got {r[name]!r}.")
     if not torch.isfinite(X).all(): raise InputError("images must be finite. Got NaN or infinity; remove or mend them.")
+    return r
 
 # %% ../nbs/02c_train.ipynb #9d08ea76
 class FocalLoss(nn.Module):
