@@ -322,14 +322,16 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
         if not r.seeds(*needs): continue
         caption = f"{w}. {make.__doc__} {r.caption(*needs)}"
         stem = out/f"{r.label}_{w.lower().replace(' ', '_')}"
+        try: made = make(r)
+        except InputError as e: print(f"{w} is left out: {e}", file=sys.stderr); continue
         if w in TABLES:
-            frame = make(r)
+            frame = made
             write_atomic(stem.with_suffix(".csv"), frame.to_csv().encode())
             flat, numbers[w] = frame.reset_index(), json.loads(frame.reset_index().to_json(orient="records"))
             body.append(table_tag([str(c) for c in flat.columns], [["" if v is None else str(v) for v in row] for row in flat.itertuples(index=False)], caption))
             if not as_json: print(f"\n{w}. {make.__doc__}\n{frame.to_string()}")
         else:
-            ax, png = make(r), io.BytesIO()
+            ax, png = made, io.BytesIO()
             np.ravel(ax)[0].figure.savefig(png, dpi=150)
             write_atomic(stem.with_suffix(".png"), png.getvalue())
             body.append(figure_tag(ax, caption, caption))

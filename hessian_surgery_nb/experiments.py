@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -88,8 +89,8 @@ class Study:
     def splits(self) -> Splits:
         return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.held_back, self.progress)
     def batches(self, part: Samples):
-        "Images in pieces that suit the device: on a processor, what its cache holds."
-        return part.batches(64 if torch.device(self.device).type == "cpu" else 1000)
+        "Images in pieces that suit the device."
+        return part.batches(250 if torch.device(self.device).type == "cpu" else 1000)
     def __repr__(self): return f"Study({self.label}, runs in {self.store.directory})"
 
 # %% ../nbs/08a_experiments.ipynb #dc2c0afd
@@ -251,8 +252,9 @@ def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> 
     return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=measured(study, r.model)["correct"])
 
 def _register_surgeries():
-    _register_surgery("surgery_gamma_p2", ("Table 4", "Table 5", "Table 8", "Table 9"), schedule="gamma", p=2.)
-    for p in (.5, 1., 2.): _register_surgery(f"surgery_adam_p{p:g}", ("Table 8", "Table 3", *(("Table 7",) if p == 2 else ())), schedule="adam", p=p)
+    for schedule, p in itertools.product(("gamma", "adam"), (2., 1., .5, 0.)):
+        feeds = {("gamma", 2.): ("Table 4", "Table 5", "Table 9"), ("adam", 2.): ("Table 7",)}.get((schedule, p), ())
+        _register_surgery(f"surgery_{schedule}_p{p:g}", ("Table 8", "Table 3", *feeds), schedule=schedule, p=p)
     _register_surgery("focal_surgery", ("Table 7",), start="focal", schedule="adam", p=2.)
     _register_surgery("random_same", ("Table 7",), schedule="gamma", p=2., directions="random")
     _register_surgery("random_own", ("Table 7",), schedule="gamma", p=2., directions="random", eps="own")

@@ -196,11 +196,11 @@ def table_7(r: Results):
 
 # %% ../nbs/09_paper.ipynb #d9a38e74
 def table_8(r: Results):
-    "The exponent of the class weights with the Adam-style schedule, and both schedules at p = 2, held-out."
+    "The exponent of the class weights, both schedules, held-out."
     import pandas as pd
     rows = []
     for schedule in ("adam", "gamma"):
-        for p in (.5, 1., 2.):
+        for p in (0., .5, 1., 2.):
             name = f"surgery_{schedule}_p{p:g}"
             if name not in r: continue
             after = [run["after"] for run in r.of(name)]
@@ -214,7 +214,7 @@ def table_8(r: Results):
 def table_3(r: Results, schedule: str = "adam"):
     "The rule for the exponent under mild imbalance: p = 2 for the smallest sigma, p = 1 for the best worst class. Paired changes against the rule's choice."
     import pandas as pd
-    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (.5, 1., 2.)}
+    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (0., .5, 1., 2.)}
     for goal, choice in (("sigma", 2.), ("worst", 1.)):
         for p, name in names.items():
             if p == choice or name not in r or names[choice] not in r: continue
@@ -357,7 +357,8 @@ def linear_fits(r: Results) -> dict:
     sweeps, out = [run["sweep"] for run in r.of("linearisation")], []
     def r2(y, fit): return float(1 - ((y - fit) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-300))
     for sweep in sweeps:
-        e, predicted, measured, error = (np.array([row[k] for row in sweep]) for k in ("eps", "predicted", "measured", "error"))
+        e, predicted, measured, error = (np.array([row[k] for row in sweep if row["error"] > 0]) for k in ("eps", "predicted", "measured", "error"))
+        if len(e) < 6: raise InputError(f"the fits of appendix D need at least 6 amplitudes at which predicted and measured accuracies differ. {r.label} has {len(e)} of {len(sweep)}; use more sensitivity images.")
         line, pred = np.polyfit(e, measured, 1), np.polyfit(e, predicted, 1)
         (c0, c1, q), _ = curve_fit(lambda x, c0, c1, q: c0 + c1 * x ** q, e / e.max(), error, p0=(error.min(), np.ptp(error), 1.), sigma=error, bounds=([0, 0, .1], [np.inf, np.inf, 6]), maxfev=10_000)
         (a, b), _ = curve_fit(lambda x, a, b: a * x ** b, e / e.max(), error, p0=(error.max(), 1.), sigma=error, bounds=([0, .05], [np.inf, 6]), maxfev=10_000)
