@@ -148,7 +148,7 @@ def shown(
 
 def pooled_interval(
     pairs, # for each seed: (correct_a, correct_b, y), (N,) each
-    figure: str = "sigma", # or "global"
+    figure: str = "sigma", # or "global", "balanced"
     *,
     draws: int = 2000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float, float]: # mean change b - a over seeds, and the ends of its interval; in [0, 1] units
@@ -157,7 +157,8 @@ def pooled_interval(
     for a, b, y in pairs:
         counts = torch.bincount(y)
         w, now = counts[counts > 0].double().numpy() / len(y), np.stack([[t[y == c].double().mean().item() for t in (a, b)] for c in y.unique().tolist()])
-        def change(acc): return np.diff(acc.std(-2) if figure == "sigma" else np.tensordot(acc, w, ([-2], [0])))[..., 0] # acc (..., C, 2)
+        of = dict(sigma=lambda acc: acc.std(-2), balanced=lambda acc: acc.mean(-2)).get(figure, lambda acc: np.tensordot(acc, w, ([-2], [0])))
+        def change(acc): return np.diff(of(acc))[..., 0] # acc (..., C, 2)
         points.append(change(now))
         changes.append(change(_resampled(a, b, y, draws, rng)))
     chosen = rng.integers(len(changes), size=(len(changes), draws))

@@ -15,7 +15,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,10 @@ from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank
-from .experiments import EXPERIMENTS, MANY, NETWORKS, Scale, Study, feeding, perform
+from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params, weights_bytes, write_atomic
-from .paper import FIGURES, TABLES, Results, read_results
+from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
@@ -252,13 +252,15 @@ def demo_dict(
 # %% ../nbs/10_cli.ipynb #b7c52923
 def _asked(args) -> list[str]:
     asked = [f"Table {t}" for t in args.table or ()] + [f"Figure {f}" for f in args.figure or ()]
-    unknown = [a for a in asked if a not in TABLES | FIGURES]
-    if unknown: raise InputError(f"--table and --figure must name one that is reproduced here. {unknown[0]} is not; known: {', '.join(TABLES | FIGURES)}.")
+    known = TABLES | ISIC_TABLES | FIGURES
+    unknown = [a for a in asked if a not in known]
+    if unknown: raise InputError(f"--table and --figure must name one that is reproduced here. {unknown[0]} is not; known: {', '.join(known)}.")
     return asked
 
 def _scale(args) -> Scale:
-    quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6, phase=1, phase_iterations=1)
-    return Scale(**quick) if args.quick else Scale(precision=args.precision, **({} if args.epochs is None else dict(epochs=args.epochs)))
+    quick = dict(width=4, blocks=1, epochs=8, finetune_epochs=1, hessian=64, sizes=(16, 32, 64), resamples=2, probes=2, density_steps=12, iterations=2, adam_iterations=2, walk_steps=2, amplitudes=6, phase=1, phase_iterations=1, pixels=16, start_epochs=3)
+    chosen = {k: v for k, v in dict(epochs=args.epochs, pixels=args.pixels, hessian=args.hessian).items() if v is not None}
+    return Scale(**quick | chosen) if args.quick else Scale(precision=args.precision, **chosen)
 
 def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
@@ -285,9 +287,10 @@ def _side_by_side(chains, known, jobs):
 def reproduce(args: argparse.Namespace) -> int:
     "The `reproduce` command."
     held_back = args.held_back if args.held_back is not None else 50 if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else 0
-    asked = _asked(args) or (list(MANY) if held_back else [])
+    asked = _asked(args)
     if held_back < 0: raise InputError(f"--held-back must be 0 or more. Got {held_back}.")
-    if min(args.seeds, args.jobs, args.epochs or 1) < 1 or args.epochs == 0: raise InputError(f"--seeds, --jobs and --epochs must be at least 1. Got {args.seeds}, {args.jobs} and {args.epochs}.")
+    low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
+    if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     for flag, file in (("--weights", args.weights), ("--init", args.init)):
         if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
@@ -296,13 +299,14 @@ def reproduce(args: argparse.Namespace) -> int:
     tau = (.85 if Path(args.dataset).name == "cifar10" else None) if args.tau is None else args.tau or None
     studies = [Study(store, seed, args.dataset, args.network, _scale(args), tau, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, held_back, device, sys.stderr.isatty())
                for seed in range(args.seed, args.seed + args.seeds)]
+    if studies[0].kind == "isic" and not args.hessian and not args.quick: studies = [replace(s, scale=replace(s.scale, hessian=256)) for s in studies] # the paper's
     known, todo, say = {}, [], functools.partial(print, file=sys.stderr, flush=True)
     for study in studies:
-        for name in feeding(*asked):
+        for name in feeding(*asked, kind=studies[0].kind):
             path = store.directory/f"{study.label}_{name}.json"
             if path.exists(): perform(study, name); known.setdefault(name, []).append(json.loads(path.read_text())["seconds"])
             else: todo.append((study, name))
-    say(f"{len(studies) * len(feeding(*asked)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known)}")
+    say(f"{len(studies) * len(feeding(*asked, kind=studies[0].kind)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known)}")
     if args.dry_run:
         for study, name in todo: print(f"{study.label}  {name:18} {EXPERIMENTS[name].says}")
         return 0
@@ -316,15 +320,16 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
     "Tables as CSV and figures as PNG, and a page with those whose runs are there."
     import matplotlib
     matplotlib.use("Agg")
-    wanted, body, numbers = [w for w in (asked or [*TABLES, *FIGURES])], [f"<h1>{html.escape(r.label.replace('_', ', '))}</h1>"], {}
-    for w in wanted:
-        make, needs = (TABLES | FIGURES)[w]
+    tables = TABLES | (ISIC_TABLES if r.lesions else {})
+    body, numbers = [f"<h1>{html.escape(r.label.replace('_', ', '))}</h1>"], {}
+    for w in asked or [*tables, *FIGURES]:
+        make, needs = (tables | FIGURES).get(w, (None, ("nothing",)))
         if not r.seeds(*needs): continue
         caption = f"{w}. {make.__doc__} {r.caption(*needs)}"
         stem = out/f"{r.label}_{w.lower().replace(' ', '_')}"
         try: made = make(r)
         except InputError as e: print(f"{w} is left out: {e}", file=sys.stderr); continue
-        if w in TABLES:
+        if w in tables:
             frame = made
             write_atomic(stem.with_suffix(".csv"), frame.to_csv().encode())
             flat, numbers[w] = frame.reset_index(), json.loads(frame.reset_index().to_json(orient="records"))
@@ -391,7 +396,7 @@ def _add_reproduce(sub, wide):
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
         description="Run the experiments behind the paper's tables and figures, store each as JSON, and lay the results beside the paper's. Runs that are stored are not repeated; interrupted ones go on. "
                     "With the small network on a processor, single tables take from minutes to hours and all of them many hours (see --dry-run).")
-    r.add_argument("dataset", help="cifar10, cifar100, or a directory with train/CLASS/* and test/CLASS/*")
+    r.add_argument("dataset", help="cifar10, cifar100, isic, or a directory with train/CLASS/* and test/CLASS/*, or in the layout of ISIC-2019")
     r.add_argument("--table", type=int, action="append", metavar="N", help="this table only; may be repeated")
     r.add_argument("--figure", type=int, action="append", metavar="N", help="this figure only; may be repeated")
     r.add_argument("--all", action="store_true", help="every table and figure (also when none is named)")
@@ -407,6 +412,8 @@ def _add_reproduce(sub, wide):
     r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")
     r.add_argument("--tau", type=float, help="classes at least this accurate are protected (a fraction); 0: those above the mean. Default: 0.85, the paper's, for cifar10, else 0")
     r.add_argument("--epochs", type=int, help="of training; default 10")
+    r.add_argument("--hessian", type=int, metavar="N", help="training images that show the curvature; default 128, and 256 for ISIC-2019, as in the paper")
+    r.add_argument("--pixels", type=int, metavar="N", help="a side, where images come in many sizes (ISIC-2019); default 32")
     r.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     r.add_argument("--out", default="hessian-surgery-runs", metavar="DIR", help="where runs, tables, figures and the page go")
     r.add_argument("--work", metavar="DIR", help="where weights and half-done runs go; default: work in --out")

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from .baselines import class_accuracies, post_hoc
-from .data import Samples, Splits, held_back_splits, image_splits, read_dataset
+from .data import Samples, Splits, data_dir, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
 from .effective_rank import effective_rank
 from .hvp import HessianOperator, InputError
+from .isic import hessian_images, is_isic, lesion_splits, read_isic
 from .lanczos import top_eigenpairs
 from .models import load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
@@ -31,10 +32,11 @@ from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amp
 from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'MANY', 'Scale', 'Study', 'Experiment', 'experiment',
-           'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curvature', 'spectrum', 'batch_stability',
-           'walk', 'amplitude', 'first_look', 'sensitivity', 'linearisation', 'LinearModel', 'linear_model', 'played',
-           'limits', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'feeding']
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
+           'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
+           'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
+           'linearisation', 'LinearModel', 'linear_model', 'played', 'limits', 'focal', 'balanced', 'rivals',
+           'phase_sizes', 'deflated', 'focal_start', 'balanced_start', 'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Scale:
     amplitudes: int = 38 # in the sweep of appendix D
     phase: int = 15 # spikes a phase of deflated surgery takes
     phase_iterations: int = 3
+    pixels: int = 32 # a side, where images come in many sizes (ISIC-2019)
+    start_epochs: int = 15 # of training on with another loss there; the paper's
 
 # %% ../nbs/08a_experiments.ipynb #d3b7f341
 NETWORKS = "resnet20", "resnet50", "resnet50bias"
@@ -86,7 +90,11 @@ class Study:
         "Begins the name of each of its runs."
         return f"{Path(self.dataset).name}_{self.network}_s{self.seed}"
     @property
+    def kind(self) -> str: # which experiments suit it
+        return "isic" if is_isic(_folder(self.dataset, self.root)) else "many" if self.held_back else "few"
+    @property
     def splits(self) -> Splits:
+        if self.kind == "isic": return _lesion_splits(_folder(self.dataset, self.root), self.scale.pixels, self.seed, self.scale.hessian, self.progress)
         return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.held_back, self.progress)
     def batches(self, part: Samples):
         "Images in pieces that suit the device."
@@ -96,6 +104,16 @@ class Study:
 # %% ../nbs/08a_experiments.ipynb #dc2c0afd
 @functools.lru_cache(1)
 def _images(dataset, root, download, progress): return read_dataset(dataset, root=root, download=download, progress=progress)
+
+def _folder(dataset, root) -> Path:
+    named, root = Path(dataset).expanduser(), Path(root).expanduser() if root else data_dir()
+    return next((p for p in (named, root/dataset, *(root/n for n in ("isic2019", "ISIC_2019", "ISIC2019") if str(dataset) == "isic")) if p.is_dir()), root/dataset)
+
+@functools.lru_cache(1)
+def _lesions(folder, pixels, progress): return read_isic(folder, size=pixels, progress=progress)
+
+@functools.lru_cache(1)
+def _lesion_splits(folder, pixels, seed, hessian, progress): return lesion_splits(_lesions(folder, pixels, progress), seed=seed, hessian=hessian)
 
 @functools.lru_cache(1)
 def _splits(dataset, root, download, seed, hessian, held_back, progress):
@@ -111,15 +129,16 @@ class Experiment:
     settings: object = field(repr=False) # settings(study) -> dict: what its result depends on
     feeds: tuple[str, ...] # "Table 4", "Figure 1", ...
     needs: tuple[str, ...] = () # experiments whose weights it starts from
+    on: tuple[str, ...] = ("few",) # kinds of datasets it suits: "few" classes, "many", "isic"
     says: str = "" # one line for a newcomer
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
-def experiment(*feeds, name=None, needs=("network",), settings=lambda study: {}, **fixed):
+def experiment(*feeds, name=None, needs=("network",), on=("few",), settings=lambda study: {}, **fixed):
     "Register what a function does as an experiment; `fixed` are keyword arguments of it that are settings too."
     def register(make):
         label = name or make.__name__
-        EXPERIMENTS[label] = Experiment(label, functools.partial(make, **fixed), lambda study: settings(study) | fixed, feeds, needs, (make.__doc__ or "").strip())
+        EXPERIMENTS[label] = Experiment(label, functools.partial(make, **fixed), lambda study: settings(study) | fixed, feeds, needs, on, (make.__doc__ or "").strip())
         return make
     return register
 
@@ -129,7 +148,8 @@ def perform(
     "A run and all it needs, unless they are there."
     e = EXPERIMENTS[name]
     for other in e.needs: perform(study, other)
-    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | (dict(held_back=study.held_back) if study.held_back else {})
+    if study.kind not in e.on: raise InputError(f"{name} suits {', '.join(e.on)}. {study.dataset} is {study.kind}.")
+    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | (dict(held_back=study.held_back) if study.held_back else {}) | (dict(pixels=study.scale.pixels) if study.kind == "isic" else {})
     return study.store.run(f"{study.label}_{name}", config | e.settings(study), functools.partial(e.make, study), device=study.device, seeds=[study.seed])
 
 # %% ../nbs/08a_experiments.ipynb #1c8d6a47
@@ -167,7 +187,7 @@ def measured(study: Study, model: nn.Module) -> dict:
 # %% ../nbs/08a_experiments.ipynb #ffd72f2f
 RECIPE = dict(lr=.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4)
 
-@experiment("Table 1", needs=(), settings=lambda s: dict(weights=Path(s.weights).name) if s.weights else dict(RECIPE, epochs=s.scale.epochs, precision=s.scale.precision, width=s.scale.width, blocks=s.scale.blocks, init=s.init and Path(s.init).name))
+@experiment("Table 1", "Table 13", needs=(), on=("few", "many", "isic"), settings=lambda s: dict(weights=Path(s.weights).name) if s.weights else dict(RECIPE, epochs=s.scale.epochs, precision=s.scale.precision, width=s.scale.width, blocks=s.scale.blocks, init=s.init and Path(s.init).name))
 def network(study: Study, folder: Path) -> dict:
     "Train the network, or load it, and measure every class."
     net, s, log = build(study), study.splits, None
@@ -178,7 +198,12 @@ def network(study: Study, folder: Path) -> dict:
                 splits={k: getattr(s, k).fingerprint for k in ("train", "hessian", "sensitivity", "held_out")}, labels=s.held_out.y.tolist(), **measured(study, net))
 
 # %% ../nbs/08a_experiments.ipynb #ad4cec4c
-def curvature(study: Study, model: nn.Module) -> HessianOperator: return HessianOperator(model, nn.CrossEntropyLoss(), study.splits.hessian.pair)
+def curved_images(study: Study, start: str, how: str | None = None) -> Samples: # how: as for `hessian_images`; None: as the loss of the start weighs images
+    "The images that show the curvature at a starting point."
+    if study.kind != "isic": return study.splits.hessian
+    return hessian_images(study.splits.train, study.scale.hessian, how=how or ("stratified" if start == "cb_start" else "natural"), seed=study.seed)
+
+def curvature(study: Study, model: nn.Module, images: Samples | None = None) -> HessianOperator: return HessianOperator(model, nn.CrossEntropyLoss(), (images or study.splits.hessian).pair)
 
 @experiment("Table 2", "Figure 1", settings=lambda s: dict(resamples=s.scale.resamples, probes=s.scale.probes, steps=s.scale.density_steps))
 def spectrum(study: Study, folder: Path) -> dict:
@@ -212,20 +237,20 @@ def walk(study: Study, folder: Path) -> dict:
     return out
 
 # %% ../nbs/08a_experiments.ipynb #207b77b8
-def amplitude(study: Study, model: nn.Module) -> float:
+def amplitude(study: Study, model: nn.Module, images: Samples | None = None) -> float:
     "The first amplitude, to two digits."
-    return float(f"{paper_amplitude(top_eigenpairs(curvature(study, model), 1, seed=study.seed).values[0].item()):.2g}")
+    return float(f"{paper_amplitude(top_eigenpairs(curvature(study, model, images), 1, seed=study.seed).values[0].item()):.2g}")
 
-def first_look(study: Study, model: nn.Module):
+def first_look(study: Study, model: nn.Module, images: Samples | None = None):
     "Spikes, amplitude and sensitivity matrix at the start."
-    eps, K = amplitude(study, model), len(study.splits.train.classes) - 1
-    pairs = top_eigenpairs(curvature(study, model), K, tol=1e-2, seed=study.seed)
+    eps, K = amplitude(study, model, images), len(study.splits.train.classes) - 1
+    pairs = top_eigenpairs(curvature(study, model, images), K, tol=1e-2, seed=study.seed)
     return pairs, eps, sensitivity_matrix(model, pairs, study.batches(study.splits.sensitivity), eps=eps, names=study.splits.train.classes, progress=study.progress)
 
-@experiment("Figure 2", "Table 14")
-def sensitivity(study: Study, folder: Path) -> dict:
+@experiment("Figure 2", "Table 14", on=("few", "isic"))
+def sensitivity(study: Study, folder: Path, start: str = "network") -> dict:
     "The spike-class sensitivity matrix with its noise, and its effective rank."
-    pairs, eps, S = first_look(study, model_of(study, "network"))
+    pairs, eps, S = first_look(study, model_of(study, start), curved_images(study, start))
     return dict(eps=eps, values=pairs.values.tolist(), matrix=S.matrix.tolist(), noise=S.noise.tolist(), singular_values=torch.linalg.svdvals(S.matrix).tolist(), effective_rank=effective_rank(S.matrix),
                 signal_to_noise=S.signal_to_noise)
 
@@ -244,11 +269,11 @@ def linearisation(study: Study, folder: Path) -> dict:
     return dict(eps=eps, sweep=rows)
 
 # %% ../nbs/08a_experiments.ipynb #c43dda66
-def _surgery(study: Study, folder: Path, start: str = "network", **settings) -> dict:
+def _surgery(study: Study, folder: Path, start: str = "network", images: Samples | None = None, **settings) -> dict:
     net, s = model_of(study, start), study.splits
-    eps = settings.pop("eps", None) or amplitude(study, net)
+    images, eps = images or s.hessian, settings.pop("eps", None) or amplitude(study, net, images)
     config = SurgeryConfig(eps=None if eps == "own" else eps, tau=study.tau, scheme="forward", seed=study.seed, **settings)
-    r = operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, progress=study.progress)
+    r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, progress=study.progress)
     return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=measured(study, r.model)["correct"])
 
 def _register_surgeries():
@@ -349,11 +374,11 @@ def balanced(study: Study, folder: Path, beta) -> dict:
     "Fine-tuning with class-balanced weights; length chosen on the sensitivity set."
     return _finetuned(study, folder, {f"beta {beta:g}": effective_number_loss(study.splits.train.counts, beta).to(study.device)})
 
-@experiment("Table 7", steps=41)
-def rivals(study: Study, folder: Path, steps) -> dict:
+@experiment("Table 7", "Table 13", on=("few", "isic"), steps=41)
+def rivals(study: Study, folder: Path, steps, start: str = "network") -> dict:
     "What needs no training: tau-normalisation, logit adjustment, tuned biases."
     s = study.splits
-    found = post_hoc(model_of(study, "network"), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
+    found = post_hoc(model_of(study, start), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
 # %% ../nbs/08a_experiments.ipynb #1f3d5a37
@@ -374,7 +399,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
 # %% ../nbs/08a_experiments.ipynb #04e26fac
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
-@experiment("Table 10", "Table 11", "Table 12", "Figure 3", settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
+@experiment("Table 10", "Table 11", "Table 12", "Figure 3", on=("many",), settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
 def deflated(study: Study, folder: Path) -> dict:
     "Surgery over all spikes of a network with many classes, a phase at a time."
     net, s, each = model_of(study, "network"), study.splits, study.scale.phase
@@ -386,16 +411,62 @@ def deflated(study: Study, folder: Path) -> dict:
                 correct=measured(study, r.model)["correct"])
 
 # %% ../nbs/08a_experiments.ipynb #e2c6003e
-MANY = "Table 10", "Table 11", "Table 12", "Figure 3" # what the paper shows of a hundred classes
+STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)
 
+def _start_settings(s: Study): return dict(STARTS, epochs=s.scale.start_epochs)
+
+@experiment("Table 13", name="fl_start", on=("isic",), settings=_start_settings, gamma=2.)
+def focal_start(study: Study, folder: Path, gamma) -> dict:
+    "The network trained on with focal loss."
+    net = model_of(study, "network")
+    train(net, study.splits.train.pair, loss_fn=FocalLoss(gamma), epochs=study.scale.start_epochs, seed=study.seed, run_dir=folder/"training", progress=study.progress, **STARTS)
+    return dict(weights=keep(study, folder, net), **measured(study, net))
+
+@experiment("Table 13", name="cb_start", on=("isic",), settings=_start_settings, beta=.9999)
+def balanced_start(study: Study, folder: Path, beta) -> dict:
+    "The network trained on with class-balanced weights: a third of the time the head alone, then all of it."
+    net, s, epochs = model_of(study, "network"), study.splits, study.scale.start_epochs
+    head = {id(p) for p in [m for m in net.modules() if isinstance(m, nn.Linear)][-1].parameters()}
+    for name, free, n in (("head", head, max(1, epochs // 3)), ("all", {id(p) for p in net.parameters()}, max(1, epochs - epochs // 3))):
+        for p in net.parameters(): p.requires_grad_(id(p) in free)
+        train(net, s.train.pair, loss_fn=effective_number_loss(s.train.counts, beta).to(study.device), epochs=n, seed=study.seed, run_dir=folder/name, progress=study.progress, **STARTS)
+    return dict(weights=keep(study, folder, net), **measured(study, net))
+
+# %% ../nbs/08a_experiments.ipynb #39ad7849
+BOXED = dict(box=True, p=.5, schedule="adam") # section 9.2
+
+def _on_start(label: str, start: str):
+    def surgery(study, folder, start, **settings): return _surgery(study, folder, start, curved_images(study, start), iterations=study.scale.iterations, **settings)
+    surgery.__doc__ = f"Surgery with boxes, from {start}."
+    experiment("Table 13", name=f"{label}_surgery", needs=(start,), on=("isic",), settings=lambda s: dict(iterations=s.scale.iterations), start=start, **BOXED)(surgery)
+    if start == "network": return # its rivals and its sensitivity are those above
+    experiment("Table 13", name=f"{label}_rivals", needs=(start,), on=("isic",), start=start, steps=41)(rivals)
+    experiment("Table 14", name=f"{label}_sensitivity", needs=(start,), on=("isic",), start=start)(sensitivity)
+
+for _label, _start in (("ce", "network"), ("fl", "fl_start"), ("cb", "cb_start")): _on_start(_label, _start)
+
+ABLATION = tuple(dict(box=b, p=p, how="natural") for b in (True, False) for p in (0., .5, 1., 2.)) + tuple(dict(box=b, p=.5, how="stratified") for b in (True, False))
+
+@experiment("Table 8", on=("isic",), settings=lambda s: dict(iterations=s.scale.iterations), grid=ABLATION)
+def ablation(study: Study, folder: Path, grid) -> dict:
+    "Surgery on the cross-entropy network: boxes or the ball, four exponents, the curvature of natural or stratified images."
+    rows = []
+    for c in grid:
+        r = _surgery(study, folder, "network", curved_images(study, "network", c["how"]), iterations=study.scale.iterations, box=c["box"], p=c["p"], schedule="adam")
+        rows.append(dict(setting=c, **{k: r[k] for k in ("before", "after", "sensitivity_before", "sensitivity_after", "correct")}, turned_back=sum(not h["accepted"] for h in r["history"])))
+    return dict(rows=rows)
+
+# %% ../nbs/08a_experiments.ipynb #5d606e9e
 def feeding(
-    *wanted: str, # "Table 4", "Figure 1", ...; none: everything about few classes
+    *wanted: str, # "Table 4", "Figure 1", ...; none: everything
+    kind: str = "few", # of dataset, as `Study.kind` has it
 ) -> list[str]: # names of experiments, in an order in which each has what it needs
     "The experiments behind some tables and figures."
-    known = {f for e in EXPERIMENTS.values() for f in e.feeds}
+    suited = {n: e for n, e in EXPERIMENTS.items() if kind in e.on}
+    known = {f for e in suited.values() for f in e.feeds}
     for w in wanted:
-        if w not in known: raise InputError(f"nothing that is run here feeds {w}. Known: {', '.join(sorted(known, key=lambda f: (f[0], int(f.split()[1]))))}.")
-    todo = [n for n, e in EXPERIMENTS.items() if set(wanted) & set(e.feeds) or not wanted and not set(MANY) & set(e.feeds)]
+        if w not in known: raise InputError(f"nothing that is run on this dataset feeds {w}. Known: {', '.join(sorted(known, key=lambda f: (f[0], int(f.split()[1]))))}.")
+    todo = [n for n, e in suited.items() if set(wanted) & set(e.feeds) or not wanted]
     ordered = []
     def add(name):
         for other in EXPERIMENTS[name].needs: add(other)

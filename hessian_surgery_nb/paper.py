@@ -16,14 +16,16 @@ import torch
 
 from .baselines import mean_interval, pooled_interval, shown
 from .hvp import InputError
+from .isic import wilson_interval
 from .runs import unpack_bits
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density
 
 # %% auto #0
-__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'TABLES', 'FIGURES', 'Results', 'read_results', 'over', 'changes',
-           'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'table_7', 'table_8', 'table_3',
-           'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame', 'plot_front', 'figure_1',
+__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES', 'FIGURES', 'Results',
+           'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6',
+           'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame',
+           'plot_front', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic', 'figure_1',
            'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3']
 
 # %% ../nbs/09_paper.ipynb #9438905a
@@ -44,6 +46,12 @@ PAPER = {
     "Table 10": {0: (60.3, 16.91), 1: (60.2, 16.40, 442.0, .029), 2: (60.9, 16.49, 83.9, .067), 3: (60.8, 15.86, 24.1, .125)},
     "Table 11": dict(zip(range(1, 11), ((30.0, 2.2), (41.8, -.1), (50.8, -1.3), (54.9, 5.1), (59.7, .3), (64.3, -.8), (67.8, -.9), (73.4, -1.4), (77.7, -2.0), (86.2, -.6)))),
     "Table 12": {"CIFAR-10": ("9", 8.57, 5.52, -35.6, "-0.2"), "CIFAR-100": ("45 of 99", 16.28, 16.02, -1.6, "+0.1"), "ISIC-2019": ("7", 23.6, 16.4, -30.5, "-0.2")},
+    "Table 8, ISIC-2019": {0.5: (69.9, 18.4), 1.: (71.4, 21.5), 2.: (70.5, 19.5)},
+    "Table 13": {"cross-entropy": (47.2, 85.9, 74.4, 26.2, 36.5, 33.3, 10.5, 31.9, 67.7, 43.2, 23.6), "focal": (58.4, 88.7, 72.0, 35.4, 46.7, 27.8, 26.3, 38.3, 72.5, 49.2, 20.8),
+                 "class-balanced": (55.9, 78.3, 72.8, 30.4, 50.5, 57.1, 70.6, 46.0, 67.9, 57.7, 14.8), "cross-entropy, surgery": (51.3, 87.8, 74.0, 38.5, 42.6, 50.0, 26.3, 31.9, 70.7, 50.3, 19.6),
+                 "focal, surgery": (58.1, 82.8, 65.2, 41.5, 54.3, 38.9, 26.3, 44.7, 69.8, 51.5, 16.4), "class-balanced, surgery": (54.0, 75.1, 69.6, 47.7, 59.9, 44.4, 68.4, 44.7, 67.0, 58.0, 11.3),
+                 "cross-entropy, tau-norm": (46.9, 86.0, 74.4, 24.6, 35.5, 33.3, 10.5, 31.9, 67.6, 42.9, 23.8), "cross-entropy, logit adjustment": (23.0, 1.7, 40.4, 32.3, 12.7, 83.3, 57.9, 34.0, 14.9, 35.7, 24.1)},
+    "Table 14": {"CIFAR-10, cross-entropy": (6.41, 5.22, 3.99, 1.23, 3.98), "ISIC-2019, class-balanced": (17.4, 9.4, 3.8, 1.86, 2.11)},
     "Table 15": {64: (897.5, 431.8, 220.9, 171.8, 121.5, 111.7, 79.5, 74.0, 55.0), 128: (639.9, 357.3, 319.3, 146.3, 126.7, 112.3, 91.6, 71.1, 55.8),
                  256: (462.6, 324.8, 248.8, 176.7, 133.1, 108.0, 93.0, 76.1, 54.0), 512: (522.0, 296.0, 262.0, 175.9, 139.4, 95.7, 75.0, 58.4, 42.9)},
     "Table 16": {64: (.518, .206, .287), 128: (.635, .444, .533), 256: (.803, .619, .770)},
@@ -60,8 +68,11 @@ class Results:
 
     def __contains__(self, name): return name in self.runs
     def paper(self, table: str): # the paper's numbers where they are about the same data; else nothing of their kind
-        same = ("cifar10_",) if table not in ("Table 10", "Table 11") else ("cifar100_", "tinyimagenet100_")
+        same = {"Table 10": ("cifar100_", "tinyimagenet100_"), "Table 11": ("cifar100_", "tinyimagenet100_"), "Table 13": ("isic",), "Table 8, ISIC-2019": ("isic",)}.get(table, ("cifar10_",))
         return PAPER[table] if self.label.startswith(same) else type(PAPER[table])()
+    @property
+    def lesions(self) -> bool: # in the layout of ISIC-2019
+        return any("pixels" in run["config"] for seeds in self.runs.values() for run in seeds.values())
     def seeds(self, *names) -> list[int]: # that have all of these experiments
         return sorted(set.intersection(*(set(self.runs.get(n, {})) for n in names)))
     def of(self, name, *others) -> list[dict]: # results of an experiment, for the seeds that have the others too
@@ -95,9 +106,11 @@ def over(values, digits: int = 1) -> str:
     "Mean over seeds with Student's interval; fewer than three are shown one by one."
     return shown(mean_interval(values), digits) if len(values) > 2 else " / ".join(f"{v:.{digits}f}" for v in values)
 
-def changes(r: Results, name: str, figure: str = "sigma", base: str = "network", pick=lambda run: run["correct"]) -> tuple[float, float, float]: # pp
+def _correct(run): return run["correct"]
+
+def changes(r: Results, name: str, figure: str = "sigma", base: str = "network", pick=_correct, pick_base=_correct) -> tuple[float, float, float]: # pp
     "Held-out change against another run, with its interval over seeds and images."
-    pairs = [(unpack_bits(b["correct"]), unpack_bits(pick(a)), torch.tensor(n["labels"])) for b, a, n in zip(r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name))]
+    pairs = [(unpack_bits(pick_base(b)), unpack_bits(pick(a)), torch.tensor(n["labels"])) for b, a, n in zip(r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name))]
     return tuple(100 * v for v in pooled_interval(pairs, figure))
 
 def interval(triple, digits: int = 1) -> str: return f"{triple[0]:+.{digits}f} [{triple[1]:+.{digits}f}, {triple[2]:+.{digits}f}]"
@@ -328,15 +341,92 @@ def plot_front(r: Results, ax=None):
     ax.legend(frameon=False, fontsize=7, loc="upper right")
     return ax
 
-# %% ../nbs/09_paper.ipynb #c9c23ebe
+# %% ../nbs/09_paper.ipynb #ef80e084
+STARTS_13 = dict(zip(("cross-entropy", "focal", "class-balanced"), (("network", "ce_surgery", "rivals"), ("fl_start", "fl_surgery", "fl_rivals"), ("cb_start", "cb_surgery", "cb_rivals"))))
+
+def isic_methods(r: Results) -> dict: # method -> (experiment, how to find its held-out report, how to find which images were right)
+    "What stands in a column of Table 13, if it has been run."
+    found = {}
+    for start, (net, surgery, rivals) in STARTS_13.items():
+        found[start] = net, lambda run: run["held_out"], lambda run: run["correct"]
+        found[f"{start}, surgery"] = surgery, lambda run: run["after"], lambda run: run["correct"]
+        for rival in ("tau-norm", "logit adjustment", "tuned biases"):
+            found[f"{start}, {rival}"] = rivals, lambda run, rival=rival: run[rival]["held_out"], lambda run, rival=rival: run[rival]["correct"]
+    return {k: v for k, v in found.items() if v[0] in r}
+
+def table_13(r: Results):
+    "Held-out accuracy of every class with Wilson's interval (%), and the totals; means over seeds, the paper's row below each."
+    import pandas as pd
+    rows, first = {}, r.of("network")[0]["held_out"]
+    counts = np.mean([[c["images"] for c in run["held_out"]["classes"]] for run in r.of("network")], 0)
+    for method, (name, report, _) in isic_methods(r).items():
+        reports = [report(run) for run in r.of(name)]
+        acc = np.mean([[c["accuracy_percent"] for c in h["classes"]] for h in reports], 0)
+        cells = [f"{a:.1f} [{lo:.0f}, {hi:.0f}]" for a, (lo, hi) in zip(acc, (wilson_interval(a / 100, n) for a, n in zip(acc, counts)))]
+        rows[method] = cells + [over([h[k] for h in reports]) for k in ("global_percent", "balanced_percent", "sigma_pp")]
+        if method in r.paper("Table 13"): rows[f"{method}, the paper"] = r.paper("Table 13")[method]
+    columns = [f"{c['name']} ({n:.0f})" for c, n in zip(first["classes"], counts)] + ["global (%)", "balanced (%)", "sigma (pp)"]
+    return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
+
+# %% ../nbs/09_paper.ipynb #7606ae55
+CLAIMS_13 = ( # what section 9.4 says: of what, against what, in which figure, and where the change should lie (pp)
+    ("surgery lowers sigma from cross-entropy", "cross-entropy, surgery", "cross-entropy", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "cross-entropy, surgery", "cross-entropy", "balanced", (0, math.inf)),
+    ("surgery lowers sigma from focal loss", "focal, surgery", "focal", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "focal, surgery", "focal", "balanced", (0, math.inf)),
+    ("surgery lowers sigma from class-balanced loss", "class-balanced, surgery", "class-balanced", "sigma", (-math.inf, 0)), ("at the same balanced accuracy (within 2 pp)", "class-balanced, surgery", "class-balanced", "balanced", (-2, 2)),
+    ("surgery leaves less sigma than focal loss", "cross-entropy, surgery", "focal", "sigma", (-math.inf, 0)), ("focal loss, then surgery leaves less than surgery", "focal, surgery", "cross-entropy, surgery", "sigma", (-math.inf, 0)),
+    ("tau-norm leaves sigma as it is (within 2 pp)", "cross-entropy, tau-norm", "cross-entropy", "sigma", (-2, 2)), ("logit adjustment costs over 10 pp of global accuracy", "cross-entropy, logit adjustment", "cross-entropy", "global", (-math.inf, -10)),
+    ("surgery costs at most 5 pp of global accuracy, cross-entropy", "cross-entropy, surgery", "cross-entropy", "global", (-5, math.inf)), ("the same, focal", "focal, surgery", "focal", "global", (-5, math.inf)),
+    ("the same, class-balanced", "class-balanced, surgery", "class-balanced", "global", (-5, math.inf)))
+
+def verdict(triple, where) -> str: # triple: change and the ends of its interval
+    "'supported' when the whole interval lies where the claim puts it, 'not supported' when it lies outside, else 'undecided'."
+    _, lo, hi = triple
+    return "supported" if where[0] < lo and hi < where[1] else "not supported" if hi <= where[0] or lo >= where[1] else "undecided"
+
+def claims_13(r: Results):
+    "The claims of section 9.4, each with the paired change over seeds and held-out images."
+    import pandas as pd
+    known, rows = isic_methods(r), []
+    for claim, a, b, figure, where in CLAIMS_13:
+        if a not in known or b not in known: continue
+        change = changes(r, known[a][0], figure, known[b][0], pick=known[a][2], pick_base=known[b][2])
+        rows.append({"claim": claim, "figure": figure, "change (pp)": interval(change), "on our data": verdict(change, where)})
+    return pd.DataFrame(rows).set_index("claim")
+
+# %% ../nbs/09_paper.ipynb #0d917c3d
+def table_14(r: Results):
+    "The strongest singular values of S at the start, and its effective rank; means over seeds."
+    import pandas as pd
+    rows = {}
+    for start, name in (("cross-entropy", "sensitivity"), ("focal", "fl_sensitivity"), ("class-balanced", "cb_sensitivity")):
+        if name not in r: continue
+        s = np.array([run["singular_values"][:3] + [np.nan] * (3 - len(run["singular_values"][:3])) for run in r.of(name)]).T
+        rows[f"ours, {start}"] = [*(over(v, 2) for v in s), over(s[0] / s[1], 2), over([run["effective_rank"] for run in r.of(name)], 2), over([run["signal_to_noise"] for run in r.of(name)])]
+    for name, values in PAPER["Table 14"].items(): rows[f"the paper, {name}"] = [*values, ""]
+    return pd.DataFrame(rows, index=["s1", "s2", "s3", "s1 / s2", "effective rank", "signal / noise"]).T
+
+def table_8_isic(r: Results):
+    "Exponents, boxes or the ball, natural or stratified batches, from cross-entropy, held-out: changes with intervals over seeds and images."
+    import pandas as pd
+    rows = []
+    for i, row in enumerate(r.of("ablation")[0]["rows"]):
+        pick, c = (lambda run: run["rows"][i]), row["setting"]
+        after, paper = [pick(run)["after"] for run in r.of("ablation")], r.paper("Table 8, ISIC-2019").get(c["p"], (None, None)) if c["box"] and c["how"] == "natural" else (None, None)
+        rows.append({"bounds": "boxes" if c["box"] else "ball", "batch": c["how"], "p": c["p"], "global (%)": over([h["global_percent"] for h in after]), "sigma (pp)": over([h["sigma_pp"] for h in after], 2),
+                     **{f"change of {f} (pp)": interval(changes(r, "ablation", f, pick=lambda run: pick(run)["correct"])) for f in ("sigma", "balanced", "global")}, "turned back": over([pick(run)["turned_back"] for run in r.of("ablation")]),
+                     "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+    return _own(pd.DataFrame(rows).set_index(["bounds", "batch", "p"]))
+
+# %% ../nbs/09_paper.ipynb #34fb3363
 def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1])))
 
 TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
-          "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")),
+          "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")), "Table 14": (table_14, ("sensitivity",)),
           **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
                                                                           (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
+ISIC_TABLES = {"Table 8": (table_8_isic, ("network", "ablation")), "Table 13": (table_13, ("network",)), "Claims of section 9.4": (claims_13, ("network", "ce_surgery")), "Table 14": (table_14, ("sensitivity",))}
 
-# %% ../nbs/09_paper.ipynb #7606ae55
+# %% ../nbs/09_paper.ipynb #767034a4
 def figure_1(r: Results, ax=None):
     "Spectral density of the first seed."
     run = r.of("spectrum")[0]
@@ -350,7 +440,7 @@ def figure_2(r: Results, ax=None):
     run = r.of("sensitivity")[0]
     return plot_sensitivity(SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"])), r.of("network")[0]["classes"], ax)
 
-# %% ../nbs/09_paper.ipynb #7b20f347
+# %% ../nbs/09_paper.ipynb #a42f5670
 def linear_fits(r: Results) -> dict:
     "Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a power law, both fitted to relative accuracy over the two decades (choice)."
     from scipy.optimize import curve_fit
@@ -366,7 +456,7 @@ def linear_fits(r: Results) -> dict:
                         additive_r2=r2(np.log(error), np.log(c0 + c1 * (e / e.max()) ** q)), power=b, power_r2=r2(np.log(error), np.log(a * (e / e.max()) ** b))))
     return {k: [o[k] for o in out] for k in out[0]}
 
-# %% ../nbs/09_paper.ipynb #0d917c3d
+# %% ../nbs/09_paper.ipynb #affb0f44
 def figure_4(r: Results, ax=None):
     "Predicted and measured change of the class accuracies over amplitude, first seed."
     from hessian_surgery_nb.testbed import COLOURS, new_axes

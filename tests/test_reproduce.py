@@ -10,6 +10,7 @@ import time
 import pytest
 
 from hessian_surgery_nb.data import write_toy_images
+from hessian_surgery_nb.isic import write_toy_isic
 
 COMMAND = [sys.executable, "-c", "import sys; from hessian_surgery_nb.cli import main; sys.exit(main())", "reproduce"]
 SOME = ["--table", "1", "--table", "4", "--table", "9", "--figure", "5", "--seeds", "1", "--quick", "--tau", "0"]
@@ -126,3 +127,18 @@ def test_many_classes_hold_training_images_back(place):
     assert all(f"Table {t}" in p.stdout for t in (10, 11, 12)) and (out/"toys_resnet20_figure_3.png").exists()
     run = json.loads((out/"toys_resnet20_s0_network.json").read_text())
     assert run["results"]["training_images"] == 90 and sum(c["images"] for c in run["results"]["sensitivity"]["classes"]) == 30 and len(run["results"]["labels"]) == 48
+
+
+def test_lesions_have_their_own_experiments(place):
+    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
+    write_toy_isic(place/"isic2019", counts=(9, 12, 8, 8, 9, 8, 8, 8))
+    command = [*COMMAND, "isic", "--quick", "--seeds", "1", "--table", "13", "--out", str(place/"skin")]
+    p = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    assert "class-balanced, surgery" in p.stdout and "VASC (" in p.stdout and "Table 1." not in p.stdout
+    run = json.loads((place/"skin"/"isic_resnet20_s0_cb_surgery.json").read_text())
+    assert run["config"]["pixels"] == 16 and run["config"]["box"] and run["config"]["start"] == "cb_start"
+    path = place/"isic2019"/"ISIC_2019_Training_GroundTruth.csv"
+    path.write_text(path.read_text().replace("TOY_00003,1.0,0.0", "TOY_00003,1.0,1.0"))
+    p = subprocess.run([*command, "--seed", "1"], env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 2 and "TOY_00003 has MEL = 1.0, NV = 1.0" in p.stderr and "Traceback" not in p.stderr
