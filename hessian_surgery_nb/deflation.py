@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from .data import check_disjoint
-from .hvp import HessianOperator, InputError, as_operator
+from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
 from .models import write_atomic
 from .runs import out_dir
@@ -83,8 +83,8 @@ class SpikeStore:
             if self.count:
                 shared = orthogonalise(w, self.all[:self.count])[:before].abs()
                 overlap = max([overlap, *shared.tolist()])
-                if not w.norm() > .1: raise InputError(f"a new direction must be new. All but {w.norm():.2g} of one lies in those before.")
-            self.all[self.count] = (w / w.norm()).to(self.all.dtype)
+                if not length(w) > .1: raise InputError(f"a new direction must be new. All but {length(w):.2g} of one lies in those before.")
+            self.all[self.count] = (w / length(w).to(w)).to(self.all.dtype)
             self.count += 1
         return overlap
 
@@ -219,6 +219,7 @@ def deflated_operate(
     names=None, forward=None, check_overlap: bool = True, # as for `operate`
     basis_dtype: torch.dtype | None = None, # in which directions are kept; torch.bfloat16 halves the memory
     run_dir=None, # keep directions and state there; an interrupted run goes on after its last complete phase
+    after_phase=None, # called with each PhaseRecord
     progress: bool = True,
 ) -> DeflatedResult:
     "Sequential surgery over many spikes (section 8.2). Each phase ends at the best weights so far (choice)."
@@ -235,6 +236,7 @@ def deflated_operate(
         for _ in range(config.iterations):
             if not op.iterate(): break
         _end_phase(state, eps, op.history[first:])
+        if after_phase: after_phase(state.records[-1])
         bar.set_postfix_str(f"{state.kept.count} spikes, sigma {100 * op.now.sigma:.2f} pp")
     after = op.now if held_out is None else op.measure(held_out, "held_out")[0]
     return DeflatedResult(op.model, before, after, op.start, op.now, state.records)

@@ -36,7 +36,7 @@ __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'STARTS', '
            'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
            'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
            'linearisation', 'LinearModel', 'linear_model', 'played', 'limits', 'focal', 'balanced', 'rivals',
-           'phase_sizes', 'deflated', 'focal_start', 'balanced_start', 'ablation', 'feeding']
+           'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -399,16 +399,26 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
 # %% ../nbs/08a_experiments.ipynb #04e26fac
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
-@experiment("Table 10", "Table 11", "Table 12", "Figure 3", on=("many",), settings=lambda s: dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau))
-def deflated(study: Study, folder: Path) -> dict:
-    "Surgery over all spikes of a network with many classes, a phase at a time."
-    net, s, each = model_of(study, "network"), study.splits, study.scale.phase
-    config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", seed=study.seed)
-    r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, each), config=config,
+def _deflated(study: Study, folder: Path, metric: str) -> dict:
+    net, s = model_of(study, "network"), study.splits
+    config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", metric=metric, seed=study.seed)
+    r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, study.scale.phase), config=config,
                          names=s.train.classes, run_dir=folder/"phases", progress=study.progress)
     return dict(before=report_dict(r.before), after=report_dict(r.after), sensitivity_before=report_dict(r.sensitivity_before), sensitivity_after=report_dict(r.sensitivity_after), weights=keep(study, folder, r.model),
                 phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"),
                 correct=measured(study, r.model)["correct"])
+
+def _phases_settings(s: Study): return dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau)
+
+@experiment("Table 10", "Table 11", "Table 12", "Figure 3", on=("many",), settings=_phases_settings)
+def deflated(study: Study, folder: Path) -> dict:
+    "Surgery over all spikes of a network with many classes, a phase at a time."
+    return _deflated(study, folder, "accuracy")
+
+@experiment("Table 12", on=("many",), settings=_phases_settings, metric="probability")
+def deflated_smooth(study: Study, folder: Path, metric) -> dict:
+    "The same with S measured by the probability of the true class: less noise from as many images."
+    return _deflated(study, folder, metric)
 
 # %% ../nbs/08a_experiments.ipynb #e2c6003e
 STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)

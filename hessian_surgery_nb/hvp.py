@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .layers import LeanLayers
 
 # %% auto #0
-__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'as_batches', 'to_device', 'tensors_in',
-           'split_batch', 'Forward', 'functional_logits', 'as_loss_module', 'known_reduction', 'call_loss',
-           'loss_denominator', 'infer_reduction', 'backward_through', 'forward_over_reverse', 'gauss_newton',
-           'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes',
-           'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut', 'OperatorCheck',
+__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'length', 'as_batches', 'to_device',
+           'tensors_in', 'split_batch', 'Forward', 'functional_logits', 'as_loss_module', 'known_reduction',
+           'call_loss', 'loss_denominator', 'infer_reduction', 'backward_through', 'forward_over_reverse',
+           'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'gradient_graph',
+           'graph_bytes', 'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut', 'OperatorCheck',
            'MatrixOperator', 'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #a6a62290
@@ -97,6 +97,15 @@ def unflatten(
     return [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in like]), like)]
 
 # %% ../nbs/00_hvp.ipynb #a63c1ef3
+def length(
+    v: torch.Tensor, # (n,)
+) -> torch.Tensor: # float64 scalar
+    "The Euclidean length, to the precision of the entries however many they are."
+    if len(v) < 1 << 16 or v.device.type != "cpu" or v.dtype == torch.float64: return v.norm().double()
+    n = len(v) // 4096 * 4096
+    return torch.hypot(v[:n].reshape(-1, 4096).norm(dim=1).double().norm(), v[n:].norm().double())
+
+# %% ../nbs/00_hvp.ipynb #dee16269
 def as_batches(
     data, # a pair (X, y), a list of pairs, or a re-iterable loader of pairs
 ): # something to iterate over, again and again
@@ -110,7 +119,7 @@ def as_batches(
         raise InputError("data must give the same images in the same order on every pass. Got a loader that shuffles; build it with shuffle=False.")
     return data
 
-# %% ../nbs/00_hvp.ipynb #85da1e98
+# %% ../nbs/00_hvp.ipynb #86bc382d
 def to_device(
     x, # a tensor, or tensors in dicts, lists and tuples
     device: torch.device,
@@ -142,7 +151,7 @@ def split_batch(
     raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, "
                      "give single images to a DataLoader, wrap other loaders so that they yield pairs.")
 
-# %% ../nbs/00_hvp.ipynb #727a989e
+# %% ../nbs/00_hvp.ipynb #967e3a5c
 class Forward(nn.Module):
     "A network as a function from inputs to logits, whatever its calling convention."
     def __init__(self,
@@ -163,7 +172,7 @@ class Forward(nn.Module):
                              "X: model(X)[0] or similar.")
         return out
 
-# %% ../nbs/00_hvp.ipynb #86bc382d
+# %% ../nbs/00_hvp.ipynb #c3213db3
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor], # parameter name -> tensor to use in its place
@@ -178,7 +187,7 @@ def functional_logits(
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {e}; check their shape and type, or pass forward=.") from e
 
-# %% ../nbs/00_hvp.ipynb #c5251db6
+# %% ../nbs/00_hvp.ipynb #14429d74
 _ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
 _FUNCTIONS = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss, F.mse_loss: nn.MSELoss,
               F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss}
@@ -188,7 +197,7 @@ def as_loss_module(loss_fn):
     if isinstance(loss_fn, functools.partial) and loss_fn.func in _FUNCTIONS and not loss_fn.args: return _FUNCTIONS[loss_fn.func](**loss_fn.keywords)
     return _FUNCTIONS[loss_fn]() if callable(loss_fn) and not isinstance(loss_fn, nn.Module) and loss_fn in _FUNCTIONS else loss_fn
 
-# %% ../nbs/00_hvp.ipynb #70a6fbee
+# %% ../nbs/00_hvp.ipynb #089ac5e9
 def known_reduction(loss_fn) -> str | None: # "mean", "sum", "batchmean"; None for a loss that is not PyTorch's own
     "The reduction of PyTorch's own losses. What another class calls its reduction need not be one, so it is not trusted."
     return getattr(loss_fn, "reduction", None) if type(loss_fn).__module__.startswith("torch.nn") else None
@@ -205,7 +214,7 @@ def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
                          "use reduction='mean' or 'sum'.")
     return loss.reshape(())
 
-# %% ../nbs/00_hvp.ipynb #b8d71618
+# %% ../nbs/00_hvp.ipynb #c8cb4458
 def loss_denominator(
     loss_fn, # a loss module or function
     output: torch.Tensor, # logits of one batch
@@ -222,7 +231,7 @@ def loss_denominator(
     if isinstance(loss_fn, _ELEMENTWISE) and reduction == "mean": return float(output.numel())
     return float(len(target))
 
-# %% ../nbs/00_hvp.ipynb #c8cb4458
+# %% ../nbs/00_hvp.ipynb #1e48cce2
 def infer_reduction(
     loss_fn, # any callable loss_fn(output, target) -> scalar
     output: torch.Tensor, target: torch.Tensor, # one batch, at least 3 rows
@@ -241,7 +250,7 @@ def infer_reduction(
     if abs(whole - (a + b)) <= tol * 2: return "sum"
     raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch.")
 
-# %% ../nbs/00_hvp.ipynb #1e48cce2
+# %% ../nbs/00_hvp.ipynb #c100a567
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -263,7 +272,7 @@ def _explained(rule, way_out):
         if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in ("not implemented", "not differentiable")): raise
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
-# %% ../nbs/00_hvp.ipynb #87c8268f
+# %% ../nbs/00_hvp.ipynb #f2dc1150
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -275,7 +284,7 @@ def forward_over_reverse(
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
-# %% ../nbs/00_hvp.ipynb #c199f8b9
+# %% ../nbs/00_hvp.ipynb #423beead
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -290,12 +299,12 @@ def gauss_newton(
     Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #7b265ca4
+# %% ../nbs/00_hvp.ipynb #5044d3e0
 _MODES = {"auto": "decided at the first product, see plan()", "kept": "double backward, the gradient's graph stays in memory: fastest",
           "rebuilt": "double backward, a batch at a time", "forward": "forward over reverse: least memory",
           "difference": "central differences of gradients: approximate, for layers without a second derivative"}
 
-# %% ../nbs/00_hvp.ipynb #423beead
+# %% ../nbs/00_hvp.ipynb #e4b49286
 class HessianOperator:
     """The Hessian (or Gauss-Newton matrix) of a loss over all given data, as something to multiply with: `op @ v`.
 
@@ -328,7 +337,7 @@ class HessianOperator:
         self._net, self._graphs, self._seen, self._plan, self._total = Forward(model, forward), None, None, None, 0.
         check_mode(model)
 
-# %% ../nbs/00_hvp.ipynb #08f7fb90
+# %% ../nbs/00_hvp.ipynb #67f1abe1
 def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if not callable(loss_fn) or isinstance(loss_fn, type):
         raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
@@ -339,7 +348,7 @@ def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if micro_batch is not None and mode == "kept": raise InputError("mode='kept' keeps whole batches, micro_batch cuts them. Got both; leave one out.")
     if memory is not None and not memory > 0: raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
 
-# %% ../nbs/00_hvp.ipynb #5044d3e0
+# %% ../nbs/00_hvp.ipynb #1afddf7f
 @patch(as_prop=True)
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
@@ -350,7 +359,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #67f1abe1
+# %% ../nbs/00_hvp.ipynb #2592ceeb
 def check_mode(
     model: nn.Module,
 ):
@@ -364,7 +373,7 @@ def check_mode(
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #2592ceeb
+# %% ../nbs/00_hvp.ipynb #56a70d34
 @patch
 def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
@@ -398,7 +407,7 @@ def _whole(self: HessianOperator) -> bool:
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #6d28fe14
+# %% ../nbs/00_hvp.ipynb #b9a8034c
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -418,7 +427,7 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
                          f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #b9a8034c
+# %% ../nbs/00_hvp.ipynb #eade7ba7
 def check_inputs(
     X, # one batch of inputs
     like: torch.Tensor, # a parameter of the network
@@ -432,7 +441,7 @@ def check_inputs(
             raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
                              f"them with x.to({like.dtype}).")
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
+# %% ../nbs/00_hvp.ipynb #b9842d0a
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -451,7 +460,7 @@ def _batch_grads(self: HessianOperator, batch, leaves):
     if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #a95254bf
+# %% ../nbs/00_hvp.ipynb #2d24cd42
 def gradient_graph(
     loss_of, # function without arguments: the scalar loss
     leaves, # what it is differentiated for
@@ -471,7 +480,7 @@ def _graph(self: HessianOperator, batch, leaves):
     X, loss_of = self._batch(batch)
     return gradient_graph(lambda: loss_of(self._logits(leaves, X)), leaves)
 
-# %% ../nbs/00_hvp.ipynb #b9842d0a
+# %% ../nbs/00_hvp.ipynb #e86bbe11
 def graph_bytes(
     build, # function that builds a graph and returns it
 ) -> int:
@@ -490,7 +499,7 @@ def free_memory(
     "Bytes that could be allocated there now."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
-# %% ../nbs/00_hvp.ipynb #f17cfd82
+# %% ../nbs/00_hvp.ipynb #9f755e9f
 @dataclass(frozen=True)
 class Plan:
     "How products are computed, and what that takes."
@@ -502,7 +511,7 @@ class Plan:
         cut = "" if self.micro_batch is None else f", {self.micro_batch} images at a time"
         return f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)" if self.needed == self.needed else f"Plan({self.mode}{cut})"
 
-# %% ../nbs/00_hvp.ipynb #e092ada0
+# %% ../nbs/00_hvp.ipynb #6a60f0f1
 @patch
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
@@ -531,7 +540,7 @@ def _auto(self: HessianOperator) -> Plan:
     size = max(1, int((allowed - need(0)) / slope) if slope else max(batches))
     return Plan(mode, size, need(size), allowed)
 
-# %% ../nbs/00_hvp.ipynb #9f755e9f
+# %% ../nbs/00_hvp.ipynb #d54c147e
 @patch
 def _graph_size(self: HessianOperator, batch):
     (X, y), leaves = self._load(batch), self._leaves()
@@ -556,7 +565,7 @@ def _separable(self: HessianOperator, small, large):
     with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
     return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
-# %% ../nbs/00_hvp.ipynb #6a60f0f1
+# %% ../nbs/00_hvp.ipynb #7544d469
 def nodes_of(tensors):
     "All nodes of the graphs that made these tensors."
     seen, stack = set(), [t.grad_fn for t in tensors]
@@ -571,7 +580,7 @@ def python_functions(tensors) -> list[str]:
     classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
     return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
 
-# %% ../nbs/00_hvp.ipynb #7c390faa
+# %% ../nbs/00_hvp.ipynb #992bfdf6
 def difference(
     gradient_at, # function (n,) -> (n,)
     theta: torch.Tensor, v: torch.Tensor, # (n,) where, and along what
@@ -585,7 +594,7 @@ def difference(
 
 def _apart(a, b): return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else (0. if not a.norm() else math.inf)
 
-# %% ../nbs/00_hvp.ipynb #7544d469
+# %% ../nbs/00_hvp.ipynb #f5ed6abc
 @patch
 def _possible(self: HessianOperator, batch) -> str:
     "The best mode that the network's layers allow, tried on a few images."
@@ -611,7 +620,7 @@ def _possible(self: HessianOperator, batch) -> str:
     warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
     return "difference"
 
-# %% ../nbs/00_hvp.ipynb #992bfdf6
+# %% ../nbs/00_hvp.ipynb #d30f4562
 def cut(
     batch, # (X, y)
     size: int | None, # images in a piece; None: in one piece
@@ -641,7 +650,7 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #f5ed6abc
+# %% ../nbs/00_hvp.ipynb #2665f1ee
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -649,7 +658,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)))
     return loss.item() / self.denominator, flatten(grads) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #2665f1ee
+# %% ../nbs/00_hvp.ipynb #caff8b06
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -685,7 +694,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
     return flatten(self._pass(each)).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #5a0af7b3
+# %% ../nbs/00_hvp.ipynb #b1ce4721
 @patch
 def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> torch.Tensor:
     return difference(self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale)
@@ -695,7 +704,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1])) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #6b3e85ad
+# %% ../nbs/00_hvp.ipynb #24f95c07
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -710,7 +719,7 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #72aedcc0
+# %% ../nbs/00_hvp.ipynb #59b28a7c
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -732,7 +741,7 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
     return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
 
-# %% ../nbs/00_hvp.ipynb #40b06246
+# %% ../nbs/00_hvp.ipynb #94be2c70
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -763,7 +772,7 @@ def as_operator(op):
                          f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #090c4d05
+# %% ../nbs/00_hvp.ipynb #4ebaddf2
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

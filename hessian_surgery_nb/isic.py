@@ -159,6 +159,7 @@ def _dealt(samples: Samples, lesion, report: float, tune: float, most: int, seed
             parts[most_lacking] += groups[k]; lacks[most_lacking] -= len(groups[k])
     return parts
 
+# %% ../nbs/07_isic.ipynb #440008cd
 def lesion_splits(
     images: Lesions,
     *,
@@ -188,7 +189,7 @@ def lesion_splits(
     learn, tune, report = (normalised(p.samples, parts["train"].samples) for p in parts.values())
     return Splits(learn, hessian_images(learn, hessian, how=how, seed=seed), tune, report, seed)
 
-# %% ../nbs/07_isic.ipynb #50fcbabe
+# %% ../nbs/07_isic.ipynb #18caa555
 def wilson_interval(
     share: float, # right ones, 0..1
     n: float, # images

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .hvp import InputError, as_operator, free_memory
+from .hvp import InputError, as_operator, free_memory, length
 
 # %% auto #0
 __all__ = ['slabs', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'combine',
@@ -73,7 +73,7 @@ def random_unit(
 ) -> torch.Tensor: # (n,), norm 1
     "A random direction."
     v = torch.randn(n, generator=generator, dtype=torch.float32 if like.dtype != torch.float64 else torch.float64)
-    return (v / v.norm()).to(like.device, like.dtype)
+    return (v / length(v).to(v)).to(like.device, like.dtype)
 
 # %% ../nbs/01_lanczos.ipynb #bc73e06d
 def lanczos_tridiag(
@@ -90,7 +90,7 @@ def lanczos_tridiag(
     if num_steps < 1: raise InputError(f"num_steps must be at least 1. Got {num_steps}.")
     m = min(num_steps, n)
     q = _start(v0, op, torch.Generator().manual_seed(seed))
-    if outside is not None: orthogonalise(q, outside); q = q / q.norm()
+    if outside is not None: orthogonalise(q, outside); q = q / length(q).to(q)
     basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, n, dtype=op.dtype, device=op.device), [], [], None
     for j in range(m):
         w = op @ q
@@ -102,7 +102,7 @@ def lanczos_tridiag(
             alpha.append((w @ q).item())
             w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
             last = q
-        beta.append(_finite(w.norm().item(), j + 1))
+        beta.append(_finite(length(w).item(), j + 1))
         if beta[-1] <= _negligible(op.dtype, alpha, beta): w.zero_(); beta[-1] = 0.; break
         q = w.div_(beta[-1])
     k = len(alpha)
@@ -122,7 +122,7 @@ def _start(v0, op, generator):
     if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not v0.norm() > 0:
         raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
                          f"norm {v0.norm().item():.3g}.")
-    return (v0 / v0.norm()).to(op.device, op.dtype)
+    return (v0 / length(v0).to(v0)).to(op.device, op.dtype)
 
 # %% ../nbs/01_lanczos.ipynb #6813586e
 def plot_ritz(
@@ -182,7 +182,7 @@ class _Krylov:
             raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
         self.T[:m + 1, m] = self.T[m, :m + 1] = h
         self.resumed = False
-        self.m, self.used, self.beta = m + 1, self.used + 1, _finite(w.norm().item(), m + 1)
+        self.m, self.used, self.beta = m + 1, self.used + 1, _finite(length(w).item(), m + 1)
         self.next, self.length = w, self.beta or 1.
         self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 
@@ -215,7 +215,7 @@ def fresh(self: _Krylov):
     w, self.closed, self.beta, self.tail = random_unit(self.n, self.generator, self.op), True, 0., self.tail * 0.
     for _ in range(2):
         orthogonalise(w, self.basis[:self.m])
-        w = w / w.norm()
+        w = w / length(w).to(w)
     self.next, self.length = w, 1.
 
 @patch
@@ -410,7 +410,7 @@ def eigen_residuals(
     "|H v - lambda v| by fresh products: k of them. Trusts nothing that Lanczos said."
     op = as_operator(op)
     rows = (v.to(op.dtype) for v in pairs.vectors.T)
-    return torch.stack([(op @ v - lam.to(v) * v).norm().double().cpu() for lam, v in zip(pairs.values, rows)])
+    return torch.stack([length(op @ v - lam.to(v) * v).cpu() for lam, v in zip(pairs.values, rows)])
 
 # %% ../nbs/01_lanczos.ipynb #02a862c6
 def angle_bounds(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .hvp import InputError, select_params, unflatten
+from .hvp import InputError, length, select_params, unflatten
 from .train import class_means, predict
 
 # %% auto #0
@@ -101,10 +101,10 @@ def _check_sensitivity(V, chosen, eps, scheme, metric):
     n = sum(p.numel() for p in chosen.values())
     if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)):
         raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
-    if V.ndim != 2 or V.shape[0] != n:
+    if V.ndim != 2 or V.shape[0] != n or not V.shape[1]:
         raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
                          "to the operator.")
-    size = V.detach().norm(dim=0)
+    size = torch.stack([length(v) for v in V.detach().T])
     if not ((size - 1).abs() < 1e-2).all():
         raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column "
                          "by its norm.")

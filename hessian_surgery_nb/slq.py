@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .hvp import InputError, as_operator, free_memory
+from .hvp import InputError, as_operator, free_memory, length
 from .lanczos import Eigenpairs, combine, lanczos_tridiag, orthogonalise
 
 # %% auto #0
@@ -55,7 +55,7 @@ class _Known:
         for i, row in enumerate(rows, len(self.values)):
             new[i] = row
             if i: orthogonalise(new[i], new[:i])
-            new[i] /= new[i].norm()
+            new[i] /= length(new[i]).to(new)
         self.values, self.rows = torch.cat([self.values, values]), new
 
     def learn(self, tri, tol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .hvp import HessianOperator, InputError, as_batches, select_params, split_batch, unflatten
+from .hvp import HessianOperator, InputError, as_batches, length, select_params, split_batch, unflatten
 from .lanczos import top_eigenpairs
 from .train import class_report
 
@@ -198,7 +198,7 @@ def _new_direction(g, V, archive, within, like):
     if not part.norm() > 1e-4 * d.norm():
         raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
                          f"{len(archive)} archived directions; use fewer spikes.")
-    return part / part.norm()
+    return part / length(part).to(part)
 
 def _bulk_part(d, V, archive):
     "What of d lies outside the spikes and the archived directions."
@@ -231,7 +231,7 @@ def bulk_walk(
         if d is not None and within != "anywhere":
             kept = V @ (V.T @ d) if within == "spikes" else _bulk_part(d, V, archive)
             if kept.norm() < wall: archive, d, walls = [*archive, d], None, walls + 1
-            else: d = kept / kept.norm()
+            else: d = kept / length(kept).to(kept)
         if d is None: d = _new_direction(g, V, archive, within, V)
         first = d if first is None else first
         report = class_report(walker, data, names=names, measured_on="walk", forward=forward)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
+from hessian_surgery_nb.deflation import SpikeStore
 from hessian_surgery_nb.hvp import HessianOperator, InputError
-from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
+from hessian_surgery_nb.lanczos import eigen_residuals, random_unit, top_eigenpairs
 from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.testbed import dense_hessian, planted_matrix, relative_error, seeded, tiny_data, tiny_mlp
 
@@ -436,3 +437,13 @@ def test_many_pairs_are_the_largest(negative, bulk, ratio, max_basis, tol):
     given_up = pytest.warns(UserWarning, match="not certified")
     with given_up: early = top_eigenpairs(op, 99, tol=tol, max_matvecs=112)
     assert not early.converged[(truth - early.values) > 1.5 * tol * truth[0]].any()
+
+def test_directions_with_millions_of_entries_have_length_one():
+    "torch.norm in float32 is off by a thousandth there; what is kept must not be."
+    n = 12_000_000
+    store = SpikeStore(n, 2)
+    store.add(torch.randn(n, 2, generator=torch.Generator().manual_seed(0)))
+    G = store.vectors.T.double() @ store.vectors.double()
+    assert (G - torch.eye(2).double()).abs().max() < 1e-6
+    v = random_unit(n, torch.Generator().manual_seed(1), store.all)
+    assert abs(v.double().norm() - 1) < 1e-6

@@ -1,0 +1,67 @@
+"""Surgery over all 99 spikes of a ResNet-50 with 100 outputs, in phases, and how much memory each phase takes.
+
+The network is that of `many.py`. Resident memory is sampled five times a second; directions lie in a file that is mapped into
+memory, and the pages of it that are in use count."""
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from many import tuned
+from problem import about, arguments, images, network, peak_gb, table, write
+from torch import nn
+
+from hessian_surgery_nb.deflation import deflated_operate
+from hessian_surgery_nb.experiments import phase_sizes
+from hessian_surgery_nb.models import load_weights, num_params, resnet50
+from hessian_surgery_nb.surgery import SurgeryConfig
+
+
+class Watch:
+    "The largest resident memory between two marks."
+    def __init__(self): self.process, self.top, self.marks, self.done = psutil.Process(), 0., [], threading.Event()
+    def run(self):
+        while not self.done.wait(.2): self.top = max(self.top, self.process.memory_info().rss / 1e9)
+    def mark(self, **facts): self.marks.append(dict(facts, peak_gb=self.top)); self.top = 0.
+    def __enter__(self): threading.Thread(target=self.run, daemon=True).start(); return self
+    def __exit__(self, *error): self.done.set()
+
+
+def main():
+    p = arguments(__doc__, "nbs/runs/bench_deflated.json")
+    p.add_argument("--spikes", type=int, default=99)
+    p.add_argument("--phase", type=int, default=15, help="spikes a phase")
+    p.add_argument("--iterations", type=int, default=3, help="of surgery, a phase")
+    p.add_argument("--per-class", type=int, default=5, help="sensitivity images of each class; memory does not depend on it, time does")
+    p.add_argument("--steps", type=int, default=25, help="of fine-tuning")
+    p.add_argument("--bf16", action="store_true", help="keep directions in bfloat16: half the memory")
+    p.add_argument("--network", help="where the fine-tuned network is kept, so that it is made once")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    classes = sorted(f.name for f in (Path(args.data)/"train").iterdir()) if args.data else list(map(str, range(100)))
+    net = resnet50(classes=len(classes))
+    X, y = images(args.data, args.batch, classes=classes)
+    if args.network and Path(args.network).exists(): load_weights(net, args.network)
+    else:
+        if args.weights: net.load_state_dict({k: t for k, t in network(args.weights).state_dict().items() if not k.startswith("fc")}, strict=False)
+        tuned(net, *images(args.data, 20_000, seed=1, classes=classes), args.steps)
+    Xs, ys = images(args.data, 200 * len(classes), seed=2, classes=classes)
+    rows = torch.cat([(ys == c).nonzero().flatten()[:args.per_class] for c in range(len(classes))])
+    sensitivity = list(zip(Xs[rows].split(50), ys[rows].split(50)))
+    del Xs
+    sizes, start = phase_sizes(args.spikes, args.phase), time.perf_counter()
+    with Watch() as watch, tempfile.TemporaryDirectory() as d:
+        watch.mark(phase=0, spikes=0, minutes=0.)
+        def after(record): watch.mark(phase=record.phase, spikes=record.spikes, minutes=(time.perf_counter() - start) / 60, products=record.matvecs, overlap=record.overlap, largest=record.largest, certified=record.certified,
+                                      stored_gb=(Path(d)/"directions.bin").stat().st_size / 1e9)
+        r = deflated_operate(net, nn.CrossEntropyLoss(), (X, y), sensitivity, phases=sizes, config=SurgeryConfig(iterations=args.iterations, scheme="forward", p="auto"), basis_dtype=torch.bfloat16 if args.bf16 else None, run_dir=d,
+                             check_overlap=False, after_phase=after)
+    row = dict(parameters=num_params(net), spikes=args.spikes, phases=len(sizes), minutes=(time.perf_counter() - start) / 60, peak_gb=peak_gb(), sigma_before=100 * r.sensitivity_before.sigma, sigma_after=100 * r.sensitivity_after.sigma)
+    write(args.out, dict(command="python benchmarks/deflated.py", about=about(args, phase=args.phase, iterations=args.iterations, sensitivity=len(rows), bf16=args.bf16, classes=len(classes)), rows=[row], memory=watch.marks), table([row]))
+
+
+if __name__ == "__main__": main()
