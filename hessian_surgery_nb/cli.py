@@ -25,21 +25,24 @@ from torch import nn
 from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
-from .effective_rank import effective_rank
+from .effective_rank import effective_rank, screen
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
+from .lanczos import top_eigenpairs
 from .models import digits_net, num_params, weights_bytes, write_atomic
+from .own import class_files, load_network, own_sets
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, operate, plot_before_after, plot_history
+from .surgery import SurgeryConfig, check_config, operate, plot_before_after, plot_history
 from .train import TrainLog, train
 
 # %% auto #0
 __all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'DemoRun', 'run_demo', 'method_rows', 'text_table', 'class_rows',
            'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page', 'demo_report', 'versions',
-           'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'demo', 'parser', 'main']
+           'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'operate_own', 'screen_own', 'spectrum_own',
+           'demo', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -346,6 +349,81 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
     else: print(f"\n{out/f'{r.label}_report.html'} has the tables and figures in one page.")
 
 # %% ../nbs/10_cli.ipynb #0f2cabda
+def _own(args: argparse.Namespace): # network, sets
+    "What the flags name, ready for use."
+    folder = Path(args.data).expanduser()
+    names = class_files(next((folder/n for n in ("test", "val", "valid", "validation") if (folder/n).is_dir()), folder))
+    net, seen = load_network(args.model, classes=len(names), weights=args.weights)
+    seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
+    sets = own_sets(folder, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty())
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    net = net.to(device)
+    first = next(iter(sets.hessian))[0][:2]
+    try:
+        with torch.no_grad(): outputs = net(first.to(device))
+    except RuntimeError as e: raise InputError(f"the network must take the images. {args.model} refuses {tuple(first.shape)} ({str(e).splitlines()[0]}); give --resize and --crop.") from e
+    if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
+    if outputs.shape[1] != len(names): raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {folder} has {len(names)} classes; name a file of --weights with that head.")
+    return net, sets
+
+def _config(args) -> SurgeryConfig:
+    p = args.p if args.p == "auto" else float(args.p) if args.p.replace(".", "", 1).isdigit() else None
+    if p is None: raise InputError(f"--p must be a number or auto. Got {args.p}.")
+    return SurgeryConfig(iterations=args.iterations, num_spikes=args.spikes, eps=args.eps, p=p, tau=args.tau, schedule=args.schedule, scheme=args.scheme, metric=args.metric, params=args.params, seed=args.seed)
+
+def _plan(net, sets, c: SurgeryConfig) -> str:
+    "What a run would do, and how long by the time of one batch."
+    X, y = next(iter(sets.sensitivity))
+    device = next(net.parameters()).device
+    with torch.no_grad():
+        net(X.to(device)); start = time.perf_counter(); net(X.to(device)).sum().item()
+    each, K = (time.perf_counter() - start) / len(y), c.num_spikes or len(sets.classes) - 1
+    passes, n = (K if c.scheme == "forward" else 2 * K) + 1, len(sets.sensitivity.y)
+    return (f"{num_params(net):,} parameters, {sets!r}\n{K} spikes; an iteration takes {passes} passes over {n} images and some {2 * K + 6} Hessian-vector products over {len(sets.hessian.y)}\n"
+            f"about {_duration(c.iterations * each * (passes * n + 8 * (2 * K + 6) * len(sets.hessian.y)))} for {c.iterations} iterations on {device}, by the time of one batch")
+
+# %% ../nbs/10_cli.ipynb #bc49ceae
+def operate_own(args: argparse.Namespace) -> int:
+    "The `operate` command."
+    config = _config(args)
+    check_config(config)
+    out = check_out(args.out)
+    net, sets = _own(args)
+    if args.dry_run: print(_plan(net, sets, config)); return 0
+    r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, progress=sys.stderr.isatty())
+    command, rows = shlex.join(["hessian-surgery", *args.argv]), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, (_, b, a, c) in zip(sets.classes, r.to_frame().itertuples(index=False))]
+    header, totals = ["class", "before (%)", "after (%)", "change (pp)"], f"Held-out: sigma {100 * r.before.sigma:.1f} -> {100 * r.after.sigma:.1f} pp, global {100 * r.before.overall:.1f} -> {100 * r.after.overall:.1f} %, worst class {100 * r.before.worst:.1f} -> {100 * r.after.worst:.1f} %"
+    page = [f"<h1>Surgery on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(totals)}.</p>', figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
+            table_tag(header, rows, "Held-out accuracy by class"), figure_tag(plot_history(r), "Sigma on the sensitivity set and amplitude, step by step.", "Sigma on the sensitivity set and amplitude, step by step; crosses were turned back."),
+            f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>"]
+    r.save(out_dir(out))
+    write_atomic(out/"report.html", html_page(f"Surgery on {args.model}", page).encode())
+    write_atomic(out/"result.json", json_bytes(r.to_dict() | dict(command=command, classes=list(sets.classes))))
+    if args.json: print((out/"result.json").read_text(), end="")
+    else: print(f"{text_table(header, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
+    return 0
+
+def screen_own(args: argparse.Namespace) -> int:
+    "The `screen` command."
+    net, sets = _own(args)
+    look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty())
+    facts = {k: getattr(look, k) for k in ("effective_rank", "rank_interval", "noise_floor", "amplitude_rank", "flatness", "energy", "sigma", "predicted_sigma", "eps", "matvecs", "passes")} | dict(signal_to_noise=look.sensitivity.signal_to_noise)
+    if args.json: print(json.dumps(facts, indent=1)); return 0
+    print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {facts['signal_to_noise']:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if facts["signal_to_noise"] < 1 else "."))
+    return 0
+
+def spectrum_own(args: argparse.Namespace) -> int:
+    "The `spectrum` command."
+    net, sets = _own(args)
+    op = HessianOperator(net, nn.CrossEntropyLoss(), sets.hessian, params=args.params)
+    pairs = top_eigenpairs(op, args.spikes or len(sets.classes) + 3, tol=1e-3, seed=args.seed, progress=sys.stderr.isatty())
+    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0])
+    if args.json: print(json.dumps(facts, indent=1)); return 0
+    print(text_table(["rank", "eigenvalue", "residual"], [[str(i + 1), f"{v:.4g}", f"{e:.1g}"] for i, (v, e) in enumerate(zip(facts["values"], facts["residuals"]))]))
+    print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
+    return 0
+
+# %% ../nbs/10_cli.ipynb #ea3e657a
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
     from tqdm.auto import tqdm
@@ -366,7 +444,7 @@ def demo(args: argparse.Namespace) -> int:
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #bc49ceae
+# %% ../nbs/10_cli.ipynb #6e9c45fc
 def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
@@ -387,10 +465,42 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--json", action="store_true", help="print result.json instead of tables")
     d.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     d.set_defaults(run=demo)
+    for name, run, says in (("operate", operate_own, "surgery on your network"), ("screen", screen_own, "is surgery worth trying on it?"), ("spectrum", spectrum_own, "the leading Hessian eigenvalues of it")): _add_own(sub, wide, name, run, says)
     _add_reproduce(sub, wide)
     return p
 
-# %% ../nbs/10_cli.ipynb #a116ff16
+# %% ../nbs/10_cli.ipynb #f7f1dca8
+def _add_own(sub, wide, name, run, says):
+    o = sub.add_parser(name, formatter_class=wide, help=says, description=f"{says[0].upper() + says[1:]}. Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on.")
+    o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
+    o.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with a state dict; without it torchvision's or timm's own")
+    o.add_argument("--data", required=True, metavar="DIR", help="images in folders")
+    o.add_argument("--resize", type=int, metavar="N", help="shorter side to N pixels; default: what the network asks for")
+    o.add_argument("--crop", type=int, metavar="N", help="middle square of N pixels; default: what the network asks for")
+    for k in ("mean", "std"): o.add_argument(f"--{k}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{k} of the colours in 0..1; default: what the network asks for")
+    o.add_argument("--hessian", type=int, default=128, metavar="N", help="images that show the curvature")
+    o.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time")
+    o.add_argument("--spikes", type=int, metavar="K", help="directions; default: classes - 1" if name != "spectrum" else "eigenvalues; default: classes + 3")
+    o.add_argument("--params", metavar="PATTERN", help="which parameters may move, such as 'layer4.*'; default: all trainable")
+    if name != "spectrum": o.add_argument("--eps", type=float, help="first amplitude, a distance in weight space; default: found by trying")
+    if name == "operate": _add_surgery(o)
+    o.add_argument("--seed", type=int, default=0, help="which images decide and which report; start of the eigenvalue search")
+    o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    o.add_argument("--json", action="store_true", help="print JSON")
+    o.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
+    o.set_defaults(run=run)
+
+def _add_surgery(o):
+    o.add_argument("--iterations", type=int, default=15, metavar="T", help="steps at most")
+    o.add_argument("--p", default="auto", help="exponent of the class weights: 0 all alike, 2 the weakest foremost; auto: the paper's rule")
+    o.add_argument("--tau", type=float, help="classes at least this accurate (a fraction) are protected; default: those above the mean")
+    o.add_argument("--schedule", choices=("gamma", "adam"), default="gamma", help="of the amplitude")
+    o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
+    o.add_argument("--metric", choices=("accuracy", "probability"), default="accuracy", help="what it measures; probability has less noise where images are few")
+    o.add_argument("--out", default="hessian-surgery-operated", metavar="DIR", help="where weights.safetensors, result.json, history.csv and report.html go")
+    o.add_argument("--dry-run", action="store_true", help="say what would be done and about how long it takes, and stop")
+
+# %% ../nbs/10_cli.ipynb #2afe0409
 def _add_reproduce(sub, wide):
     r = sub.add_parser(
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
@@ -423,7 +533,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     r.set_defaults(run=reproduce)
 
-# %% ../nbs/10_cli.ipynb #ea3e657a
+# %% ../nbs/10_cli.ipynb #62a8fd52
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code

@@ -12,11 +12,11 @@ import torch
 
 from .data import Samples, Splits, input_digests, normalised, read_images
 from .hvp import InputError
-from .train import ClassReport
+from .train import ClassReport, wilson_interval
 
 # %% auto #0
 __all__ = ['CLASSES', 'Lesions', 'is_isic', 'read_isic', 'write_toy_isic', 'check_lesions', 'hessian_images', 'lesion_splits',
-           'wilson_interval', 'wilson_frame']
+           'wilson_frame']
 
 # %% ../nbs/07_isic.ipynb #29771e3f
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC") # melanoma, naevus, basal cell carcinoma, actinic keratosis, benign keratosis, dermatofibroma, vascular lesion, squamous cell carcinoma
@@ -190,16 +190,6 @@ def lesion_splits(
     return Splits(learn, hessian_images(learn, hessian, how=how, seed=seed), tune, report, seed)
 
 # %% ../nbs/07_isic.ipynb #18caa555
-def wilson_interval(
-    share: float, # right ones, 0..1
-    n: float, # images
-    level: float = .95,
-) -> tuple[float, float]: # percent
-    "Where the true accuracy lies."
-    from scipy.stats import binomtest
-    ci = binomtest(round(share * n), round(n)).proportion_ci(level, method="wilson")
-    return 100 * ci.low, 100 * ci.high
-
 def wilson_frame(
     report: ClassReport,
     level: float = .95,

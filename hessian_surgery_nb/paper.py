@@ -16,10 +16,10 @@ import torch
 
 from .baselines import mean_interval, pooled_interval, shown
 from .hvp import InputError
-from .isic import wilson_interval
 from .runs import unpack_bits
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density
+from .train import wilson_interval
 
 # %% auto #0
 __all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES', 'FIGURES', 'Results',

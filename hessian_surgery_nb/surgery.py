@@ -23,12 +23,12 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .models import weights_bytes, write_atomic
 from .runs import json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
-from .train import ClassReport, class_report_of, error_ratio, predict
+from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control', 'StepRecord',
-           'SurgeryResult', 'SurgeryOperation', 'operate', 'plot_before_after', 'wilson', 'plot_history', 'report_dict']
+           'SurgeryResult', 'SurgeryOperation', 'operate', 'plot_before_after', 'plot_history', 'report_dict']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -431,27 +431,16 @@ def plot_before_after(
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     order = torch.argsort(before.accuracy).tolist()
     ax = new_axes(ax, height=max(2.4, .27 * len(order) + .9), title=f"Class accuracy before and after ({after.measured_on.replace('_', '-')})", xlabel="accuracy (%)", ylabel="class")
-    lo, hi = wilson(after.accuracy, after.counts)
+    lo, hi = zip(*map(wilson_interval, after.accuracy.tolist(), after.counts.tolist()))
     for row, c in enumerate(order):
         b, a = 100 * before.accuracy[c].item(), 100 * after.accuracy[c].item()
         colour = COLOURS["green"] if a > b else COLOURS["red"] if a < b else COLOURS["grey"]
-        ax.plot([100 * lo[c], 100 * hi[c]], [row, row], color=colour, lw=6, alpha=.18, solid_capstyle="butt")
+        ax.plot([lo[c], hi[c]], [row, row], color=colour, lw=6, alpha=.18, solid_capstyle="butt")
         ax.plot([b, a], [row, row], color=colour, lw=1.6)
         ax.plot(b, row, "o", color="white", mec=colour, ms=6)
         ax.plot(a, row, "o", color=colour, ms=6)
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
-
-def wilson(
-    accuracy: torch.Tensor, # (C,) in [0, 1]
-    counts: torch.Tensor, # (C,) images
-    z: float = 1.96,
-) -> tuple[torch.Tensor, torch.Tensor]: # lower and upper ends, (C,) each
-    "Wilson's 95 % interval for a proportion."
-    n = counts.to(accuracy)
-    mid = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * (accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)).sqrt() / (1 + z**2 / n)
-    return mid - half, mid + half
 
 # %% ../nbs/05_surgery.ipynb #e5466590
 def plot_history(

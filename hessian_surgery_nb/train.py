@@ -22,7 +22,7 @@ from .testbed import seeded
 
 # %% auto #0
 __all__ = ['TrainLog', 'shifted', 'train', 'FocalLoss', 'effective_number_loss', 'predict', 'class_means', 'class_accuracy',
-           'ClassReport', 'error_ratio', 'class_report', 'class_report_of']
+           'ClassReport', 'error_ratio', 'class_report', 'class_report_of', 'wilson_interval']
 
 # %% ../nbs/02c_train.ipynb #486fe2bf
 @dataclass(frozen=True)
@@ -297,3 +297,14 @@ def class_report_of(
     if len(names) != z.shape[1]: raise InputError(f"names must be one for each of the {z.shape[1]} outputs. Got {len(names)}.")
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()
     return ClassReport(acc, torch.bincount(y.cpu(), minlength=len(acc)), names, measured_on)
+
+# %% ../nbs/02c_train.ipynb #8665bd1c
+def wilson_interval(
+    share: float, # right ones, 0..1
+    n: float, # images
+    level: float = .95,
+) -> tuple[float, float]: # percent
+    "Where the true accuracy lies."
+    from scipy.stats import binomtest
+    ci = binomtest(round(share * n), round(n)).proportion_ci(level, method="wilson")
+    return 100 * ci.low, 100 * ci.high

@@ -8,7 +8,7 @@ from torch import nn
 from hessian_surgery_nb.baselines import paired_interval, tune_biases, class_accuracies
 from hessian_surgery_nb.effective_rank import effective_rank
 from hessian_surgery_nb.hvp import HessianOperator
-from hessian_surgery_nb.surgery import AdamControl, GammaDecay, class_weights, solve_coefficients, wilson
+from hessian_surgery_nb.surgery import AdamControl, GammaDecay, class_weights, solve_coefficients
 from hessian_surgery_nb.testbed import dense_hessian, relative_error, tiny_data, tiny_mlp
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
@@ -103,12 +103,6 @@ def test_tuned_biases_never_hurt_where_they_were_tuned(seed):
     Z, y = torch.randn(60, 4, generator=g), torch.arange(60) % 4
     before, after = class_accuracies(Z, y), class_accuracies(Z + tune_biases(Z, y), y)
     assert after.std(correction=0) <= before.std(correction=0) + 1e-12 and after.mean() >= before.mean() - 1e-12
-
-
-@given(st.floats(0, 1), st.integers(1, 1000))
-def test_wilson_holds_the_proportion_and_stays_in_range(p, n):
-    lo, hi = wilson(torch.tensor([p], dtype=torch.float64), torch.tensor([n]))
-    assert -1e-12 <= lo <= p + 1e-12 and p - 1e-12 <= hi <= 1 + 1e-12
 
 
 def test_paired_interval_covers_the_truth():
