@@ -24,13 +24,13 @@ from torch import nn
 
 from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
-from .data import Splits, load_digits, long_tail_splits, plot_counts
+from .data import Splits, class_files, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank, screen
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .models import digits_net, num_params, weights_bytes, write_atomic
-from .own import class_files, load_network, own_sets
+from .own import load_network, own_sets
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity

@@ -19,7 +19,7 @@ from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
 __all__ = ['IMAGES', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
-           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'image_folder',
+           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'class_files', 'image_folder',
            'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits',
            'held_back_splits']
 
@@ -230,6 +230,18 @@ def read_images(
     return x
 
 # %% ../nbs/02a_data.ipynb #a3dc0e51
+def class_files(
+    path, # a directory with one directory a class
+) -> dict[str, list[Path]]: # class -> its images; both in alphabetical order
+    "The files of an image folder."
+    path = Path(path).expanduser()
+    if not path.is_dir(): raise InputError(f"an image folder must be a directory. {path} is not.")
+    files = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in IMAGES) for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."}
+    if not files: raise InputError(f"an image folder holds a folder a class. {path} has none.")
+    empty = [c for c, found in files.items() if not found]
+    if empty: raise InputError(f"every class folder must hold images ({', '.join(IMAGES)}). {path/empty[0]} has none{f', nor have {len(empty) - 1} others' if empty[1:] else ''}; fill or remove it.")
+    return files
+
 def image_folder(
     path, # a directory with one directory a class
     *,
@@ -238,13 +250,8 @@ def image_folder(
     progress: bool = False, # a bar while images are decoded
 ) -> Samples: # x (N, 3, H, W) uint8
     "Labelled images from a directory; classes in alphabetical order."
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise InputError(f"an image folder must be a directory. {path} is not.")
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    if not classes: raise InputError(f"an image folder holds a folder a class. {path} has none.")
-    files = {c: sorted(f for f in (path/c).rglob("*") if f.suffix.lower() in IMAGES) for c in classes}
-    empty = [c for c in classes if not files[c]]
-    if empty: raise InputError(f"every class folder must hold images ({', '.join(IMAGES)}). {path/empty[0]} has none{f', nor have {len(empty) - 1} others' if empty[1:] else ''}; fill or remove it.")
+    path, files = Path(path).expanduser(), class_files(path)
+    classes = list(files)
     x = read_images([f for c in classes for f in files[c]], size=size, progress=progress)
     y = torch.cat([torch.full((len(files[c]),), i, dtype=torch.int64) for i, c in enumerate(classes)])
     return Samples(x, y, torch.arange(len(y)), tuple(classes), source or path.name)

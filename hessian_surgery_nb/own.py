@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import IMAGES, read_image, torchvision_part
+from .data import class_files, read_image, torchvision_part
 from .hvp import InputError
 from .models import load_weights
 
 # %% auto #0
-__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'class_files', 'own_sets']
+__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'own_sets']
 
 # %% ../nbs/09a_own.ipynb #9a15eb82
 @dataclass(frozen=True)
@@ -116,15 +116,6 @@ class OwnSets:
     def __repr__(self): return f"OwnSets({len(self.classes)} classes; hessian {len(self.hessian.y)}, sensitivity {len(self.sensitivity.y)}, held_out {len(self.held_out.y)})"
 
 # %% ../nbs/09a_own.ipynb #d5ec8cfc
-def class_files(folder) -> dict[str, list[Path]]: # class -> files
-    "The images of a directory with a directory a class."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise InputError(f"images lie in a directory with a directory a class. {folder} is not one.")
-    files = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in IMAGES) for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "."}
-    empty = [c for c, f in files.items() if not f]
-    if not files or empty: raise InputError(f"every class is a directory with images ({', '.join(IMAGES)}). {folder/empty[0] if empty else folder} has none; fill or remove it.")
-    return files
-
 def _parts(folder: Path, hessian: int, g) -> tuple[list, dict]: # (file, class) for the curvature; class -> files for the rest
     test = next((folder/n for n in ("test", "val", "valid", "validation") if (folder/n).is_dir()), None)
     if test and (folder/"train").is_dir():

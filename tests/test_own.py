@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import torchvision_part, write_toy_images
+from hessian_surgery_nb.data import class_files, torchvision_part, write_toy_images
 from hessian_surgery_nb.models import resnet20, weights_bytes, write_atomic
-from hessian_surgery_nb.own import Preparation, class_files, load_network, own_sets
+from hessian_surgery_nb.own import Preparation, load_network, own_sets
 
 FACTORY = """
 import torch
@@ -63,7 +63,7 @@ def test_a_torchvision_network_by_name(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, says", [
     (dict(model="wide", weights=None), "has 5 outputs"), (dict(model="pair", weights=None), "returns tuple"), (dict(model="broken"), "raised RuntimeError: no"), (dict(model="stiff", weights=None), "refuses (2, 3, 16, 16)"), (dict(model="none"), "has no function 'none'"),
-    (dict(weights="nowhere.safetensors"), "nowhere.safetensors is not there"), (dict(data="nowhere"), "nowhere is not one"), (dict(hessian="0"), "at least 1"), (dict(batch="0"), "at least 1"),
+    (dict(weights="nowhere.safetensors"), "nowhere.safetensors is not there"), (dict(data="nowhere"), "nowhere is not"), (dict(hessian="0"), "at least 1"), (dict(batch="0"), "at least 1"),
     (dict(p="high"), "--p must be a number or auto"), (dict(iterations="0"), "at least 1"), (dict(spikes="-1"), "at least 1"), (dict(resize="0"), "resize and crop are pixels"), (dict(params="layer9.*"), "layer9"), (dict(eps="-1"), "positive")])
 def test_faults_are_named_and_nothing_is_written(place, capsys, tmp_path, change, says):
     assert main(["operate", *flags(place, **change), "--out", str(tmp_path/"out")]) == 2
