@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import html
 import io
 import json
 import platform
 import shlex
+import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -388,9 +392,13 @@ def operate_own(args: argparse.Namespace) -> int:
     config = _config(args)
     check_config(config)
     out = check_out(args.out)
+    state = out/"state"
+    if state.exists() and not args.resume: raise InputError(f"--out must not hold an interrupted run. {out} does; give --resume to go on with it, or remove {state}.")
     net, sets = _own(args)
     if args.dry_run: print(_plan(net, sets, config)); return 0
-    r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, progress=sys.stderr.isatty())
+    with _asked_to_stop() as asked:
+        r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, run_dir=state, stop=asked, progress=sys.stderr.isatty())
+    cut = asked() and len(r.history) < config.iterations
     command, rows = shlex.join(["hessian-surgery", *args.argv]), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, (_, b, a, c) in zip(sets.classes, r.to_frame().itertuples(index=False))]
     header, totals = ["class", "before (%)", "after (%)", "change (pp)"], f"Held-out: sigma {100 * r.before.sigma:.1f} -> {100 * r.after.sigma:.1f} pp, global {100 * r.before.overall:.1f} -> {100 * r.after.overall:.1f} %, worst class {100 * r.before.worst:.1f} -> {100 * r.after.worst:.1f} %"
     page = [f"<h1>Surgery on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(totals)}.</p>', figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
@@ -399,9 +407,25 @@ def operate_own(args: argparse.Namespace) -> int:
     r.save(out_dir(out))
     write_atomic(out/"report.html", html_page(f"Surgery on {args.model}", page).encode())
     write_atomic(out/"result.json", json_bytes(r.to_dict() | dict(command=command, classes=list(sets.classes))))
+    if not cut: shutil.rmtree(state)
     if args.json: print((out/"result.json").read_text(), end="")
     else: print(f"{text_table(header, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
-    return 0
+    return 130 if cut else 0
+
+# %% ../nbs/10_cli.ipynb #a116ff16
+@contextlib.contextmanager
+def _asked_to_stop(): # a function: whether Ctrl-C was pressed
+    "The first Ctrl-C ends the run after its step, the second at once."
+    pressed = []
+    def handle(*_):
+        if pressed: raise KeyboardInterrupt
+        pressed.append(True)
+        print("hessian-surgery: ending after this step with the best weights so far; --resume goes on from there. Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handle) if mine else None
+    try: yield lambda: bool(pressed)
+    finally:
+        if mine: signal.signal(signal.SIGINT, before)
 
 def screen_own(args: argparse.Namespace) -> int:
     "The `screen` command."
@@ -423,7 +447,7 @@ def spectrum_own(args: argparse.Namespace) -> int:
     print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
     return 0
 
-# %% ../nbs/10_cli.ipynb #ea3e657a
+# %% ../nbs/10_cli.ipynb #6e9c45fc
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
     from tqdm.auto import tqdm
@@ -444,14 +468,14 @@ def demo(args: argparse.Namespace) -> int:
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #6e9c45fc
+# %% ../nbs/10_cli.ipynb #f7f1dca8
 def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
     p = argparse.ArgumentParser(
         "hessian-surgery", formatter_class=wide,
         description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
-        epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted. Same seed, same torch, same number of threads: same result, bit for bit.")
+        epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted (what was finished is kept). Same seed, same torch, same number of threads: same result, bit for bit.")
     p.add_argument("--version", action="version", version=f"hessian_surgery_nb {__version__}")
     sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
     d = sub.add_parser(
@@ -469,7 +493,7 @@ def parser() -> argparse.ArgumentParser:
     _add_reproduce(sub, wide)
     return p
 
-# %% ../nbs/10_cli.ipynb #f7f1dca8
+# %% ../nbs/10_cli.ipynb #2afe0409
 def _add_own(sub, wide, name, run, says):
     o = sub.add_parser(name, formatter_class=wide, help=says, description=f"{says[0].upper() + says[1:]}. Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on.")
     o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
@@ -498,9 +522,10 @@ def _add_surgery(o):
     o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
     o.add_argument("--metric", choices=("accuracy", "probability"), default="accuracy", help="what it measures; probability has less noise where images are few")
     o.add_argument("--out", default="hessian-surgery-operated", metavar="DIR", help="where weights.safetensors, result.json, history.csv and report.html go")
+    o.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --out")
     o.add_argument("--dry-run", action="store_true", help="say what would be done and about how long it takes, and stop")
 
-# %% ../nbs/10_cli.ipynb #2afe0409
+# %% ../nbs/10_cli.ipynb #62a8fd52
 def _add_reproduce(sub, wide):
     r = sub.add_parser(
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
@@ -533,7 +558,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     r.set_defaults(run=reproduce)
 
-# %% ../nbs/10_cli.ipynb #62a8fd52
+# %% ../nbs/10_cli.ipynb #a0ea0246
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code

@@ -5,21 +5,17 @@
 # %% ../nbs/06_deflation.ipynb #0c8d5aae
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import nn
 
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
-from .models import write_atomic
 from .runs import out_dir
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, check_config, choose_amplitude
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude, read_tensors, write_tensors
 from .train import ClassReport
 
 # %% auto #0
@@ -169,19 +165,15 @@ class _Phases:
 
     def save(self):
         if self.dir is None: return
-        state = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in self.op.model.state_dict().items()}
-        facts = dict(request=self.request, count=self.kept.count, eps=self.op.config.eps, records=[asdict(r) for r in self.records])
-        write_atomic(self.dir/"phases.safetensors", save(state, metadata=dict(facts=json.dumps(facts))))
+        write_tensors(self.dir/"phases.safetensors", {f"model.{k}": v for k, v in self.op.model.state_dict().items()}, dict(request=self.request, count=self.kept.count, eps=self.op.config.eps, records=[asdict(r) for r in self.records]))
 
     def load(self):
         path = None if self.dir is None else self.dir/"phases.safetensors"
         if path is None or not path.exists(): return
-        with safe_open(path, "pt") as f: facts = json.loads(f.metadata()["facts"])
-        if facts["request"] != json.loads(json.dumps(self.request)):
-            raise InputError(f"a run goes on with the request it began with. {path} has {facts['request']}; this is {self.request}. Remove it, or name another run_dir.")
-        self.op.model.load_state_dict({k[6:]: v for k, v in load_file(path).items()})
+        tensors, facts = read_tensors(path, self.request)
+        self.op.model.load_state_dict({k[6:]: v for k, v in tensors.items()})
         self.kept.count, self.op.config = facts["count"], replace(self.op.config, eps=facts["eps"])
-        self.records = [PhaseRecord(**{**r, "steps": tuple(StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()}) for s in r["steps"])}) for r in facts["records"]]
+        self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
         self.op.history = [s for r in self.records for s in r.steps]
         self.op.now, self.op.seen = self.op.measure(self.op.data)
         self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))

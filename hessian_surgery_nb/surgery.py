@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import numbers
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 
 from .data import check_disjoint
@@ -28,7 +31,8 @@ from .train import ClassReport, class_report_of, error_ratio, predict, wilson_in
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control', 'StepRecord',
-           'SurgeryResult', 'SurgeryOperation', 'operate', 'plot_before_after', 'plot_history', 'report_dict']
+           'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'write_tensors', 'read_tensors',
+           'plot_before_after', 'plot_history', 'report_dict']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -300,9 +304,10 @@ class SurgeryOperation:
         self.num_spikes = config.num_spikes or C - 1
         self.p = choose_exponent(self.now.accuracy) if config.p == "auto" else config.p
         self.control = self.pairs = self.first = None
-        self.fixed = False # keep the directions after a step
+        self.fixed, self.over, self.drawn = False, False, 0 # keep the directions after a step; nothing is left to try; when directions were drawn
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
+    def draw(self, when: int): self.pairs, self.drawn = _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward), when
     def params(self): return select_params(self.model, self.config.params)
     def weights(self): return copy.deepcopy(self.model.state_dict())
     def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
@@ -326,7 +331,7 @@ class SurgeryOperation:
 def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
     c, matvecs, passes, S = self.config, 0, 0, None
     if self.pairs is None:
-        self.pairs = _directions(self.model, self.loss_fn, self.hessian_data, c, self.num_spikes, len(self.history), self.forward)
+        self.draw(len(self.history))
         matvecs = self.pairs.num_matvecs
     if self.control is None: S, passes = self.begin()
     probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
@@ -384,6 +389,8 @@ def operate(
     names=None, # C class names
     forward=None, # forward(model, X) -> logits, for unusual networks
     check_overlap: bool = True, # compare the sets' images first
+    run_dir=None, # keep the state there after every step; an interrupted run goes on
+    stop=None, # called after every step; true ends the run there
     progress: bool = True, # a bar
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
@@ -392,17 +399,64 @@ def operate(
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    before = op.start if held_out is None else op.measure(held_out, "held_out")[0]
-    bar = trange(config.iterations, desc="surgery", leave=False, disable=not progress)
-    for _ in bar:
-        if not op.iterate(): break
+    before, kept = op.start if held_out is None else op.measure(held_out, "held_out")[0], _State(op, run_dir)
+    kept.load()
+    for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress)):
+        if op.over: break
+        op.over = not op.iterate()
+        kept.save()
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
+        if stop and stop(): break
     op.model.load_state_dict(op.best[1])
     tuned = op.measure(sensitivity_data)[0]
     after = tuned if held_out is None else op.measure(held_out, "held_out")[0]
     return SurgeryResult(op.model, before, after, op.start, tuned, op.history, config, op.best[2], *op.first)
 
-# %% ../nbs/05_surgery.ipynb #d9e9a6b0
+# %% ../nbs/05_surgery.ipynb #ae4a8a80
+def as_steps(records: list[dict]) -> list[StepRecord]:
+    "Steps from JSON."
+    return [StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records]
+
+def write_tensors(path: Path, tensors: dict, facts: dict):
+    "Tensors and facts in one file, whole or not at all."
+    write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+
+def read_tensors(path: Path, request: dict) -> tuple[dict, dict]: # tensors, facts
+    "The same again, if it belongs to what is asked for."
+    with safe_open(path, "pt") as f: facts, tensors = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
+    if facts["request"] != json.loads(json.dumps(request)):
+        raise InputError(f"a run goes on with the request it began with. {path} has {facts['request']}; this is {request}. Remove it, or name another run_dir.")
+    return tensors, facts
+
+def _part(tensors, of): return {k[len(of) + 1:]: v for k, v in tensors.items() if k.startswith(of + ".")}
+
+class _State:
+    "An operation between two steps, in a directory."
+    def __init__(self, op: SurgeryOperation, run_dir):
+        self.op, self.dir = op, None if run_dir is None else out_dir(run_dir)
+        self.request = dict(config=asdict(op.config), start=op.start.accuracy.tolist())
+
+    def save(self):
+        if self.dir is None: return
+        op, (pairs, S) = self.op, self.op.first
+        if not (self.dir/"start.safetensors").exists():
+            write_tensors(self.dir/"start.safetensors", dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
+                          **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
+                          dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
+        write_tensors(self.dir/"surgery.safetensors", {f"model.{k}": v for k, v in op.model.state_dict().items()} | {f"best.{k}": v for k, v in op.best[1].items()},
+                      dict(request=self.request, history=[asdict(h) for h in op.history], control=asdict(op.control), best=[op.best[0], op.best[2]], same=op.pairs is not None, drawn=op.drawn, over=op.over))
+
+    def load(self):
+        if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
+        op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/"start.safetensors", self.request)
+        op.model.load_state_dict(_part(t, "model"))
+        op.now, op.seen = op.measure(op.data)
+        op.history, op.over, op.best = as_steps(facts["history"]), facts["over"], (facts["best"][0], _part(t, "best"), facts["best"][1])
+        op.control = type(amplitude_control(op.config, 1., op.start.sigma))(**facts["control"])
+        op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **_part(s, "pairs")), Sensitivity(**first["S"], **_part(s, "S"))
+        if facts["same"] and not op.over: op.draw(facts["drawn"])
+
+# %% ../nbs/05_surgery.ipynb #b3dc1f8e
 @patch
 def to_frame(self: SurgeryResult):
     "Each class before and after, in percent, with its change in pp."
@@ -422,7 +476,7 @@ def history_frame(self: SurgeryResult):
             for h in self.history]
     return pd.DataFrame(rows).set_index("iteration")
 
-# %% ../nbs/05_surgery.ipynb #d4dfe8d2
+# %% ../nbs/05_surgery.ipynb #3145fc82
 def plot_before_after(
     before: ClassReport, after: ClassReport,
     ax=None,
@@ -442,7 +496,7 @@ def plot_before_after(
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
 
-# %% ../nbs/05_surgery.ipynb #e5466590
+# %% ../nbs/05_surgery.ipynb #b148853d
 def plot_history(
     result: SurgeryResult,
     axes=None, # two axes: sigma, amplitude
@@ -465,7 +519,7 @@ def plot_history(
     axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"]); axes[1].set_ylim(bottom=0)
     return axes
 
-# %% ../nbs/05_surgery.ipynb #25d4fafb
+# %% ../nbs/05_surgery.ipynb #7ad0962d
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
     return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,

@@ -1,0 +1,108 @@
+"Surgery that is cut off at any moment ends, taken up again, as if it had not been."
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hessian_surgery_nb.data import load_digits, long_tail_splits, write_toy_images
+from hessian_surgery_nb.models import digits_net, resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.train import train
+
+OPERATE = [sys.executable, "-c", "import sys, torch; torch.set_num_threads(1); from hessian_surgery_nb.cli import main; sys.exit(main())", "operate"]
+
+
+class Cut(Exception): pass
+
+
+def cutting(calls):
+    def forward(model, x):
+        nonlocal calls
+        calls -= 1
+        if calls < 0: raise Cut
+        return model(x)
+    return forward
+
+
+@pytest.fixture(scope="module")
+def digits():
+    splits = long_tail_splits(load_digits(), seed=0)
+    net = digits_net(seed=0)
+    train(net, splits.train.pair, epochs=20, seed=0)
+    return net, splits
+
+
+@pytest.mark.parametrize("settings", [dict(eps=.8), dict(eps=.8, schedule="adam"), dict(directions="random", eps=3.), dict(box=True, p="auto")], ids=str)
+def test_cut_anywhere_it_ends_the_same(digits, tmp_path, settings):
+    net, splits = digits
+    def run(d, forward=None): return operate(net, nn.CrossEntropyLoss(), splits.hessian.pair, splits.sensitivity.pair, run_dir=d, forward=forward, config=SurgeryConfig(iterations=6, num_spikes=4, **settings), progress=False)
+    whole, rng, cuts = run(tmp_path/"whole"), random.Random(0), 0
+    while True:
+        try: again = run(tmp_path/"cut", cutting(rng.randint(14, 28) + 4 * cuts)); break
+        except Cut: cuts += 1
+    assert cuts >= 2 and (settings.get("eps", 0) < .8 or not all(h.accepted for h in whole.history))
+    assert [replace(h, seconds=0.) for h in again.history] == [replace(h, seconds=0.) for h in whole.history] and again.best == whole.best
+    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values()))
+    assert torch.equal(again.spikes.vectors, whole.spikes.vectors) and torch.equal(again.sensitivity.per_image, whole.sensitivity.per_image)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    d = tmp_path_factory.mktemp("resume")
+    write_toy_images(d/"toys", train=40, test=30)
+    (d/"mine.py").write_text("from hessian_surgery_nb.models import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n")
+    write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
+    return d
+
+
+def start(place, out, *more):
+    flags = ["--model", f"{place}/mine.py:net", "--weights", str(place/"w.safetensors"), "--data", str(place/"toys"), "--hessian", "64", "--iterations", "12", "--eps", "0.3", "--batch", "10", "--out", str(out)]
+    return subprocess.Popen([*OPERATE, *flags, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(out):
+    r = json.loads((out/"result.json").read_text())
+    return {k: v for k, v in r.items() if k not in ("timing", "command")}, (out/"weights.safetensors").read_bytes()
+
+
+def test_killed_and_resumed(place, tmp_path):
+    p = start(place, tmp_path/"whole")
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    rng, killed = random.Random(0), 0
+    for _ in range(20):
+        p = start(place, tmp_path/"cut", "--resume")
+        file, seen = tmp_path/"cut"/"state"/"surgery.safetensors", None
+        before = file.stat().st_mtime_ns if file.exists() else None
+        while p.poll() is None and seen in (None, before): # at least one more step each time
+            seen = file.stat().st_mtime_ns if file.exists() else None
+            time.sleep(.002)
+        time.sleep(rng.uniform(0, .1))
+        if p.poll() is not None: break
+        p.kill(); p.communicate()
+        killed += 1
+        assert not (tmp_path/"cut"/"result.json").exists()
+    else: p = start(place, tmp_path/"cut", "--resume")
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    assert killed >= 5 and results(tmp_path/"cut") == results(tmp_path/"whole") and not (tmp_path/"cut"/"state").exists()
+
+
+def test_interrupted_it_leaves_the_best_so_far(place, tmp_path):
+    p = start(place, tmp_path/"out")
+    while not (tmp_path/"out"/"state"/"surgery.safetensors").exists() and p.poll() is None: time.sleep(.002)
+    p.send_signal(signal.SIGINT)
+    _, errors = p.communicate(timeout=300)
+    assert p.returncode == 130 and "ending after this step" in errors and "Traceback" not in errors
+    steps = len(results(tmp_path/"out")[0]["history"])
+    assert 1 <= steps < 12
+    p = start(place, tmp_path/"out")
+    assert p.wait(timeout=300) == 2 and "--resume" in p.stderr.read()
+    p = start(place, tmp_path/"out", "--resume")
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    assert len(results(tmp_path/"out")[0]["history"]) == 12
