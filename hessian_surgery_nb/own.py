@@ -127,6 +127,7 @@ def _parts(folder: Path, hessian: int, g) -> tuple[list, dict]: # (file, class) 
     taken = {f for f, _ in curved}
     return curved, {c: [f for f in files if f not in taken] for c, files in rest.items()}
 
+# %% ../nbs/09a_own.ipynb #54321249
 def own_sets(
     folder, # train/CLASS/* and test/CLASS/*, or CLASS/*
     preparation: Preparation = Preparation(),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 from .data import check_disjoint
@@ -419,7 +419,7 @@ def as_steps(records: list[dict]) -> list[StepRecord]:
 
 def write_tensors(path: Path, tensors: dict, facts: dict):
     "Tensors and facts in one file, whole or not at all."
-    write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+    write_atomic(path, tensor_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
 
 def read_tensors(path: Path, request: dict) -> tuple[dict, dict]: # tensors, facts
     "The same again, if it belongs to what is asked for."
@@ -428,6 +428,7 @@ def read_tensors(path: Path, request: dict) -> tuple[dict, dict]: # tensors, fac
         raise InputError(f"a run goes on with the request it began with. {path} has {facts['request']}; this is {request}. Remove it, or name another run_dir.")
     return tensors, facts
 
+# %% ../nbs/05_surgery.ipynb #d9e9a6b0
 def _part(tensors, of): return {k[len(of) + 1:]: v for k, v in tensors.items() if k.startswith(of + ".")}
 
 class _State:
@@ -456,7 +457,7 @@ class _State:
         op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **_part(s, "pairs")), Sensitivity(**first["S"], **_part(s, "S"))
         if facts["same"] and not op.over: op.draw(facts["drawn"])
 
-# %% ../nbs/05_surgery.ipynb #b3dc1f8e
+# %% ../nbs/05_surgery.ipynb #39ef1110
 @patch
 def to_frame(self: SurgeryResult):
     "Each class before and after, in percent, with its change in pp."
@@ -476,7 +477,7 @@ def history_frame(self: SurgeryResult):
             for h in self.history]
     return pd.DataFrame(rows).set_index("iteration")
 
-# %% ../nbs/05_surgery.ipynb #3145fc82
+# %% ../nbs/05_surgery.ipynb #e5466590
 def plot_before_after(
     before: ClassReport, after: ClassReport,
     ax=None,
@@ -496,7 +497,7 @@ def plot_before_after(
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
 
-# %% ../nbs/05_surgery.ipynb #b148853d
+# %% ../nbs/05_surgery.ipynb #a110651a
 def plot_history(
     result: SurgeryResult,
     axes=None, # two axes: sigma, amplitude
@@ -519,7 +520,7 @@ def plot_history(
     axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"]); axes[1].set_ylim(bottom=0)
     return axes
 
-# %% ../nbs/05_surgery.ipynb #7ad0962d
+# %% ../nbs/05_surgery.ipynb #7b5380de
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
     return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,
