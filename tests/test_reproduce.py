@@ -67,7 +67,7 @@ def test_killed_in_every_run_it_ends_in_the_same_numbers(place, whole):
     for name in ("network", "linearisation", "surgery_gamma_p2", "bulk_finetune", "classic_finetune"):
         p = start(place, out)
         assert any(f"{name} begins" in line for line in p.stderr), f"{name} never began"
-        time.sleep(rng.uniform(0, .3))
+        time.sleep(rng.uniform(0, .05))
         p.kill(); p.communicate()
         assert p.returncode == -signal.SIGKILL # it was under way
         stored = {f.name: json.loads(f.read_text()) for f in out.glob("*.json")} # each whole, or not there

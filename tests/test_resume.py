@@ -48,7 +48,8 @@ def test_cut_anywhere_it_ends_the_same(digits, tmp_path, settings):
         try: again = run(tmp_path/"cut", cutting(rng.randint(14, 28) + 4 * cuts)); break
         except Cut: cuts += 1
     assert cuts >= 2 and (settings.get("eps", 0) < .8 or not all(h.accepted for h in whole.history))
-    assert [replace(h, seconds=0.) for h in again.history] == [replace(h, seconds=0.) for h in whole.history] and again.best == whole.best
+    timeless = [repr([replace(h, seconds=0.) for h in r.history]) for r in (again, whole)] # as text: random directions have NaN for eigenvalues
+    assert timeless[0] == timeless[1] and again.best == whole.best
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values()))
     assert torch.equal(again.spikes.vectors, whole.spikes.vectors) and torch.equal(again.sensitivity.per_image, whole.sensitivity.per_image)
 
