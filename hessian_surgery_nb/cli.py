@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
+from .baselines import Comparison, compare, mean_interval, paired_interval, plot_comparison, shown
 from .data import Splits, class_files, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank, screen
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
@@ -40,7 +40,7 @@ from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
 from .surgery import SurgeryConfig, check_config, operate, plot_before_after, plot_history
-from .train import TrainLog, train
+from .train import TrainLog, predict, train
 
 # %% auto #0
 __all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'DemoRun', 'run_demo', 'method_rows', 'text_table', 'class_rows',
@@ -398,21 +398,28 @@ def operate_own(args: argparse.Namespace) -> int:
     if args.dry_run: print(_plan(net, sets, config)); return 0
     with _asked_to_stop() as asked:
         r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, run_dir=state, stop=asked, progress=sys.stderr.isatty())
-    cut = asked() and len(r.history) < config.iterations
+    cut, change = asked() and len(r.history) < config.iterations, _held_out_change(net, r, sets)
     command, rows = shlex.join(["hessian-surgery", *args.argv]), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, (_, b, a, c) in zip(sets.classes, r.to_frame().itertuples(index=False))]
-    header, totals = ["class", "before (%)", "after (%)", "change (pp)"], f"Held-out: sigma {100 * r.before.sigma:.1f} -> {100 * r.after.sigma:.1f} pp, global {100 * r.before.overall:.1f} -> {100 * r.after.overall:.1f} %, worst class {100 * r.before.worst:.1f} -> {100 * r.after.worst:.1f} %"
-    page = [f"<h1>Surgery on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(totals)}.</p>', figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
+    header, totals = ["class", "before (%)", "after (%)", "change (pp)"], f"Held-out: sigma {100 * r.before.sigma:.1f} -> {100 * r.after.sigma:.1f} pp, global {100 * r.before.overall:.1f} -> {100 * r.after.overall:.1f} %, worst class {100 * r.before.worst:.1f} -> {100 * r.after.worst:.1f} %. {change['says']}"
+    page = [f"<h1>Surgery on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(totals)}</p>', figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
             table_tag(header, rows, "Held-out accuracy by class"), figure_tag(plot_history(r), "Sigma on the sensitivity set and amplitude, step by step.", "Sigma on the sensitivity set and amplitude, step by step; crosses were turned back."),
             f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>"]
     r.save(out_dir(out))
     write_atomic(out/"report.html", html_page(f"Surgery on {args.model}", page).encode())
-    write_atomic(out/"result.json", json_bytes(r.to_dict() | dict(command=command, classes=list(sets.classes))))
+    write_atomic(out/"result.json", json_bytes(r.to_dict() | dict(command=command, classes=list(sets.classes), change=change)))
     if not cut: shutil.rmtree(state)
     if args.json: print((out/"result.json").read_text(), end="")
     else: print(f"{text_table(header, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
     return 130 if cut else 0
 
 # %% ../nbs/10_cli.ipynb #a116ff16
+def _held_out_change(net, r, sets) -> dict:
+    "The change of sigma on held-out images with its interval, and what it says."
+    (z, y), (after, _) = (predict(m, sets.held_out) for m in (net, r.model))
+    sigma, lo, hi = (100 * v for v in (r.after.sigma - r.before.sigma, *paired_interval(z.argmax(1) == y, after.argmax(1) == y, y)))
+    says = "The spread fell by more than chance." if hi < 0 else "The spread grew: keep your own weights." if lo > 0 else "That may be chance: more held-out images would tell."
+    return dict(sigma_pp=sigma, low95=lo, high95=hi, says=f"Change of sigma {sigma:+.1f} pp [{lo:+.1f}, {hi:+.1f}]. {says}")
+
 @contextlib.contextmanager
 def _asked_to_stop(): # a function: whether Ctrl-C was pressed
     "The first Ctrl-C ends the run after its step, the second at once."

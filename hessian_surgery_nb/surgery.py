@@ -518,6 +518,7 @@ def plot_history(
     axes[0].axvline(result.best, color=COLOURS["green"], ls=":", label="returned")
     axes[0].legend(frameon=False, fontsize=8, ncols=4)
     axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"]); axes[1].set_ylim(bottom=0)
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return axes
 
 # %% ../nbs/05_surgery.ipynb #7b5380de
