@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from many import tuned
-from problem import about, arguments, images, network, peak_gb, table, write
+from many import parameters, prepared
+from problem import about, images, peak_gb, table, write
 from torch import nn
 
 from hessian_surgery_nb.deflation import deflated_operate
 from hessian_surgery_nb.experiments import phase_sizes
-from hessian_surgery_nb.models import load_weights, num_params, resnet50
+from hessian_surgery_nb.models import num_params
 from hessian_surgery_nb.surgery import SurgeryConfig
 
 
@@ -32,23 +32,14 @@ class Watch:
 
 
 def main():
-    p = arguments(__doc__, "nbs/runs/bench_deflated.json")
+    p = parameters(__doc__, "nbs/runs/bench_deflated.json")
     p.add_argument("--spikes", type=int, default=99)
     p.add_argument("--phase", type=int, default=15, help="spikes a phase")
     p.add_argument("--iterations", type=int, default=3, help="of surgery, a phase")
     p.add_argument("--per-class", type=int, default=5, help="sensitivity images of each class; memory does not depend on it, time does")
-    p.add_argument("--steps", type=int, default=25, help="of fine-tuning")
-    p.add_argument("--bf16", action="store_true", help="keep directions in bfloat16: half the memory")
-    p.add_argument("--network", help="where the fine-tuned network is kept, so that it is made once")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    classes = sorted(f.name for f in (Path(args.data)/"train").iterdir()) if args.data else list(map(str, range(100)))
-    net = resnet50(classes=len(classes))
-    X, y = images(args.data, args.batch, classes=classes)
-    if args.network and Path(args.network).exists(): load_weights(net, args.network)
-    else:
-        if args.weights: net.load_state_dict({k: t for k, t in network(args.weights).state_dict().items() if not k.startswith("fc")}, strict=False)
-        tuned(net, *images(args.data, 20_000, seed=1, classes=classes), args.steps)
+    net, classes, (X, y) = prepared(args)
     Xs, ys = images(args.data, 200 * len(classes), seed=2, classes=classes)
     rows = torch.cat([(ys == c).nonzero().flatten()[:args.per_class] for c in range(len(classes))])
     sensitivity = list(zip(Xs[rows].split(50), ys[rows].split(50)))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from problem import about, arguments, gradient_seconds, images, network, peak_gb, table, write
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm, trange
 
@@ -45,27 +46,35 @@ def tuned(net, X, y, steps: int):
     return net
 
 
-def main():
-    p = arguments(__doc__, "nbs/runs/bench_many.json")
-    p.add_argument("--classes", type=int, default=100)
-    p.add_argument("--steps", type=int, default=50, help="of fine-tuning")
-    p.add_argument("--tol", type=float, default=1e-2)
-    p.add_argument("--max-basis", type=int, default=125, help="vectors kept")
-    p.add_argument("--max-matvecs", type=int, default=1000, help="products at most")
-    p.add_argument("--bf16", action="store_true", help="store vectors in bfloat16: half the memory")
-    p.add_argument("--network", help="where the fine-tuned network is kept, so that it is made once")
-    args = p.parse_args()
-    torch.set_num_threads(args.threads)
+def prepared(args): # the network, the names of its classes, the batch that shows the curvature
+    "Ready to be looked at; kept in --network, so that it is made once."
     classes = sorted(f.name for f in (Path(args.data)/"train").iterdir()) if args.data else list(map(str, range(args.classes)))
     net = resnet50(classes=len(classes))
-    X, y = images(args.data, args.batch, classes=classes)
     if args.network and Path(args.network).exists(): load_weights(net, args.network)
     else:
         if args.weights: net.load_state_dict({k: t for k, t in network(args.weights).state_dict().items() if not k.startswith("fc")}, strict=False)
         tuned(net, *images(args.data, 20_000, seed=1, classes=classes), args.steps)
-        if args.network:
-            from safetensors.torch import save_file
-            save_file(net.state_dict(), args.network)
+        if args.network: save_file(net.state_dict(), args.network)
+    return net, classes, images(args.data, args.batch, classes=classes)
+
+
+def parameters(text: str, out: str):
+    p = arguments(text, out)
+    p.add_argument("--classes", type=int, default=100)
+    p.add_argument("--steps", type=int, default=50, help="of fine-tuning")
+    p.add_argument("--bf16", action="store_true", help="store vectors in bfloat16: half the memory")
+    p.add_argument("--network", help="where the fine-tuned network is kept, so that it is made once")
+    return p
+
+
+def main():
+    p = parameters(__doc__, "nbs/runs/bench_many.json")
+    p.add_argument("--tol", type=float, default=1e-2)
+    p.add_argument("--max-basis", type=int, default=125, help="vectors kept")
+    p.add_argument("--max-matvecs", type=int, default=1000, help="products at most")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    net, classes, (X, y) = prepared(args)
     unit, ready = gradient_seconds(net, X, y), peak_gb()
     op, curve, done = HessianOperator(net, nn.CrossEntropyLoss(), (X, y), mode="kept"), [], threading.Event()
     def watch():

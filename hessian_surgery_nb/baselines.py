@@ -235,14 +235,11 @@ def compare(
     surgery = surgery or run(config)
     names = surgery.before.names
     untouched, *rivals = post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps)
-    (_, yh), (_, ys) = predict(model, held_out, forward=forward), predict(model, sensitivity_data, forward=forward)
-    def operated(name, r):
-        return _rival(name, predict(r.model, held_out, forward=forward)[0], yh, predict(r.model, sensitivity_data, forward=forward)[0], ys, names,
-                      f"eps = {r.history[0].eps:.2g}, step {r.best} of {len(r.history)}", sum(h.passes for h in r.history))
+    def operated(name, r): return Rival(name, r.after, r.sensitivity_after, f"eps = {r.history[0].eps:.2g}, step {r.best} of {len(r.history)}", sum(h.passes for h in r.history), r.correct[1])
     if controls:
         rivals.append(operated("random subspace, same norm", run(replace(config, directions="random", eps=surgery.history[0].eps))))
         rivals.append(operated("random subspace, own amplitude", run(replace(config, directions="random", eps=None))))
-    return Comparison((untouched, operated("surgery", surgery), *rivals), yh.cpu(), surgery)
+    return Comparison((untouched, operated("surgery", surgery), *rivals), surgery.labels, surgery)
 
 # %% ../nbs/05a_baselines.ipynb #f843dec5
 @patch

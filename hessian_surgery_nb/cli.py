@@ -28,25 +28,25 @@ from torch import nn
 
 from . import __version__
 from .baselines import Comparison, compare, mean_interval, paired_interval, plot_comparison, shown
-from .data import Splits, class_files, load_digits, long_tail_splits, plot_counts
+from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank, screen
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .models import digits_net, num_params, weights_bytes, write_atomic
-from .own import load_network, own_sets
+from .own import load_network, own_files, own_sets
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, check_config, operate, plot_before_after, plot_history
-from .train import TrainLog, predict, train
+from .surgery import SurgeryConfig, SurgeryResult, check_config, operate, plot_before_after, plot_history
+from .train import TrainLog, train
 
 # %% auto #0
-__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'DemoRun', 'run_demo', 'method_rows', 'text_table', 'class_rows',
-           'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page', 'demo_report', 'versions',
-           'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'operate_own', 'screen_own', 'spectrum_own',
-           'demo', 'parser', 'main']
+__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'OWN_HEADER', 'DemoRun', 'run_demo', 'method_rows', 'text_table',
+           'class_rows', 'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page',
+           'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'operate_own',
+           'own_report', 'screen_own', 'spectrum_own', 'demo', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -269,6 +269,11 @@ def _scale(args) -> Scale:
     chosen = {k: v for k, v in dict(epochs=args.epochs, pixels=args.pixels, hessian=args.hessian).items() if v is not None}
     return Scale(**quick | chosen) if args.quick else Scale(precision=args.precision, **chosen)
 
+def _device(args) -> torch.device:
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try: return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as e: raise InputError(f"--device must be one that PyTorch has here. {wanted} is not ({str(e).splitlines()[0]}); use cpu, or auto.") from e
+
 def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 def _time_left(todo, known) -> str: # todo: (study, name) still to run
@@ -298,7 +303,7 @@ def reproduce(args: argparse.Namespace) -> int:
     if held_back < 0: raise InputError(f"--held-back must be 0 or more. Got {held_back}.")
     low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
     if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = str(_device(args))
     for flag, file in (("--weights", args.weights), ("--init", args.init)):
         if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
     out = check_out(args.out)
@@ -355,24 +360,22 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
 # %% ../nbs/10_cli.ipynb #0f2cabda
 def _own(args: argparse.Namespace): # network, sets
     "What the flags name, ready for use."
-    folder = Path(args.data).expanduser()
-    names = class_files(next((folder/n for n in ("test", "val", "valid", "validation") if (folder/n).is_dir()), folder))
+    device, (_, names) = _device(args), own_files(args.data)
     net, seen = load_network(args.model, classes=len(names), weights=args.weights)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
-    sets = own_sets(folder, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty())
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    sets = own_sets(args.data, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty())
     net = net.to(device)
     first = next(iter(sets.hessian))[0][:2]
     try:
         with torch.no_grad(): outputs = net(first.to(device))
     except RuntimeError as e: raise InputError(f"the network must take the images. {args.model} refuses {tuple(first.shape)} ({str(e).splitlines()[0]}); give --resize and --crop.") from e
     if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
-    if outputs.shape[1] != len(names): raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {folder} has {len(names)} classes; name a file of --weights with that head.")
+    if outputs.shape[1] != len(names): raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {args.data} has {len(names)} classes; name a file of --weights with that head.")
     return net, sets
 
 def _config(args) -> SurgeryConfig:
-    p = args.p if args.p == "auto" else float(args.p) if args.p.replace(".", "", 1).isdigit() else None
-    if p is None: raise InputError(f"--p must be a number or auto. Got {args.p}.")
+    try: p = args.p if args.p == "auto" else float(args.p)
+    except ValueError as e: raise InputError(f"--p must be a number or auto. Got {args.p}.") from e
     return SurgeryConfig(iterations=args.iterations, num_spikes=args.spikes, eps=args.eps, p=p, tau=args.tau, schedule=args.schedule, scheme=args.scheme, metric=args.metric, params=args.params, seed=args.seed)
 
 def _plan(net, sets, c: SurgeryConfig) -> str:
@@ -398,28 +401,42 @@ def operate_own(args: argparse.Namespace) -> int:
     if args.dry_run: print(_plan(net, sets, config)); return 0
     with _asked_to_stop() as asked:
         r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, run_dir=state, stop=asked, progress=sys.stderr.isatty())
-    cut, change = asked() and len(r.history) < config.iterations, _held_out_change(net, r, sets)
-    command, rows = shlex.join(["hessian-surgery", *args.argv]), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, (_, b, a, c) in zip(sets.classes, r.to_frame().itertuples(index=False))]
-    header, totals = ["class", "before (%)", "after (%)", "change (pp)"], f"Held-out: sigma {100 * r.before.sigma:.1f} -> {100 * r.after.sigma:.1f} pp, global {100 * r.before.overall:.1f} -> {100 * r.after.overall:.1f} %, worst class {100 * r.before.worst:.1f} -> {100 * r.after.worst:.1f} %. {change['says']}"
-    page = [f"<h1>Surgery on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(totals)}</p>', figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
-            table_tag(header, rows, "Held-out accuracy by class"), figure_tag(plot_history(r), "Sigma on the sensitivity set and amplitude, step by step.", "Sigma on the sensitivity set and amplitude, step by step; crosses were turned back."),
-            f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>"]
-    r.save(out_dir(out))
-    write_atomic(out/"report.html", html_page(f"Surgery on {args.model}", page).encode())
-    write_atomic(out/"result.json", json_bytes(r.to_dict() | dict(command=command, classes=list(sets.classes), change=change)))
+    cut, change, command = asked() and len(r.history) < config.iterations, _held_out_change(r), shlex.join(["hessian-surgery", *args.argv])
+    totals, rows = _own_totals(r, change), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, _, b, a, c in r.to_frame().itertuples()]
+    r.save(out_dir(out), command=command, classes=list(sets.classes), change=change)
+    write_atomic(out/"report.html", own_report(r, args.model, totals, rows, command).encode())
     if not cut: shutil.rmtree(state)
     if args.json: print((out/"result.json").read_text(), end="")
-    else: print(f"{text_table(header, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
+    else: print(f"{text_table(OWN_HEADER, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
     return 130 if cut else 0
 
 # %% ../nbs/10_cli.ipynb #a116ff16
-def _held_out_change(net, r, sets) -> dict:
+OWN_HEADER = ["class", "before (%)", "after (%)", "change (pp)"]
+
+def _held_out_change(r: SurgeryResult) -> dict:
     "The change of sigma on held-out images with its interval, and what it says."
-    (z, y), (after, _) = (predict(m, sets.held_out) for m in (net, r.model))
-    sigma, lo, hi = (100 * v for v in (r.after.sigma - r.before.sigma, *paired_interval(z.argmax(1) == y, after.argmax(1) == y, y)))
-    says = "The spread fell by more than chance." if hi < 0 else "The spread grew: keep your own weights." if lo > 0 else "That may be chance: more held-out images would tell."
+    sigma, lo, hi = (100 * v for v in (r.after.sigma - r.before.sigma, *paired_interval(*r.correct, r.labels)))
+    says = "Nothing changed." if r.correct[0].equal(r.correct[1]) else "The spread fell by more than chance." if hi < 0 else "The spread grew: keep your own weights." if lo > 0 else "That may be chance: more held-out images would tell."
     return dict(sigma_pp=sigma, low95=lo, high95=hi, says=f"Change of sigma {sigma:+.1f} pp [{lo:+.1f}, {hi:+.1f}]. {says}")
 
+def _own_totals(r: SurgeryResult, change: dict) -> str:
+    moved = lambda what, unit: f"{100 * getattr(r.before, what):.1f} -> {100 * getattr(r.after, what):.1f} {unit}"
+    return f"Held-out: sigma {moved('sigma', 'pp')}, global {moved('overall', '%')}, worst class {moved('worst', '%')}. {change['says']}"
+
+def own_report(
+    r: SurgeryResult, model: str, totals: str, rows: list[list[str]], command: str,
+) -> str: # HTML
+    "The page of one operation."
+    import matplotlib
+    matplotlib.use("Agg")
+    steps = "Sigma on the sensitivity set and amplitude, step by step"
+    return html_page(f"Surgery on {model}", [
+        f"<h1>Surgery on {html.escape(model)}</h1>", f'<p class="lead">{html.escape(totals)}</p>',
+        figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
+        table_tag(OWN_HEADER, rows, "Held-out accuracy by class"), figure_tag(plot_history(r), f"{steps}.", f"{steps}; crosses were turned back."),
+        f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>"])
+
+# %% ../nbs/10_cli.ipynb #ea3e657a
 @contextlib.contextmanager
 def _asked_to_stop(): # a function: whether Ctrl-C was pressed
     "The first Ctrl-C ends the run after its step, the second at once."
@@ -434,11 +451,12 @@ def _asked_to_stop(): # a function: whether Ctrl-C was pressed
     finally:
         if mine: signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/10_cli.ipynb #6e9c45fc
 def screen_own(args: argparse.Namespace) -> int:
     "The `screen` command."
     net, sets = _own(args)
     look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty())
-    facts = {k: getattr(look, k) for k in ("effective_rank", "rank_interval", "noise_floor", "amplitude_rank", "flatness", "energy", "sigma", "predicted_sigma", "eps", "matvecs", "passes")} | dict(signal_to_noise=look.sensitivity.signal_to_noise)
+    facts = {k: v for k, v in vars(look).items() if k != "sensitivity"} | dict(signal_to_noise=look.sensitivity.signal_to_noise)
     if args.json: print(json.dumps(facts, indent=1)); return 0
     print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {facts['signal_to_noise']:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if facts["signal_to_noise"] < 1 else "."))
     return 0
@@ -454,7 +472,7 @@ def spectrum_own(args: argparse.Namespace) -> int:
     print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
     return 0
 
-# %% ../nbs/10_cli.ipynb #6e9c45fc
+# %% ../nbs/10_cli.ipynb #2afe0409
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
     from tqdm.auto import tqdm
@@ -475,7 +493,7 @@ def demo(args: argparse.Namespace) -> int:
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #f7f1dca8
+# %% ../nbs/10_cli.ipynb #62a8fd52
 def parser() -> argparse.ArgumentParser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
@@ -500,7 +518,7 @@ def parser() -> argparse.ArgumentParser:
     _add_reproduce(sub, wide)
     return p
 
-# %% ../nbs/10_cli.ipynb #2afe0409
+# %% ../nbs/10_cli.ipynb #a0ea0246
 def _add_own(sub, wide, name, run, says):
     o = sub.add_parser(name, formatter_class=wide, help=says, description=f"{says[0].upper() + says[1:]}. Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on.")
     o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
@@ -532,7 +550,7 @@ def _add_surgery(o):
     o.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --out")
     o.add_argument("--dry-run", action="store_true", help="say what would be done and about how long it takes, and stop")
 
-# %% ../nbs/10_cli.ipynb #62a8fd52
+# %% ../nbs/10_cli.ipynb #82f82495
 def _add_reproduce(sub, wide):
     r = sub.add_parser(
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
@@ -565,7 +583,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     r.set_defaults(run=reproduce)
 
-# %% ../nbs/10_cli.ipynb #a0ea0246
+# %% ../nbs/10_cli.ipynb #6b05c4bf
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code

@@ -19,9 +19,9 @@ from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
 __all__ = ['IMAGES', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
-           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'read_images', 'class_files', 'image_folder',
-           'write_toy_images', 'torchvision_part', 'data_dir', 'read_dataset', 'normalised', 'image_splits',
-           'held_back_splits']
+           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'decoded', 'read_images', 'class_files',
+           'image_folder', 'write_toy_images', 'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder',
+           'check_same_classes', 'read_dataset', 'normalised', 'image_splits', 'held_back_splits']
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 def read_image(
     path, size: int | None = None, # pixels a side; None: as it is
+    *, fit=None, # what to do with the PIL image instead
 ): # (3, H, W) uint8
     "One image as RGB bytes."
     from PIL import Image, ImageOps
@@ -188,7 +189,8 @@ def read_image(
     try:
         with Image.open(path) as im:
             im = im.convert("RGBA").convert("RGB") if im.mode in ("P", "PA", "LA") else im.convert("RGB")
-            if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)
+            if fit: im = fit(im)
+            elif size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(im)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(f"images must be readable. {path} is not ({type(e).__name__}: {e}); remove or replace it.") from e
@@ -197,13 +199,17 @@ def cache_dir() -> Path:
     "Where decoded images are kept."
     return Path(os.environ.get("HESSIAN_SURGERY_CACHE") or Path.home()/".cache"/"hessian_surgery_nb").expanduser()
 
-def _decode(files, size, progress):
+def decoded(
+    files: list, read, # read(path) -> (3, H, W) uint8
+    *, progress: bool = False, way_out: str = "pass size", # for the message where sizes differ
+) -> torch.Tensor: # (N, 3, H, W) uint8
+    "All of them, if they are of one size."
     from tqdm.auto import tqdm
-    first = read_image(files[0], size)
+    first = read(files[0])
     x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
     for i, f in enumerate(tqdm(files, desc="reading images", leave=False, disable=not progress)):
-        image = read_image(f, size)
-        if image.shape != first.shape: raise InputError(f"images must be of one size. {f} is {tuple(image.shape[1:])}, {files[0]} is {tuple(first.shape[1:])}; pass size.")
+        image = read(f)
+        if image.shape != first.shape: raise InputError(f"images must be of one size. {f} is {tuple(image.shape[1:])}, {files[0]} is {tuple(first.shape[1:])}; {way_out}.")
         x[i] = image
     return x
 
@@ -219,7 +225,7 @@ def read_images(
     stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in map(Path, files)]
     kept = cache_dir()/f"images-{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:20]}.safetensors"
     if kept.exists(): return load_file(kept)["x"]
-    x, part = _decode(list(files), size, progress), kept.with_suffix(f".{os.getpid()}.part")
+    x, part = decoded(list(files), functools.partial(read_image, size=size), progress=progress), kept.with_suffix(f".{os.getpid()}.part")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(x=x), part)
@@ -303,6 +309,23 @@ def data_dir() -> Path:
     "Where datasets lie."
     return Path(os.environ.get("HESSIAN_SURGERY_DATA") or "data").expanduser()
 
+def dataset_folder(
+    name, root=None, # as for `read_dataset`
+) -> Path: # may not be there
+    "Where one dataset lies."
+    named = Path(name).expanduser()
+    return named if named.is_dir() else (Path(root).expanduser() if root else data_dir())/str(name)
+
+def unseen_folder(folder: Path) -> Path | None:
+    "The directory of images that the network was not trained on."
+    return next((folder/p for p in ("test", "val", "valid", "validation") if (folder/p).is_dir()), None)
+
+def check_same_classes(learned, unseen, where: Path): # class names of the training images and of the others, and where those lie
+    "Refuse classes that only one of them has."
+    strange, missing = sorted(set(unseen) - set(learned)), sorted(set(learned) - set(unseen))
+    if strange: raise InputError(f"every test class must be among the training classes. {where/strange[0]} is not{f', nor are {len(strange) - 1} others' if strange[1:] else ''}; remove it, or add training images.")
+    if missing: raise InputError(f"every class must have test images, so that it can be measured. {missing[0]} has none in {where}; add some.")
+
 def _torchvision_cifar(name, root, download):
     datasets = torchvision_part("datasets")
     make = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name]
@@ -324,17 +347,15 @@ def read_dataset(
     progress: bool = False,
 ) -> tuple[Samples, Samples]: # training and test images, uint8
     "Images with their labels, from folders or from torchvision."
-    root = Path(root).expanduser() if root else data_dir()
-    folder = Path(name).expanduser() if Path(name).expanduser().is_dir() else root/str(name)
+    folder = dataset_folder(name, root)
     if (folder/"train").is_dir():
-        other = next((p for p in ("test", "val", "valid", "validation") if (folder/p).is_dir()), None)
+        other = unseen_folder(folder)
         if other is None: raise InputError(f"a dataset holds train and test. {folder} has train only; set some images apart as {folder/'test'}.")
-        train, test = (image_folder(folder/p, size=size, source=f"{folder.name}/{p}", progress=progress) for p in ("train", other))
-        strange, missing = sorted(set(test.classes) - set(train.classes)), sorted(set(train.classes) - set(test.classes))
-        if strange: raise InputError(f"every test class must be among the training classes. {folder/other/strange[0]} is not{f', nor are {len(strange) - 1} others' if strange[1:] else ''}; remove it, or add training images.")
-        if missing: raise InputError(f"every class must have test images, so that it can be measured. {missing[0]} has none in {folder/other}; add some.")
+        train, test = (image_folder(p, size=size, source=f"{folder.name}/{p.name}", progress=progress) for p in (folder/"train", other))
+        check_same_classes(train.classes, test.classes, other)
         return train, test
     if name in ("cifar10", "cifar100"):
+        root = Path(root).expanduser() if root else data_dir()
         if download or (root/dict(cifar10="cifar-10-batches-py", cifar100="cifar-100-python")[name]).exists(): return _torchvision_cifar(name, root, download)
         raise InputError(f"{name} is not in {root.absolute()}. Give download=True (--download) to fetch it with torchvision, or lay it out as {root/name/'train'}/CLASS/*.png and "
                          f"{root/name/'test'}/CLASS/*.png, or set HESSIAN_SURGERY_DATA to where it is.")

@@ -14,8 +14,9 @@ from torch import nn
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
+from .models import named_part, read_tensors, write_tensors
 from .runs import out_dir
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude, read_tensors, write_tensors
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude
 from .train import ClassReport
 
 # %% auto #0
@@ -147,6 +148,8 @@ class DeflatedResult:
     sensitivity_before: ClassReport
     sensitivity_after: ClassReport
     phases: list[PhaseRecord] = field(repr=False)
+    labels: torch.Tensor = field(repr=False) # (N,) of the images that `before` and `after` were measured on
+    correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False) # (N,) bool each: which of them were right before and after
     def __repr__(self):
         b, a = self.before, self.after
         return (f"DeflatedResult({self.phases[-1].spikes} spikes in {len(self.phases)} phases, {a.measured_on}: sigma {100 * b.sigma:.2f} -> {100 * a.sigma:.2f} pp, "
@@ -171,7 +174,7 @@ class _Phases:
         path = None if self.dir is None else self.dir/"phases.safetensors"
         if path is None or not path.exists(): return
         tensors, facts = read_tensors(path, self.request)
-        self.op.model.load_state_dict({k[6:]: v for k, v in tensors.items()})
+        self.op.model.load_state_dict(named_part(tensors, "model"))
         self.kept.count, self.op.config = facts["count"], replace(self.op.config, eps=facts["eps"])
         self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
         self.op.history = [s for r in self.records for s in r.steps]
@@ -220,8 +223,8 @@ def deflated_operate(
     if config.directions != "spikes": raise InputError(f"phases are made of spikes. Got directions={config.directions!r}; use operate for the control.")
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    before = op.start if held_out is None else op.measure(held_out, "held_out")[0]
-    state = _Phases(op, tuple(phases), run_dir, basis_dtype, held_out, dict(phases=list(phases), dtype=str(basis_dtype), start=op.start.accuracy.tolist(), config=asdict(config)))
+    before, labels, was = op.reported(held_out)
+    state = _Phases(op, tuple(phases), run_dir, basis_dtype, held_out, dict(asdict(config), phases=list(phases), dtype=str(basis_dtype), start=op.start.accuracy.tolist()))
     state.load()
     for size in (bar := tqdm(state.phases[len(state.records):], desc="phases", leave=False, disable=not progress)):
         eps, first = _begin_phase(state, loss_fn, hessian_data, forward, size), len(op.history)
@@ -230,8 +233,8 @@ def deflated_operate(
         _end_phase(state, eps, op.history[first:])
         if after_phase: after_phase(state.records[-1])
         bar.set_postfix_str(f"{state.kept.count} spikes, sigma {100 * op.now.sigma:.2f} pp")
-    after = op.now if held_out is None else op.measure(held_out, "held_out")[0]
-    return DeflatedResult(op.model, before, after, op.start, op.now, state.records)
+    after, _, now = op.reported(held_out)
+    return DeflatedResult(op.model, before, after, op.start, op.now, state.records, labels, (was, now))
 
 # %% ../nbs/06_deflation.ipynb #92afd695
 def phase_frame(result: DeflatedResult):

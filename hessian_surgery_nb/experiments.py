@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 from .baselines import class_accuracies, post_hoc
-from .data import Samples, Splits, data_dir, held_back_splits, image_splits, read_dataset
+from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
 from .effective_rank import effective_rank
 from .hvp import HessianOperator, InputError
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
 from .lanczos import top_eigenpairs
-from .models import load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
+from .models import find_head, load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
 from .sensitivity import moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
-from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amplitude, report_dict, solve_coefficients
+from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
 from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
@@ -106,8 +106,8 @@ class Study:
 def _images(dataset, root, download, progress): return read_dataset(dataset, root=root, download=download, progress=progress)
 
 def _folder(dataset, root) -> Path:
-    named, root = Path(dataset).expanduser(), Path(root).expanduser() if root else data_dir()
-    return next((p for p in (named, root/dataset, *(root/n for n in ("isic2019", "ISIC_2019", "ISIC2019") if str(dataset) == "isic")) if p.is_dir()), root/dataset)
+    names = (dataset, *(("isic2019", "ISIC_2019", "ISIC2019") if str(dataset) == "isic" else ()))
+    return next((p for p in (dataset_folder(n, root) for n in names) if p.is_dir()), dataset_folder(dataset, root))
 
 @functools.lru_cache(1)
 def _lesions(folder, pixels, progress): return read_isic(folder, size=pixels, progress=progress)
@@ -274,7 +274,7 @@ def _surgery(study: Study, folder: Path, start: str = "network", images: Samples
     images, eps = images or s.hessian, settings.pop("eps", None) or amplitude(study, net, images)
     config = SurgeryConfig(eps=None if eps == "own" else eps, tau=study.tau, scheme="forward", seed=study.seed, **settings)
     r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, progress=study.progress)
-    return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=measured(study, r.model)["correct"])
+    return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]))
 
 def _register_surgeries():
     for schedule, p in itertools.product(("gamma", "adam"), (2., 1., .5, 0.)):
@@ -404,9 +404,8 @@ def _deflated(study: Study, folder: Path, metric: str) -> dict:
     config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", metric=metric, seed=study.seed)
     r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, study.scale.phase), config=config,
                          names=s.train.classes, run_dir=folder/"phases", progress=study.progress)
-    return dict(before=report_dict(r.before), after=report_dict(r.after), sensitivity_before=report_dict(r.sensitivity_before), sensitivity_after=report_dict(r.sensitivity_after), weights=keep(study, folder, r.model),
-                phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"),
-                correct=measured(study, r.model)["correct"])
+    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]),
+                phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"))
 
 def _phases_settings(s: Study): return dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau)
 
@@ -436,7 +435,7 @@ def focal_start(study: Study, folder: Path, gamma) -> dict:
 def balanced_start(study: Study, folder: Path, beta) -> dict:
     "The network trained on with class-balanced weights: a third of the time the head alone, then all of it."
     net, s, epochs = model_of(study, "network"), study.splits, study.scale.start_epochs
-    head = {id(p) for p in [m for m in net.modules() if isinstance(m, nn.Linear)][-1].parameters()}
+    head = {id(p) for p in find_head(net, len(s.train.classes))[1].parameters()}
     for name, free, n in (("head", head, max(1, epochs // 3)), ("all", {id(p) for p in net.parameters()}, max(1, epochs - epochs // 3))):
         for p in net.parameters(): p.requires_grad_(id(p) in free)
         train(net, s.train.pair, loss_fn=effective_number_loss(s.train.counts, beta).to(study.device), epochs=n, seed=study.seed, run_dir=folder/name, progress=study.progress, **STARTS)

@@ -19,7 +19,7 @@ from .testbed import seeded
 
 # %% auto #0
 __all__ = ['num_params', 'digits_net', 'normed', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'weights_bytes',
-           'load_weights', 'find_head']
+           'write_tensors', 'read_tensors', 'named_part', 'load_weights', 'find_head']
 
 # %% ../nbs/02b_models.ipynb #e0562e4a
 def num_params(
@@ -121,6 +121,25 @@ def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file
     return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
 # %% ../nbs/02b_models.ipynb #e1961e83
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict): # facts: for JSON; `request` says what was asked for
+    "Tensors and facts in one file, whole or not at all."
+    from safetensors.torch import save
+    write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+
+def read_tensors(path: Path, request: dict) -> tuple[dict[str, torch.Tensor], dict]: # tensors, facts
+    "The same again, if the same was asked for."
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f: facts, tensors = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
+    now, then = json.loads(json.dumps(request)), facts["request"]
+    odd = [f"{k}={then.get(k)} (now {now.get(k)})" for k in {**now, **then} if then.get(k) != now.get(k)]
+    if odd: raise InputError(f"a run goes on with what it began with. {path} has {', '.join(odd)}; remove it, or name another run_dir.")
+    return tensors, facts
+
+def named_part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    "Those whose names begin with `name.`, without it."
+    return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+# %% ../nbs/02b_models.ipynb #54ab3aba
 def _stored(path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
     try: return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
@@ -142,7 +161,7 @@ def load_weights(
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in stored.items()})
     return model
 
-# %% ../nbs/02b_models.ipynb #bd0a97b3
+# %% ../nbs/02b_models.ipynb #2ef49ecb
 def find_head(
     model: nn.Module,
     classes: int, # C

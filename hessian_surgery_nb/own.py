@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import class_files, read_image, torchvision_part
+from .data import check_same_classes, class_files, decoded, read_image, torchvision_part, unseen_folder
 from .hvp import InputError
 from .models import load_weights
 
 # %% auto #0
-__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'own_sets']
+__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'own_files', 'own_sets']
 
 # %% ../nbs/09a_own.ipynb #9a15eb82
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Preparation:
 
     def image(self, path) -> torch.Tensor: # (3, H, W) uint8
         "Read, resize, crop."
-        x, F = read_image(path), torchvision_part("transforms").functional
-        if self.resize: x = F.pil_to_tensor(F.resize(F.to_pil_image(x), self.resize))
-        return F.center_crop(x, self.crop) if self.crop else x
+        F = torchvision_part("transforms").functional
+        def fit(image):
+            if self.resize: image = F.resize(image, self.resize)
+            return F.center_crop(image, self.crop) if self.crop else image
+        return read_image(path, fit=fit)
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor: # (N, 3, H, W) uint8 -> float32
         "Centre and scale the colours."
@@ -116,12 +118,18 @@ class OwnSets:
     def __repr__(self): return f"OwnSets({len(self.classes)} classes; hessian {len(self.hessian.y)}, sensitivity {len(self.sensitivity.y)}, held_out {len(self.held_out.y)})"
 
 # %% ../nbs/09a_own.ipynb #d5ec8cfc
-def _parts(folder: Path, hessian: int, g) -> tuple[list, dict]: # (file, class) for the curvature; class -> files for the rest
-    test = next((folder/n for n in ("test", "val", "valid", "validation") if (folder/n).is_dir()), None)
-    if test and (folder/"train").is_dir():
-        learned, rest = class_files(folder/"train"), class_files(test)
-        if learned.keys() != rest.keys(): raise InputError(f"train and {test.name} must hold the same classes. {sorted(learned.keys() ^ rest.keys())[0]} is in one only.")
-    else: learned = rest = class_files(folder)
+def own_files(
+    folder, # train/CLASS/* and test/CLASS/*, or CLASS/*
+) -> tuple[dict, dict]: # class -> images to see the curvature with; class -> images to decide and report with, maybe the same
+    "What lies in a folder."
+    folder = Path(folder).expanduser()
+    test = unseen_folder(folder)
+    if test is None or not (folder/"train").is_dir(): return (files := class_files(test or folder)), files
+    learned, rest = class_files(folder/"train"), class_files(test)
+    check_same_classes(learned, rest, test)
+    return learned, rest
+
+def _parts(learned, rest, hessian: int, g) -> tuple[list, dict]: # (file, class) for the curvature; class -> files for the rest
     every = [(f, c) for c, files in learned.items() for f in files]
     curved = [every[i] for i in torch.randperm(len(every), generator=g)[:hessian].tolist()]
     taken = {f for f, _ in curved}
@@ -140,20 +148,14 @@ def own_sets(
     "Images to see the curvature, to decide, to report."
     if hessian < 1 or batch < 1: raise InputError(f"hessian and batch are numbers of images, at least 1. Got {hessian} and {batch}.")
     g = torch.Generator().manual_seed(seed)
-    curved, rest = _parts(Path(folder).expanduser(), hessian, g)
+    curved, rest = _parts(*own_files(folder), hessian, g)
     halves = [], []
     for c, files in rest.items():
         if len(files) < 2: raise InputError(f"every class needs at least 2 images to decide and to report. {c} has {len(files)}.")
         order = torch.randperm(len(files), generator=g).tolist()
         for half, chosen in zip(halves, (order[::2], order[1::2])): half += [(files[i], c) for i in sorted(chosen)]
     classes = tuple(rest)
-    def read(pairs, what): return ImageBatches(*_decoded(pairs, classes, preparation, what, progress), preparation, batch)
-    return OwnSets(read(curved, "curvature"), read(halves[0], "to decide"), read(halves[1], "to report"), classes)
-
-def _decoded(pairs, classes, preparation: Preparation, what: str, progress: bool):
-    from tqdm.auto import tqdm
-    images = []
-    for f, _ in tqdm(pairs, desc=f"images {what}", leave=False, disable=not progress):
-        images.append(preparation.image(f))
-        if images[-1].shape != images[0].shape: raise InputError(f"images must end in one size. {f} is {tuple(images[-1].shape[1:])}, {pairs[0][0]} is {tuple(images[0].shape[1:])}; give resize and crop.")
-    return torch.stack(images), torch.tensor([classes.index(c) for _, c in pairs])
+    def read(pairs):
+        files, labels = zip(*pairs)
+        return ImageBatches(decoded(files, preparation.image, progress=progress, way_out="give resize and crop"), torch.tensor([classes.index(c) for c in labels]), preparation, batch)
+    return OwnSets(read(curved), *map(read, halves), classes)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import numbers
 import time
@@ -16,14 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
-from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
-from .models import weights_bytes, write_atomic
+from .models import named_part, read_tensors, weights_bytes, write_atomic, write_tensors
 from .runs import json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
@@ -31,8 +28,8 @@ from .train import ClassReport, class_report_of, error_ratio, predict, wilson_in
 # %% auto #0
 __all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
            'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control', 'StepRecord',
-           'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'write_tensors', 'read_tensors',
-           'plot_before_after', 'plot_history', 'report_dict']
+           'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'plot_before_after', 'plot_history',
+           'report_dict', 'report_dicts']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -272,6 +269,8 @@ class SurgeryResult:
     best: int # iteration whose weights were kept; 0: none was better than the start
     spikes: Eigenpairs = field(repr=False) # at the start
     sensitivity: Sensitivity = field(repr=False) # at the start
+    labels: torch.Tensor = field(repr=False) # (N,) of the images that `before` and `after` were measured on
+    correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False) # (N,) bool each: which of them were right before and after
     def __repr__(self):
         b, a = self.before, self.after
         return (f"SurgeryResult({a.measured_on}: sigma {100 * b.sigma:.1f} -> {100 * a.sigma:.1f} pp, balanced "
@@ -313,6 +312,10 @@ class SurgeryOperation:
     def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
         seen = predict(self.model, data, forward=self.forward)
         return class_report_of(*seen, self.names, on), seen
+    def reported(self, held_out) -> tuple[ClassReport, torch.Tensor, torch.Tensor]: # report, labels, which images are right
+        "As the model is now: on the held-out set where there is one, else on the sensitivity set."
+        report, (z, y) = (self.now, self.seen) if held_out is None else self.measure(held_out, "held_out")
+        return report, y.cpu(), (z.argmax(1) == y).cpu()
 
     def begin(self):
         "The amplitude control, and what was measured to start it."
@@ -399,7 +402,7 @@ def operate(
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    before, kept = op.start if held_out is None else op.measure(held_out, "held_out")[0], _State(op, run_dir)
+    (before, labels, was), kept = op.reported(held_out), _State(op, run_dir)
     kept.load()
     for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress)):
         if op.over: break
@@ -408,39 +411,25 @@ def operate(
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
         if stop and stop(): break
     op.model.load_state_dict(op.best[1])
-    tuned = op.measure(sensitivity_data)[0]
-    after = tuned if held_out is None else op.measure(held_out, "held_out")[0]
-    return SurgeryResult(op.model, before, after, op.start, tuned, op.history, config, op.best[2], *op.first)
+    op.now, op.seen = op.measure(sensitivity_data)
+    after, _, now = op.reported(held_out)
+    return SurgeryResult(op.model, before, after, op.start, op.now, op.history, config, op.best[2], *op.first, labels, (was, now))
 
 # %% ../nbs/05_surgery.ipynb #ae4a8a80
 def as_steps(records: list[dict]) -> list[StepRecord]:
     "Steps from JSON."
     return [StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records]
 
-def write_tensors(path: Path, tensors: dict, facts: dict):
-    "Tensors and facts in one file, whole or not at all."
-    write_atomic(path, tensor_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
-
-def read_tensors(path: Path, request: dict) -> tuple[dict, dict]: # tensors, facts
-    "The same again, if it belongs to what is asked for."
-    with safe_open(path, "pt") as f: facts, tensors = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
-    if facts["request"] != json.loads(json.dumps(request)):
-        raise InputError(f"a run goes on with the request it began with. {path} has {facts['request']}; this is {request}. Remove it, or name another run_dir.")
-    return tensors, facts
-
-# %% ../nbs/05_surgery.ipynb #d9e9a6b0
-def _part(tensors, of): return {k[len(of) + 1:]: v for k, v in tensors.items() if k.startswith(of + ".")}
-
 class _State:
     "An operation between two steps, in a directory."
     def __init__(self, op: SurgeryOperation, run_dir):
         self.op, self.dir = op, None if run_dir is None else out_dir(run_dir)
-        self.request = dict(config=asdict(op.config), start=op.start.accuracy.tolist())
+        self.request = dict(asdict(op.config), start=op.start.accuracy.tolist())
 
     def save(self):
         if self.dir is None: return
         op, (pairs, S) = self.op, self.op.first
-        if not (self.dir/"start.safetensors").exists():
+        if len(op.history) == 1:
             write_tensors(self.dir/"start.safetensors", dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
                           **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
                           dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
@@ -450,14 +439,14 @@ class _State:
     def load(self):
         if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
         op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/"start.safetensors", self.request)
-        op.model.load_state_dict(_part(t, "model"))
+        op.model.load_state_dict(named_part(t, "model"))
         op.now, op.seen = op.measure(op.data)
-        op.history, op.over, op.best = as_steps(facts["history"]), facts["over"], (facts["best"][0], _part(t, "best"), facts["best"][1])
+        op.history, op.over, op.best = as_steps(facts["history"]), facts["over"], (facts["best"][0], named_part(t, "best"), facts["best"][1])
         op.control = type(amplitude_control(op.config, 1., op.start.sigma))(**facts["control"])
-        op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **_part(s, "pairs")), Sensitivity(**first["S"], **_part(s, "S"))
+        op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **named_part(s, "pairs")), Sensitivity(**first["S"], **named_part(s, "S"))
         if facts["same"] and not op.over: op.draw(facts["drawn"])
 
-# %% ../nbs/05_surgery.ipynb #39ef1110
+# %% ../nbs/05_surgery.ipynb #b3dc1f8e
 @patch
 def to_frame(self: SurgeryResult):
     "Each class before and after, in percent, with its change in pp."
@@ -477,7 +466,7 @@ def history_frame(self: SurgeryResult):
             for h in self.history]
     return pd.DataFrame(rows).set_index("iteration")
 
-# %% ../nbs/05_surgery.ipynb #e5466590
+# %% ../nbs/05_surgery.ipynb #3145fc82
 def plot_before_after(
     before: ClassReport, after: ClassReport,
     ax=None,
@@ -497,7 +486,7 @@ def plot_before_after(
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
 
-# %% ../nbs/05_surgery.ipynb #a110651a
+# %% ../nbs/05_surgery.ipynb #b148853d
 def plot_history(
     result: SurgeryResult,
     axes=None, # two axes: sigma, amplitude
@@ -521,25 +510,28 @@ def plot_history(
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return axes
 
-# %% ../nbs/05_surgery.ipynb #7b5380de
+# %% ../nbs/05_surgery.ipynb #7ad0962d
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
     return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,
                 classes=[dict(name=n, images=int(c), accuracy_percent=100 * a) for n, c, a in zip(r.names, r.counts, r.accuracy.tolist())])
 
+def report_dicts(result) -> dict: # of anything that has the four
+    "The reports of a result, for JSON."
+    return {k: report_dict(getattr(result, k)) for k in ("before", "after", "sensitivity_before", "sensitivity_after")}
+
 @patch
 def to_dict(self: SurgeryResult) -> dict:
     "All numbers, for JSON. Only what stands under `timing` differs from run to run."
-    reports = {k: report_dict(getattr(self, k)) for k in ("before", "after", "sensitivity_before", "sensitivity_after")}
-    return dict(**reports,
+    return dict(**report_dicts(self),
                 config=asdict(self.config), returned_iteration=self.best, history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
                 spikes=self.spikes.values.tolist(), timing=dict(iteration_seconds=[h.seconds for h in self.history]))
 
 @patch
-def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors") -> Path: # the directory
+def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors", **more) -> Path: # the directory; more: goes into result.json
     "Write weights, result.json and history.csv."
     out = out_dir(directory)
     write_atomic(out / weights, weights_bytes(self.model))
-    write_atomic(out / "result.json", json_bytes(self.to_dict()))
+    write_atomic(out / "result.json", json_bytes(self.to_dict() | more))
     write_atomic(out / "history.csv", self.history_frame().to_csv().encode())
     return out

@@ -5,19 +5,16 @@
 # %% ../nbs/02c_train.ipynb #c4d7ba8f
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from .data import fast_layout
 from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, split_batch, to_device, unflatten
-from .models import write_atomic
+from .models import named_part, read_tensors, write_tensors
 from .testbed import seeded
 
 # %% auto #0
@@ -70,19 +67,15 @@ class _Checkpoint:
         plain = {k: v for k, v in sched.state_dict().items() if isinstance(v, (int, float, str, list, bool)) and k != "_schedule_phases"}
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | moments | dict(order=generator.get_state(), rng=torch.get_rng_state())
         facts = dict(request=self.request, log=log, sched=plain, groups=[{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]])
-        write_atomic(self.path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+        write_tensors(self.path, tensors, facts)
 
     def load(self, model, opt, sched, generator):
         "The log so far; None when there is nothing to go on with."
         if self.path is None or not self.path.exists(): return None
-        with safe_open(self.path, "pt") as f: facts, t = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
-        if facts["request"] != json.loads(json.dumps(self.request)):
-            odd = [f"{k}={facts['request'].get(k)} (now {v})" for k, v in self.request.items() if facts["request"].get(k) != json.loads(json.dumps(v))]
-            raise InputError(f"a run goes on with the recipe it began with. {self.path} has {', '.join(odd)}; remove it, or name another run_dir.")
-        model.load_state_dict({k[6:]: v for k, v in t.items() if k.startswith("model.")})
+        t, facts = read_tensors(self.path, self.request)
+        model.load_state_dict(named_part(t, "model"))
         entries = {}
-        for k, v in t.items():
-            if k.startswith("opt."): entries.setdefault(int(k.split(".")[1]), {})[k.split(".", 2)[2]] = v
+        for k, v in named_part(t, "opt").items(): entries.setdefault(int(k.split(".")[0]), {})[k.split(".", 1)[1]] = v
         opt.load_state_dict(dict(state=entries, param_groups=[g | dict(params=own["params"]) for g, own in zip(facts["groups"], opt.state_dict()["param_groups"])]))
         sched.load_state_dict(facts["sched"])
         generator.set_state(t["order"]); torch.set_rng_state(t["rng"])
