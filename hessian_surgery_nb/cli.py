@@ -29,7 +29,7 @@ from torch import nn
 from . import __version__
 from .baselines import Comparison, compare, mean_interval, paired_interval, plot_comparison, shown
 from .data import Splits, load_digits, long_tail_splits, plot_counts
-from .effective_rank import effective_rank, screen
+from .effective_rank import effective_rank, look_at, screen
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
@@ -252,7 +252,7 @@ def demo_dict(
         timing = dict(surgery.pop("timing"), total_seconds=r.seconds)
         sets = {k: dict(images=len(x), fingerprint=x.fingerprint, classes=x.counts.tolist()) for k, x in vars(r.splits).items() if k != "seed"}
         training = dict(loss=r.training.loss[-1], accuracy_percent=100 * r.training.accuracy[-1])
-        return dict(seed=r.seed, parameters=r.parameters, sets=sets, training=training, surgery=surgery, methods=r.comparison.to_dict(), timing=timing)
+        return dict(seed=r.seed, parameters=r.parameters, sets=sets, training=training, screening=look_at(r.comparison.surgery.sensitivity, seed=r.seed).to_dict(), surgery=surgery, methods=r.comparison.to_dict(), timing=timing)
     summary = [{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)]
     return dict(what="hessian-surgery demo", command=command, versions=versions(), summary=summary, runs=[one(r) for r in runs])
 
@@ -456,9 +456,9 @@ def screen_own(args: argparse.Namespace) -> int:
     "The `screen` command."
     net, sets = _own(args)
     look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty())
-    facts = {k: v for k, v in vars(look).items() if k != "sensitivity"} | dict(signal_to_noise=look.sensitivity.signal_to_noise)
-    if args.json: print(json.dumps(facts, indent=1)); return 0
-    print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {facts['signal_to_noise']:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if facts["signal_to_noise"] < 1 else "."))
+    if args.json: print(json.dumps(look.to_dict(), indent=1)); return 0
+    clear = look.sensitivity.signal_to_noise
+    print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {clear:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if clear < 1 else "."))
     return 0
 
 def spectrum_own(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from .surgery import choose_amplitude, solve_coefficients
 from .train import class_means, class_report
 
 # %% auto #0
-__all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'Screening', 'screen', 'plot_screening']
+__all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'promise', 'Screening', 'look_at', 'screen', 'plot_screening']
 
 # %% ../nbs/08_effective_rank.ipynb #a9158cd6
 def effective_rank(
@@ -39,19 +39,22 @@ def effective_rank(
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
 
 # %% ../nbs/08_effective_rank.ipynb #dbb436f6
+def _bootstrapped(s: Sensitivity, draws: int, seed: int):
+    "Sensitivity matrices (C, K) of images drawn again, within classes."
+    g, rows = torch.Generator().manual_seed(seed), [(s.labels == c).nonzero().flatten() for c in range(s.matrix.shape[0])]
+    for _ in range(draws): yield torch.stack([s.per_image[r[torch.randint(len(r), (len(r),), generator=g)]].double().mean(0) for r in rows])
+
+def _middle(values: list[float], level: float) -> tuple[float, float]:
+    q = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return q[0].item(), q[1].item()
+
 def rank_interval(
     s: Sensitivity,
     *,
     draws: int = 200, level: float = .95, seed: int = 0, weights: str = "energy",
 ) -> tuple[float, float]:
     "Bootstrap spread of the effective rank over sensitivity images, within classes. Not a confidence interval: noise shifts the rank, and resampling adds to it."
-    g, C, ranks = torch.Generator().manual_seed(seed), s.matrix.shape[0], []
-    rows = [(s.labels == c).nonzero().flatten() for c in range(C)]
-    for _ in range(draws):
-        S = torch.stack([s.per_image[r[torch.randint(len(r), (len(r),), generator=g)]].double().mean(0) for r in rows])
-        ranks.append(effective_rank(S, weights=weights))
-    q = torch.tensor(ranks, dtype=torch.float64).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return q[0].item(), q[1].item()
+    return _middle([effective_rank(S, weights=weights) for S in _bootstrapped(s, draws, seed)], level)
 
 def rank_noise_floor(
     s: Sensitivity,
@@ -65,6 +68,18 @@ def rank_noise_floor(
     return sum(ranks) / len(ranks)
 
 # %% ../nbs/08_effective_rank.ipynb #098b8a4b
+def promise(
+    s: Sensitivity,
+    *,
+    draws: int = 100, level: float = .95, seed: int = 0,
+    **how, # p, tau, max_drop, box: as for `solve_coefficients`
+) -> tuple[float, float, float]: # sigma after one step of amplitude `s.eps` in [0, 1], and its interval
+    "What the linear model promises for one step. Accuracies are taken as they are; the noise is that of S."
+    a = s.accuracy.double()
+    after = lambda S: (a + S @ solve_coefficients(S, a, s.eps, **how)).std(correction=0).item()
+    return after(s.matrix.double()), *_middle([after(S) for S in _bootstrapped(s, draws, seed)], level)
+
+# %% ../nbs/08_effective_rank.ipynb #f9e0a426
 @dataclass(frozen=True)
 class Screening:
     "What the spikes could do for this network, before they do it."
@@ -76,16 +91,33 @@ class Screening:
     energy: tuple[float, ...] # cumulative share of the singular directions
     sigma: float # now, on the sensitivity set, in [0, 1]
     predicted_sigma: float # after one step of the linear model
+    predicted_interval: tuple[float, float] # 95 %, over images
     eps: float # amplitude of that step
     matvecs: int; passes: int # what the look cost
     sensitivity: Sensitivity = field(repr=False)
     def __repr__(self):
-        lo, hi = self.rank_interval
+        (lo, hi), (a, b) = self.rank_interval, self.predicted_interval
         return (f"Screening(effective rank {self.effective_rank:.2f} [{lo:.2f}, {hi:.2f}], shuffled labels "
                 f"{self.noise_floor:.2f}, s2/s1 {self.flatness:.2f}; one step promises sigma {100 * self.sigma:.1f} -> "
-                f"{100 * self.predicted_sigma:.1f} pp; {self.matvecs} products, {self.passes} passes)")
+                f"{100 * self.predicted_sigma:.1f} [{100 * a:.1f}, {100 * b:.1f}] pp; {self.matvecs} products, {self.passes} passes)")
 
-# %% ../nbs/08_effective_rank.ipynb #bb57ca3d
+    def to_dict(self) -> dict:
+        "For JSON."
+        return {k: v for k, v in vars(self).items() if k != "sensitivity"} | dict(signal_to_noise=self.sensitivity.signal_to_noise)
+
+# %% ../nbs/08_effective_rank.ipynb #9a42963a
+def look_at(
+    s: Sensitivity,
+    *,
+    matvecs: int = 0, passes: int | None = None, # what S cost; None: the passes that it tells of
+    seed: int = 0,
+) -> Screening:
+    "Everything that a sensitivity matrix says beforehand, without another pass."
+    sv, (predicted, *interval) = torch.linalg.svdvals(s.matrix), promise(s, seed=seed)
+    energy = (sv ** 2).cumsum(0) / (sv ** 2).sum() if sv.max() > 0 else torch.ones_like(sv)
+    return Screening(effective_rank(s), rank_interval(s, seed=seed), rank_noise_floor(s, seed=seed), effective_rank(s, weights="amplitude"), (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0.,
+                     tuple(energy.tolist()), s.accuracy.std(correction=0).item(), predicted, tuple(interval), s.eps, matvecs, s.num_passes if passes is None else passes, s)
+
 def screen(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, # as for `operate`
     *,
@@ -102,14 +134,9 @@ def screen(
     else:
         s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, params=params, forward=forward, names=names, progress=progress)
         passes = s.num_passes
-    sv = torch.linalg.svdvals(s.matrix)
-    energy = (sv ** 2).cumsum(0) / (sv ** 2).sum() if sv.max() > 0 else torch.ones_like(sv)
-    alpha = solve_coefficients(s, now.accuracy, s.eps)
-    return Screening(effective_rank(s), rank_interval(s, seed=seed), rank_noise_floor(s, seed=seed), effective_rank(s, weights="amplitude"),
-                     (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0., tuple(energy.tolist()), now.sigma,
-                     (now.accuracy + s.matrix @ alpha).std(correction=0).item(), s.eps, pairs.num_matvecs, passes + 1, s)
+    return look_at(s, matvecs=pairs.num_matvecs, passes=passes + 1, seed=seed)
 
-# %% ../nbs/08_effective_rank.ipynb #9a42963a
+# %% ../nbs/08_effective_rank.ipynb #be2bc096
 def plot_screening(
     look: Screening, ax=None,
 ):

@@ -19,7 +19,7 @@ from torch import nn
 from .baselines import class_accuracies, post_hoc
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
-from .effective_rank import effective_rank
+from .effective_rank import look_at
 from .hvp import HessianOperator, InputError
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
 from .lanczos import top_eigenpairs
@@ -251,8 +251,8 @@ def first_look(study: Study, model: nn.Module, images: Samples | None = None):
 def sensitivity(study: Study, folder: Path, start: str = "network") -> dict:
     "The spike-class sensitivity matrix with its noise, and its effective rank."
     pairs, eps, S = first_look(study, model_of(study, start), curved_images(study, start))
-    return dict(eps=eps, values=pairs.values.tolist(), matrix=S.matrix.tolist(), noise=S.noise.tolist(), singular_values=torch.linalg.svdvals(S.matrix).tolist(), effective_rank=effective_rank(S.matrix),
-                signal_to_noise=S.signal_to_noise)
+    return dict(values=pairs.values.tolist(), matrix=S.matrix.tolist(), noise=S.noise.tolist(), singular_values=torch.linalg.svdvals(S.matrix).tolist(), accuracy=S.accuracy.tolist(),
+                **look_at(S, matvecs=pairs.num_matvecs, seed=study.seed).to_dict())
 
 @experiment("Figure 4", "Figure 5", settings=lambda s: dict(amplitudes=s.scale.amplitudes, tau=s.tau, p=2.))
 def linearisation(study: Study, folder: Path) -> dict:
