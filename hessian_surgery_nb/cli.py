@@ -6,18 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
 import functools
 import html
 import io
 import json
 import platform
 import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,26 +22,25 @@ import torch
 from torch import nn
 
 from . import __version__
-from .baselines import Comparison, compare, mean_interval, paired_interval, plot_comparison, shown
+from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
+from .commands import add_own, logged, pick_device, repeat, with_config
 from .data import Splits, load_digits, long_tail_splits, plot_counts
-from .effective_rank import effective_rank, look_at, screen
+from .effective_rank import effective_rank, look_at
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
 from .hvp import HessianOperator, InputError
-from .lanczos import top_eigenpairs
 from .models import digits_net, num_params, weights_bytes, write_atomic
-from .own import load_network, own_files, own_sets
+from .pages import duration, figure_tag, html_page, table_tag, text_table
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, SurgeryResult, check_config, operate, plot_before_after, plot_history
+from .surgery import SurgeryConfig, operate, plot_before_after, plot_history
 from .train import TrainLog, train
 
 # %% auto #0
-__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'STYLE', 'OWN_HEADER', 'DemoRun', 'run_demo', 'method_rows', 'text_table',
-           'class_rows', 'method_cells', 'headline', 'print_demo', 'figure_tag', 'table_tag', 'html_page',
-           'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce', 'show_results', 'operate_own',
-           'own_report', 'screen_own', 'spectrum_own', 'demo', 'parser', 'main']
+__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
+           'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
+           'show_results', 'demo', 'Parser', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -94,14 +88,6 @@ def method_rows(
     return rows
 
 # %% ../nbs/10_cli.ipynb #1666e9b0
-def text_table(
-    header: list[str], rows: list[list[str]],
-) -> str:
-    "Columns aligned, the first to the left, numbers to the right."
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    line = lambda r: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
-
 def class_rows(run: DemoRun) -> list[list[str]]:
     "Each class of one run: training images, held-out accuracy before and after, change."
     s = run.comparison.surgery
@@ -141,48 +127,7 @@ def print_demo(runs: list[DemoRun], out: Path) -> None:
     print("\n" + " ".join(headline(runs)))
     print(f"\n{out / 'report.html'}: the same with pictures\n{out / 'result.json'}: all numbers\n{out / 'weights.safetensors'}: the new weights (seed {first.seed})")
 
-# %% ../nbs/10_cli.ipynb #5ca72eaa
-def figure_tag(
-    axes, # matplotlib axes, or an array of them
-    alt: str, # what the picture shows, in words
-    caption: str,
-) -> str:
-    "A picture as an inline SVG image."
-    import matplotlib.pyplot as plt
-    fig = np.ravel(axes)[0].figure
-    with plt.rc_context({"svg.hashsalt": "hessian-surgery"}), io.BytesIO() as f:
-        fig.savefig(f, format="svg", metadata={"Date": None})
-        data = base64.b64encode(f.getvalue()).decode()
-    plt.close(fig)
-    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-
-def table_tag(header: list[str], rows: list[list[str]], caption: str) -> str:
-    "A table with a caption and row headings."
-    esc = html.escape
-    head = "".join(f'<th scope="col">{esc(h)}</th>' for h in header)
-    body = "".join(f'<tr><th scope="row">{esc(r[0])}</th>' + "".join(f"<td>{esc(c)}</td>" for c in r[1:]) + "</tr>" for r in rows)
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{esc(caption)}"><table><caption>{esc(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-# %% ../nbs/10_cli.ipynb #3f21ccf3
-STYLE = """
-:root { --ink: #1c2024; --soft: #5a6370; --line: #d9dee4; --red: #b34a00; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-.lead { font-size: 1.08rem; } .soft, figcaption, caption, footer { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } caption { text-align: left; padding-bottom: .4rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; } table { font-size: .92rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 600; } code { background: #f3f5f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
-.numbers { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1.2rem 0; padding: 0; list-style: none; }
-.numbers b { display: block; font-size: 1.5rem; } @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
-"""
-
-def html_page(title: str, body: list[str]) -> str:
-    "A complete, self-contained page."
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>\n' + "\n".join(body) + "\n</main></body></html>\n")
-
-# %% ../nbs/10_cli.ipynb #1068a276
+# %% ../nbs/10_cli.ipynb #98922370
 def _figures(run: DemoRun) -> list[str]:
     s, c = run.comparison.surgery, run.comparison
     b, a = s.before, s.after
@@ -207,7 +152,7 @@ def _figures(run: DemoRun) -> list[str]:
         figure_tag(plot_comparison(c), "Held-out sigma of every method with its interval.",
                    f"Points: held-out sigma. Bars: paired 95 % intervals over images of the change against no change, seed {run.seed}.")]
 
-# %% ../nbs/10_cli.ipynb #68e9c080
+# %% ../nbs/10_cli.ipynb #5ca72eaa
 def demo_report(
     runs: list[DemoRun],
     command: str, # that repeats this
@@ -226,12 +171,12 @@ def demo_report(
             f'<ul class="numbers">{numbers}</ul><p class="soft">These three: seed {first.seed}, held-out.</p>',
             table_tag(METHOD_HEADER, method_cells(runs), f"Every method on the same splits, held-out ({seeds})"),
             *_figures(first),
-            "<h2>How to repeat it</h2>", f"<p><code>{html.escape(command)}</code></p>",
+            repeat(command),
             f"<footer><p>{html.escape(provenance_line(runs))}</p><p>The random subspaces are controls: the same dimension as the spikes, once with their step length, "
             "once with an amplitude of their own.</p></footer>"]
     return html_page("Hessian surgery on long-tailed digits", body)
 
-# %% ../nbs/10_cli.ipynb #b2d0e7e5
+# %% ../nbs/10_cli.ipynb #3f21ccf3
 def versions() -> dict:
     "What this ran on."
     return dict(hessian_surgery_nb=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
@@ -256,7 +201,7 @@ def demo_dict(
     summary = [{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)]
     return dict(what="hessian-surgery demo", command=command, versions=versions(), summary=summary, runs=[one(r) for r in runs])
 
-# %% ../nbs/10_cli.ipynb #b7c52923
+# %% ../nbs/10_cli.ipynb #b2d0e7e5
 def _asked(args) -> list[str]:
     asked = [f"Table {t}" for t in args.table or ()] + [f"Figure {f}" for f in args.figure or ()]
     known = TABLES | ISIC_TABLES | FIGURES
@@ -269,17 +214,10 @@ def _scale(args) -> Scale:
     chosen = {k: v for k, v in dict(epochs=args.epochs, pixels=args.pixels, hessian=args.hessian).items() if v is not None}
     return Scale(**quick | chosen) if args.quick else Scale(precision=args.precision, **chosen)
 
-def _device(args) -> torch.device:
-    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try: return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as e: raise InputError(f"--device must be one that PyTorch has here. {wanted} is not ({str(e).splitlines()[0]}); use cpu, or auto.") from e
-
-def _duration(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
 def _time_left(todo, known) -> str: # todo: (study, name) still to run
     timed = [np.mean(known[n]) for _, n in todo if n in known]
     new = len(todo) - len(timed)
-    return (f"about {_duration(sum(timed))} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
+    return (f"about {duration(sum(timed))} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
 def _work(todo, known, threads=None):
     "Run experiments one after the other, and say how far it is."
     if threads: torch.set_num_threads(threads)
@@ -295,7 +233,7 @@ def _side_by_side(chains, known, jobs):
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for done in [pool.submit(_work, chain, known, threads) for chain in chains if chain]: done.result()
 
-# %% ../nbs/10_cli.ipynb #3d8bbf30
+# %% ../nbs/10_cli.ipynb #bf7fea43
 def reproduce(args: argparse.Namespace) -> int:
     "The `reproduce` command."
     held_back = args.held_back if args.held_back is not None else 50 if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else 0
@@ -303,7 +241,7 @@ def reproduce(args: argparse.Namespace) -> int:
     if held_back < 0: raise InputError(f"--held-back must be 0 or more. Got {held_back}.")
     low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
     if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
-    device = str(_device(args))
+    device = str(pick_device(args.device))
     for flag, file in (("--weights", args.weights), ("--init", args.init)):
         if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
     out = check_out(args.out)
@@ -327,7 +265,7 @@ def reproduce(args: argparse.Namespace) -> int:
     show_results(read_results(store.directory, args.dataset, args.network), out, asked, shlex.join(["hessian-surgery", *args.argv]), args.json)
     return 0
 
-# %% ../nbs/10_cli.ipynb #e98cbeba
+# %% ../nbs/10_cli.ipynb #27af17c1
 def show_results(r: Results, out: Path, asked: list[str], command: str, as_json: bool = False):
     "Tables as CSV and figures as PNG, and a page with those whose runs are there."
     import matplotlib
@@ -352,152 +290,46 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
             np.ravel(ax)[0].figure.savefig(png, dpi=150)
             write_atomic(stem.with_suffix(".png"), png.getvalue())
             body.append(figure_tag(ax, caption, caption))
-    body.append(f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>")
+    body.append(repeat(command))
     write_atomic(out/f"{r.label}_report.html", html_page(r.label, body).encode())
     if as_json: print(json.dumps(numbers, indent=1))
     else: print(f"\n{out/f'{r.label}_report.html'} has the tables and figures in one page.")
 
-# %% ../nbs/10_cli.ipynb #0f2cabda
-def _own(args: argparse.Namespace): # network, sets
-    "What the flags name, ready for use."
-    device, (_, names) = _device(args), own_files(args.data)
-    net, seen = load_network(args.model, classes=len(names), weights=args.weights)
-    seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
-    sets = own_sets(args.data, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty())
-    net = net.to(device)
-    first = next(iter(sets.hessian))[0][:2]
-    try:
-        with torch.no_grad(): outputs = net(first.to(device))
-    except RuntimeError as e: raise InputError(f"the network must take the images. {args.model} refuses {tuple(first.shape)} ({str(e).splitlines()[0]}); give --resize and --crop.") from e
-    if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
-    if outputs.shape[1] != len(names): raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {args.data} has {len(names)} classes; name a file of --weights with that head.")
-    return net, sets
+# %% ../nbs/10_cli.ipynb #3d8bbf30
+DEMO_FILES = "report.html", "result.json", "weights.safetensors"
 
-def _config(args) -> SurgeryConfig:
-    try: p = args.p if args.p == "auto" else float(args.p)
-    except ValueError as e: raise InputError(f"--p must be a number or auto. Got {args.p}.") from e
-    return SurgeryConfig(iterations=args.iterations, num_spikes=args.spikes, eps=args.eps, p=p, tau=args.tau, schedule=args.schedule, scheme=args.scheme, metric=args.metric, params=args.params, seed=args.seed)
+def _of_a_demo(result: Path) -> bool: # such files can be had again in a minute, and are replaced
+    try: return json.loads(result.read_text(encoding="utf-8"))["what"] == "hessian-surgery demo"
+    except (OSError, ValueError, KeyError, TypeError): return False
 
-def _plan(net, sets, c: SurgeryConfig) -> str:
-    "What a run would do, and how long by the time of one batch."
-    X, y = next(iter(sets.sensitivity))
-    device = next(net.parameters()).device
-    with torch.no_grad():
-        net(X.to(device)); start = time.perf_counter(); net(X.to(device)).sum().item()
-    each, K = (time.perf_counter() - start) / len(y), c.num_spikes or len(sets.classes) - 1
-    passes, n = (K if c.scheme == "forward" else 2 * K) + 1, len(sets.sensitivity.y)
-    return (f"{num_params(net):,} parameters, {sets!r}\n{K} spikes; an iteration takes {passes} passes over {n} images and some {2 * K + 6} Hessian-vector products over {len(sets.hessian.y)}\n"
-            f"about {_duration(c.iterations * each * (passes * n + 8 * (2 * K + 6) * len(sets.hessian.y)))} for {c.iterations} iterations on {device}, by the time of one batch")
-
-# %% ../nbs/10_cli.ipynb #bc49ceae
-def operate_own(args: argparse.Namespace) -> int:
-    "The `operate` command."
-    config = _config(args)
-    check_config(config)
-    out = check_out(args.out)
-    state = out/"state"
-    if state.exists() and not args.resume: raise InputError(f"--out must not hold an interrupted run. {out} does; give --resume to go on with it, or remove {state}.")
-    net, sets = _own(args)
-    if args.dry_run: print(_plan(net, sets, config)); return 0
-    with _asked_to_stop() as asked:
-        r = operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, run_dir=state, stop=asked, progress=sys.stderr.isatty())
-    cut, change, command = asked() and len(r.history) < config.iterations, _held_out_change(r), shlex.join(["hessian-surgery", *args.argv])
-    totals, rows = _own_totals(r, change), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, _, b, a, c in r.to_frame().itertuples()]
-    r.save(out_dir(out), command=command, classes=list(sets.classes), change=change)
-    write_atomic(out/"report.html", own_report(r, args.model, totals, rows, command).encode())
-    if not cut: shutil.rmtree(state)
-    if args.json: print((out/"result.json").read_text(), end="")
-    else: print(f"{text_table(OWN_HEADER, rows)}\n\n{totals}\n\n{out}: weights.safetensors, result.json, history.csv, report.html")
-    return 130 if cut else 0
-
-# %% ../nbs/10_cli.ipynb #a116ff16
-OWN_HEADER = ["class", "before (%)", "after (%)", "change (pp)"]
-
-def _held_out_change(r: SurgeryResult) -> dict:
-    "The change of sigma on held-out images with its interval, and what it says."
-    sigma, lo, hi = (100 * v for v in (r.after.sigma - r.before.sigma, *paired_interval(*r.correct, r.labels)))
-    says = "Nothing changed." if r.correct[0].equal(r.correct[1]) else "The spread fell by more than chance." if hi < 0 else "The spread grew: keep your own weights." if lo > 0 else "That may be chance: more held-out images would tell."
-    return dict(sigma_pp=sigma, low95=lo, high95=hi, says=f"Change of sigma {sigma:+.1f} pp [{lo:+.1f}, {hi:+.1f}]. {says}")
-
-def _own_totals(r: SurgeryResult, change: dict) -> str:
-    moved = lambda what, unit: f"{100 * getattr(r.before, what):.1f} -> {100 * getattr(r.after, what):.1f} {unit}"
-    return f"Held-out: sigma {moved('sigma', 'pp')}, global {moved('overall', '%')}, worst class {moved('worst', '%')}. {change['says']}"
-
-def own_report(
-    r: SurgeryResult, model: str, totals: str, rows: list[list[str]], command: str,
-) -> str: # HTML
-    "The page of one operation."
-    import matplotlib
-    matplotlib.use("Agg")
-    steps = "Sigma on the sensitivity set and amplitude, step by step"
-    return html_page(f"Surgery on {model}", [
-        f"<h1>Surgery on {html.escape(model)}</h1>", f'<p class="lead">{html.escape(totals)}</p>',
-        figure_tag(plot_before_after(r.before, r.after), totals, "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out."),
-        table_tag(OWN_HEADER, rows, "Held-out accuracy by class"), figure_tag(plot_history(r), f"{steps}.", f"{steps}; crosses were turned back."),
-        f"<h2>How to repeat it</h2><p><code>{html.escape(command)}</code></p>"])
-
-# %% ../nbs/10_cli.ipynb #ea3e657a
-@contextlib.contextmanager
-def _asked_to_stop(): # a function: whether Ctrl-C was pressed
-    "The first Ctrl-C ends the run after its step, the second at once."
-    pressed = []
-    def handle(*_):
-        if pressed: raise KeyboardInterrupt
-        pressed.append(True)
-        print("hessian-surgery: ending after this step with the best weights so far; --resume goes on from there. Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handle) if mine else None
-    try: yield lambda: bool(pressed)
-    finally:
-        if mine: signal.signal(signal.SIGINT, before)
-
-# %% ../nbs/10_cli.ipynb #6e9c45fc
-def screen_own(args: argparse.Namespace) -> int:
-    "The `screen` command."
-    net, sets = _own(args)
-    look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty())
-    if args.json: print(json.dumps(look.to_dict(), indent=1)); return 0
-    clear = look.sensitivity.signal_to_noise
-    print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {clear:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if clear < 1 else "."))
-    return 0
-
-def spectrum_own(args: argparse.Namespace) -> int:
-    "The `spectrum` command."
-    net, sets = _own(args)
-    op = HessianOperator(net, nn.CrossEntropyLoss(), sets.hessian, params=args.params)
-    pairs = top_eigenpairs(op, args.spikes or len(sets.classes) + 3, tol=1e-3, seed=args.seed, progress=sys.stderr.isatty())
-    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0])
-    if args.json: print(json.dumps(facts, indent=1)); return 0
-    print(text_table(["rank", "eigenvalue", "residual"], [[str(i + 1), f"{v:.4g}", f"{e:.1g}"] for i, (v, e) in enumerate(zip(facts["values"], facts["residuals"]))]))
-    print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
-    return 0
-
-# %% ../nbs/10_cli.ipynb #2afe0409
 def demo(args: argparse.Namespace) -> int:
     "The `demo` command."
     from tqdm.auto import tqdm
     if args.seeds < 1: raise InputError(f"--seeds must be at least 1. Got {args.seeds}.")
     if not 0 <= args.seed < 2**32: raise InputError(f"--seed must lie in 0..{2**32 - 1}. Got {args.seed}.")
     if args.iterations < 1: raise InputError(f"--iterations must be at least 1. Got {args.iterations}.")
-    try: out = check_out(args.out)
+    try: out = check_out(args.out, DEMO_FILES, args.force or _of_a_demo(Path(args.out)/"result.json"))
     except InputError as e: raise InputError(f"--out: {e}") from e
     bars = sys.stderr.isatty()
     seeds = tqdm(range(args.seed, args.seed + args.seeds), desc="seeds", disable=not bars or args.seeds == 1)
     runs = [run_demo(s, iterations=args.iterations, density=s == args.seed, progress=bars) for s in seeds]
     command = f"hessian-surgery demo --seed {args.seed} --seeds {args.seeds} --iterations {args.iterations} --out {shlex.quote(str(out))}"
-    files = {"report.html": demo_report(runs, command).encode(), "result.json": json_bytes(demo_dict(runs, command)),
-             "weights.safetensors": weights_bytes(runs[0].comparison.surgery.model, seed=args.seed)}
+    files = dict(zip(DEMO_FILES, (demo_report(runs, command).encode(), json_bytes(demo_dict(runs, command)), weights_bytes(runs[0].comparison.surgery.model, seed=args.seed))))
     out_dir(out)
     for name, data in files.items(): write_atomic(out / name, data)
     if args.json: print(files["result.json"].decode(), end="")
     else: print_demo(runs, out)
     return 0
 
-# %% ../nbs/10_cli.ipynb #62a8fd52
-def parser() -> argparse.ArgumentParser:
+# %% ../nbs/10_cli.ipynb #e98cbeba
+class Parser(argparse.ArgumentParser):
+    "Says what is wrong in one line, like every other fault."
+    def error(self, message): raise InputError(f"{message}; see {self.prog} --help.")
+
+def parser() -> Parser:
     "The command line."
     wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
-    p = argparse.ArgumentParser(
+    p = Parser(
         "hessian-surgery", formatter_class=wide,
         description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
         epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted (what was finished is kept). Same seed, same torch, same number of threads: same result, bit for bit.")
@@ -511,46 +343,16 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--seed", type=int, default=0, help="decides split, rare classes, initial weights")
     d.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat for N seeds from --seed on; means and 95%% intervals")
     d.add_argument("--iterations", type=int, default=15, metavar="T", help="surgery iterations")
+    d.add_argument("--force", action="store_true", help="replace files of these names in --out that are not of an earlier demo")
     d.add_argument("--json", action="store_true", help="print result.json instead of tables")
     d.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     d.set_defaults(run=demo)
-    for name, run, says in (("operate", operate_own, "surgery on your network"), ("screen", screen_own, "is surgery worth trying on it?"), ("spectrum", spectrum_own, "the leading Hessian eigenvalues of it")): _add_own(sub, wide, name, run, says)
+    add_own(sub, wide)
     _add_reproduce(sub, wide)
+    p.commands = sub.choices
     return p
 
-# %% ../nbs/10_cli.ipynb #a0ea0246
-def _add_own(sub, wide, name, run, says):
-    o = sub.add_parser(name, formatter_class=wide, help=says, description=f"{says[0].upper() + says[1:]}. Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on.")
-    o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
-    o.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with a state dict; without it torchvision's or timm's own")
-    o.add_argument("--data", required=True, metavar="DIR", help="images in folders")
-    o.add_argument("--resize", type=int, metavar="N", help="shorter side to N pixels; default: what the network asks for")
-    o.add_argument("--crop", type=int, metavar="N", help="middle square of N pixels; default: what the network asks for")
-    for k in ("mean", "std"): o.add_argument(f"--{k}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{k} of the colours in 0..1; default: what the network asks for")
-    o.add_argument("--hessian", type=int, default=128, metavar="N", help="images that show the curvature")
-    o.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time")
-    o.add_argument("--spikes", type=int, metavar="K", help="directions; default: classes - 1" if name != "spectrum" else "eigenvalues; default: classes + 3")
-    o.add_argument("--params", metavar="PATTERN", help="which parameters may move, such as 'layer4.*'; default: all trainable")
-    if name != "spectrum": o.add_argument("--eps", type=float, help="first amplitude, a distance in weight space; default: found by trying")
-    if name == "operate": _add_surgery(o)
-    o.add_argument("--seed", type=int, default=0, help="which images decide and which report; start of the eigenvalue search")
-    o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
-    o.add_argument("--json", action="store_true", help="print JSON")
-    o.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
-    o.set_defaults(run=run)
-
-def _add_surgery(o):
-    o.add_argument("--iterations", type=int, default=15, metavar="T", help="steps at most")
-    o.add_argument("--p", default="auto", help="exponent of the class weights: 0 all alike, 2 the weakest foremost; auto: the paper's rule")
-    o.add_argument("--tau", type=float, help="classes at least this accurate (a fraction) are protected; default: those above the mean")
-    o.add_argument("--schedule", choices=("gamma", "adam"), default="gamma", help="of the amplitude")
-    o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
-    o.add_argument("--metric", choices=("accuracy", "probability"), default="accuracy", help="what it measures; probability has less noise where images are few")
-    o.add_argument("--out", default="hessian-surgery-operated", metavar="DIR", help="where weights.safetensors, result.json, history.csv and report.html go")
-    o.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --out")
-    o.add_argument("--dry-run", action="store_true", help="say what would be done and about how long it takes, and stop")
-
-# %% ../nbs/10_cli.ipynb #82f82495
+# %% ../nbs/10_cli.ipynb #002dc23e
 def _add_reproduce(sub, wide):
     r = sub.add_parser(
         "reproduce", formatter_class=wide, help="the paper's tables and figures, on your machine",
@@ -583,17 +385,18 @@ def _add_reproduce(sub, wide):
     r.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
     r.set_defaults(run=reproduce)
 
-# %% ../nbs/10_cli.ipynb #6b05c4bf
+# %% ../nbs/10_cli.ipynb #0f2cabda
 def main(
     argv: list[str] | None = None, # None: sys.argv[1:]
 ) -> int: # exit code
     "Entry point of `hessian-surgery`."
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    args.argv = argv
-    try: return args.run(args)
+    argv, p = sys.argv[1:] if argv is None else argv, parser()
+    try:
+        args = p.parse_args(argv := with_config(argv, p.commands))
+        args.argv = argv
+        with logged(getattr(args, "verbose", False)): return args.run(args)
     except InputError as e:
-        if args.debug: raise
+        if "--debug" in argv: raise
         print(f"hessian-surgery: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -124,11 +124,12 @@ def screen(
     num_spikes: int | None = None, # None: C - 1
     eps: float | None = None, # None: `choose_amplitude`
     params=None, forward=None, names=None, tol: float = 1e-2, seed: int = 0, progress: bool = False,
+    **options, # micro_batch, precision: as for `HessianOperator`
 ) -> Screening:
     "Is surgery worth trying? One Lanczos run, one sensitivity matrix; the model is left as it is."
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data)
     now = class_report(model, sensitivity_data, names=names, measured_on="sensitivity", forward=forward)
-    op = HessianOperator(model, loss_fn, hessian_data, params=params, forward=forward)
+    op = HessianOperator(model, loss_fn, hessian_data, params=params, forward=forward, **options)
     pairs = top_eigenpairs(op, len(now.accuracy) - 1 if num_spikes is None else num_spikes, tol=tol, seed=seed, progress=progress)
     if eps is None: s, passes = choose_amplitude(model, pairs, sensitivity_data, params=params, forward=forward, names=names)
     else:

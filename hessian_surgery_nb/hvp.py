@@ -60,19 +60,25 @@ def select_params(
 
 # %% ../nbs/00_hvp.ipynb #bf42d09e
 def check_model(model):
-    "Refuse what is not a network with parameters."
+    "Refuse what is not a network whose weights can take small steps."
     if not isinstance(model, nn.Module): raise InputError(f"a model must be a torch.nn.Module. Got {type(model).__name__}; pass the network itself.")
+    if isinstance(model, torch.jit.ScriptModule): raise InputError(f"a model must be ordinary PyTorch, so that its weights can be exchanged for a moment. Got a {type(model).__name__}; pass the network that it was made from.")
+    for name, m in model.named_modules():
+        if hasattr(m, "_orig_mod"): raise InputError(f"compiled code cannot be differentiated twice. Module {name or type(m).__name__!r} is compiled; pass its ._orig_mod, which is the same network with the same weights.")
+        if ".quantized" in type(m).__module__: raise InputError(f"quantised weights cannot take small steps. Module {name or type(m).__name__!r} is quantised; pass the network as it was before.")
     if next(model.parameters(), None) is None: raise InputError("a model must have parameters. Got none; pass a trained network.")
+    for k, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta: raise InputError(f"weights must be there. {k} has none yet; load a checkpoint, or run the network once.")
+        if p.is_inference(): raise InputError(f"weights must be open to gradients. {k} was made under torch.inference_mode(); build and load the network outside of it.")
 
 def _check_params(chosen: dict[str, nn.Parameter]):
     if not chosen: raise InputError("at least one parameter must be selected. Got none; unfreeze some (requires_grad_(True)) or name them in params.")
+    odd = [k for k, p in chosen.items() if not p.is_floating_point()]
+    if odd: raise InputError(f"parameters must be real floating point. {odd[0]} is {chosen[odd[0]].dtype}; leave it out of params, or rewrite it as real parameters.")
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1:
         raise InputError(f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or "
                          "select fewer.")
-    if not next(iter(kinds))[0].is_floating_point:
-        raise InputError(f"parameters must be real floating point. Got {next(iter(kinds))[0]}; dequantise or cast the model "
-                         "first.")
     if next(iter(kinds))[0] not in (torch.float32, torch.float64):
         raise InputError(f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() "
                          "first.")
@@ -378,7 +384,7 @@ def check_mode(
 def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
-    check_inputs(X, next(iter(self.params.values())))
+    check_inputs(X, self.model)
     if isinstance(self.loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not y.is_floating_point(): y = y.long()
     return X, y
 
@@ -430,16 +436,17 @@ def check_batch(
 # %% ../nbs/00_hvp.ipynb #eade7ba7
 def check_inputs(
     X, # one batch of inputs
-    like: torch.Tensor, # a parameter of the network
+    model: nn.Module,
 ):
-    "Refuse raw bytes, and floating-point inputs of another type than the network."
+    "Refuse raw bytes, and floating-point inputs of a type that no weight of the network has."
+    kinds = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point()))
     for t in tensors_in(X):
         if t.dtype == torch.uint8:
             raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise "
                              "them, for example x.float() / 255.")
-        if t.is_floating_point() and t.dtype != like.dtype:
-            raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {like.dtype} network; convert "
-                             f"them with x.to({like.dtype}).")
+        if t.is_floating_point() and kinds and t.dtype not in kinds:
+            raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {kinds[0]} network; convert "
+                             f"them with x.to({kinds[0]}).")
 
 # %% ../nbs/00_hvp.ipynb #b9842d0a
 @patch

@@ -31,12 +31,16 @@ __all__ = ['check_out', 'out_dir', 'json_bytes', 'circumstances', 'pack_bits', '
 # %% ../nbs/02d_runs.ipynb #f017acb4
 def check_out(
     path, # where results shall go
+    files: tuple[str, ...] = (), # that will be written there
+    force: bool = False, # even if such files are there
 ) -> Path:
-    "Refuse a place that cannot be written to, before anything is computed. Makes nothing."
+    "Refuse a place that cannot be written to, or one with files to lose, before anything is computed. Makes nothing."
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir(): raise InputError(f"the output must be a directory. {there} is a file; name another.")
     if not os.access(there, os.W_OK | os.X_OK): raise InputError(f"the output directory must be writable. {there} is not; name another.")
+    taken = [f for f in files if (path/f).exists()]
+    if taken and not force: raise InputError(f"files are not replaced unasked. {path/taken[0]} is there; name another directory, or give --force.")
     return path
 
 def out_dir(

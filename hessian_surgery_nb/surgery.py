@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import numbers
 import time
@@ -26,10 +27,10 @@ from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% auto #0
-__all__ = ['class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl', 'SurgeryConfig',
-           'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control', 'StepRecord',
-           'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'plot_before_after', 'plot_history',
-           'report_dict', 'report_dicts']
+__all__ = ['LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl',
+           'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control',
+           'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'plot_before_after',
+           'plot_history', 'report_dict', 'report_dicts']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -174,7 +175,12 @@ class SurgeryConfig:
     directions: str = "spikes" # or "random": the sceptic's control, a random subspace of the same dimension
     params: str | tuple | None = None # which parameters may move; None: all trainable
     tol: float = 1e-2 # residual of the eigenpairs over the largest
+    precision: str | None = None # of Hessian-vector products: None, or "bf16"
+    micro_batch: int | None = None # images at a time in them; None: as many as memory allows
     seed: int = 0
+
+    @property
+    def product_options(self) -> dict: return dict(precision=self.precision, micro_batch=self.micro_batch)
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
 def check_config(c: SurgeryConfig):
@@ -280,7 +286,7 @@ class SurgeryResult:
 # %% ../nbs/05_surgery.ipynb #07bf455a
 def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: int, forward) -> Eigenpairs:
     if config.directions == "spikes":
-        op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward)
+        op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward, **config.product_options)
         return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
@@ -381,6 +387,8 @@ def move(self: SurgeryOperation, step: torch.Tensor): # (n,)
     for k, p in moved_state(self.params(), step).items(): self.model.get_parameter(k).copy_(p)
 
 # %% ../nbs/05_surgery.ipynb #c6cc2dfd
+LOG = logging.getLogger("hessian_surgery_nb")
+
 def operate(
     model: nn.Module, # in evaluation mode; left as it is
     loss_fn, # the loss it was trained with
@@ -408,6 +416,7 @@ def operate(
         if op.over: break
         op.over = not op.iterate()
         kept.save()
+        LOG.info("%s", op.history[-1])
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
         if stop and stop(): break
     op.model.load_state_dict(op.best[1])

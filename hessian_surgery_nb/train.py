@@ -196,15 +196,15 @@ def predict(
     "Logits and labels of a whole set."
     check_model(model)
     check_mode(model)
-    net, like, out = Forward(model, forward), next(model.parameters()), []
+    net, device, out = Forward(model, forward), next(model.parameters()).device, []
     for batch in as_batches(data):
         X, y = split_batch(batch)
-        X, y = to_device(X, like.device), y.to(like.device)
+        X, y = to_device(X, device), y.to(device)
         if y.is_floating_point() or y.ndim != 1:
             raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; "
                              "convert them with y.long().")
         y = y.long()
-        check_inputs(X, like)
+        check_inputs(X, model)
         z = functional_logits(net, state or {}, X)
         check_batch(X, y, z, _CLASS_NUMBERS)
         if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
