@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
@@ -31,14 +32,14 @@ from .models import num_params, write_atomic
 from .own import load_network, own_files, own_sets
 from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
 from .runs import check_out, json_bytes, out_dir
-from .surgery import SurgeryConfig, SurgeryResult, check_config, operate, plot_before_after, plot_history
+from .surgery import StepRecord, SurgeryConfig, SurgeryResult, check_config, operate, plot_before_after, plot_history
 from .train import predict
 
 # %% auto #0
 __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'add_common', 'add_spikes', 'add_eps', 'add_surgery', 'config_flags',
            'with_config', 'pick_device', 'ready', 'products', 'surgery_config', 'Plan', 'peak_memory', 'plan',
            'own_out', 'held_out_change', 'totals', 'own_report', 'repeat', 'operate_own', 'asked_to_stop', 'logged',
-           'comparison_rows', 'compare_own', 'screen_own', 'spectrum_own', 'add_own']
+           'result_schema', 'schema', 'comparison_rows', 'compare_own', 'screen_own', 'spectrum_own', 'add_own']
 
 # %% ../nbs/09c_commands.ipynb #bf7d205a
 def add_common(o: argparse.ArgumentParser):
@@ -106,9 +107,9 @@ def with_config(
     if not argv or argv[0] not in commands: return argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    path = first.parse_known_args(argv[1:])[0].config
+    found, rest = first.parse_known_args(argv[1:])
     known = {a.dest: a.nargs == 0 for a in commands[argv[0]]._actions}
-    return argv if path is None or "config" not in known else [argv[0], *config_flags(path, known), *argv[1:]]
+    return argv if found.config is None or "config" not in known else [argv[0], *config_flags(found.config, known), *rest]
 
 # %% ../nbs/09c_commands.ipynb #7370ac77
 def pick_device(name: str) -> torch.device: # "auto", or as PyTorch writes it
@@ -151,14 +152,14 @@ class Plan:
     "What surgery would take."
     parameters: int; spikes: int; iterations: int
     passes: int # over the sensitivity set, in one iteration
-    products: int # in one iteration
+    products: int # in one iteration; as many as the first search took
     seconds: float # for all iterations, if none ends it early
     memory: float # bytes, the largest
     device: str
 
     def __str__(self):
         return (f"{self.parameters:,} parameters may move along {self.spikes} spikes; an iteration takes {self.passes} passes over the sensitivity set and about {self.products} Hessian-vector products\n"
-                f"about {duration(self.seconds)} for {self.iterations} iterations on {self.device}, and {amount(self.memory)} of memory, by the time and size of a batch and of a product")
+                f"about {duration(self.seconds)} for {self.iterations} iterations on {self.device}, and {amount(self.memory)} of memory, by the time of a batch and of one search for the spikes")
 
 # %% ../nbs/09c_commands.ipynb #07cf1844
 def peak_memory(device: torch.device) -> float: # bytes
@@ -170,26 +171,25 @@ def peak_memory(device: torch.device) -> float: # bytes
         return max(info.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     except ImportError: return getattr(info, "peak_wset", info.rss) # Windows
 
-def _timed(f, repeats: int = 1) -> float:
+def _timed(f, repeats: int = 1): # seconds, what came of it
     start = time.perf_counter()
-    for _ in range(repeats): f()
-    return (time.perf_counter() - start) / repeats
+    for _ in range(repeats): out = f()
+    return (time.perf_counter() - start) / repeats, out
 
 def plan(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, # as for `operate`
     config: SurgeryConfig = SurgeryConfig(),
 ) -> Plan:
-    "Time one pass and two products, and count."
+    "Search once, time one pass, and count."
     X, y = next(iter(sensitivity_data))
     images = sum(len(t) for _, t in sensitivity_data)
-    C = predict(model, [(X, y)])[0].shape[1]
-    K, each = config.num_spikes or C - 1, _timed(lambda: predict(model, [(X, y)]), 3) / len(y)
-    op = HessianOperator(model, loss_fn, hessian_data, params=config.params, **config.product_options)
-    v = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
-    build, product = _timed(lambda: op @ v), _timed(lambda: op @ v, 2)
-    passes, count, first = (K if config.scheme == "forward" else 2 * K) + 1, 2 * K + 6, 0 if config.eps else 2 * K
-    seconds = config.iterations * (passes * images * each + build + count * product) + first * images * each
-    return Plan(op.shape[0], K, config.iterations, passes, count, seconds, peak_memory(op.device) + op.shape[0] * (count + 2 * K) * v.element_size() + 3 * num_params(model) * v.element_size(), str(op.device))
+    predict(model, [(X, y)]) # the first pass is slower
+    batch, (z, _) = _timed(lambda: predict(model, [(X, y)]), 3)
+    K, n = config.num_spikes or z.shape[1] - 1, len(y)
+    search, pairs = _timed(lambda: top_eigenpairs(HessianOperator(model, loss_fn, hessian_data, params=config.params, **config.product_options), K, tol=config.tol, seed=config.seed))
+    passes, first = (K if config.scheme == "forward" else 2 * K) + 1, 0 if config.eps else 2 * K
+    seconds, v = config.iterations * (passes * images / n * batch + search) + first * images / n * batch, pairs.vectors
+    return Plan(len(v), K, config.iterations, passes, pairs.num_matvecs, seconds, peak_memory(v.device) + v.element_size() * (v.numel() + 3 * num_params(model)), str(v.device))
 
 # %% ../nbs/09c_commands.ipynb #63764025
 FILES = "weights.safetensors", "result.json", "history.csv", "report.html"
@@ -266,15 +266,41 @@ def asked_to_stop(): # a function: whether Ctrl-C was pressed
 
 @contextlib.contextmanager
 def logged(on: bool):
-    "Each step on standard error, while this lasts."
+    "Each step on standard error, while this lasts; warnings in one line, without the code that gave them."
     log, handler = logging.getLogger("hessian_surgery_nb"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     level = log.level
     if on: log.addHandler(handler); log.setLevel(logging.INFO)
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter("ignore", kind)
+            warnings.showwarning = lambda message, *_: print(f"hessian-surgery: {message}", file=sys.stderr)
+            yield
     finally: log.removeHandler(handler); log.setLevel(level)
 
 # %% ../nbs/09c_commands.ipynb #29fca060
+def result_schema() -> dict:
+    "The JSON schema (draft 2020-12) of what `operate` writes."
+    number, text, whole, flag, maybe = dict(type="number"), dict(type="string"), dict(type="integer"), dict(type="boolean"), dict(type=["number", "null"])
+    def many(item): return dict(type="array", items=item)
+    def record(**parts): return dict(type="object", properties=parts, required=list(parts), additionalProperties=False)
+    def about(fraction, what): return dict(fraction, description=what)
+    report = record(measured_on=dict(enum=["held_out", "sensitivity"]), sigma_pp=about(number, "standard deviation of the class accuracies, percentage points"), balanced_percent=about(number, "mean of the class accuracies"),
+                    global_percent=number, worst_percent=number, classes=many(record(name=text, images=whole, accuracy_percent=number)))
+    kinds = {"bool": flag, "int": whole, "float": number, "tuple": many(maybe)}
+    step = record(**{f.name: kinds[f.type.split("[")[0]] for f in fields(StepRecord) if f.name != "seconds"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "result.json of hessian-surgery operate",
+            **record(what=dict(const="hessian-surgery operate"), command=about(text, "repeats the run"), classes=many(text), before=report, after=report, sensitivity_before=report, sensitivity_after=report,
+                     change=record(sigma_pp=number, low95=number, high95=number, says=text), config=dict(type="object", required=[f.name for f in fields(SurgeryConfig)]),
+                     returned_iteration=about(whole, "0: no step helped"), history=many(step), spikes=about(many(number), "eigenvalues at the start"),
+                     timing=record(iteration_seconds=many(number), seconds=number, peak_bytes=number))}
+
+def schema(args: argparse.Namespace) -> int:
+    "The `schema` command."
+    print(json.dumps(result_schema(), indent=1))
+    return 0
+
+# %% ../nbs/09c_commands.ipynb #4a5db770
 COMPARED = "result.json", "report.html"
 
 def comparison_rows(c: Comparison) -> tuple[list[str], list[list[str]]]: # header, rows
@@ -303,7 +329,7 @@ def compare_own(args: argparse.Namespace) -> int:
     print((out/"result.json").read_text() if args.json else f"{text_table(header, rows)}\n\n{summary}\n\n{out}: {', '.join(COMPARED)}", end="" if args.json else "\n")
     return 0
 
-# %% ../nbs/09c_commands.ipynb #4a5db770
+# %% ../nbs/09c_commands.ipynb #545741cf
 def screen_own(args: argparse.Namespace) -> int:
     "The `screen` command."
     options = products(args)
@@ -326,7 +352,7 @@ def spectrum_own(args: argparse.Namespace) -> int:
     print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
     return 0
 
-# %% ../nbs/09c_commands.ipynb #b8ff74a9
+# %% ../nbs/09c_commands.ipynb #8af3aad6
 def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     "The four commands."
     where = "Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on."
@@ -344,3 +370,5 @@ def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     o = command("screen", screen_own, "is surgery worth trying on it?")
     add_spikes(o, "directions; default: classes - 1"); add_eps(o)
     add_spikes(command("spectrum", spectrum_own, "the leading Hessian eigenvalues of it"), "eigenvalues; default: classes + 3")
+    says = "the JSON schema of operate's result.json"
+    sub.add_parser("schema", formatter_class=wide, allow_abbrev=False, help=says, description=f"Print {says}.").set_defaults(run=schema)

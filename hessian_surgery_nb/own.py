@@ -74,7 +74,7 @@ def _function(place: str, name: str):
             sys.modules.setdefault(spec.name, module)
             spec.loader.exec_module(module)
         else: module = importlib.import_module(place)
-    except (ImportError, OSError) as e: raise InputError(f"{place} could not be imported ({e}); name a file, or a module on the path.") from e
+    except Exception as e: raise InputError(f"{place} could not be imported ({type(e).__name__}: {e}); mend it, or name a file, or a module on the path.") from e
     if not callable(getattr(module, name, None)): raise InputError(f"{place} has no function {name!r}.")
     try: net = getattr(module, name)()
     except Exception as e: raise InputError(f"{place}:{name}() must return a network. It raised {type(e).__name__}: {e}; mend it, or see --debug.") from e

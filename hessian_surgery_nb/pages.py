@@ -64,7 +64,7 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } caption { text
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 600; } code { background: #f3f5f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
 .numbers { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1.2rem 0; padding: 0; list-style: none; }
-.numbers b { display: block; font-size: 1.5rem; } @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
+.numbers b { display: block; font-size: 1.5rem; } @media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding-right: .4rem; } } @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
 """
 
 def html_page(title: str, body: list[str]) -> str:

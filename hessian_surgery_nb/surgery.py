@@ -22,7 +22,7 @@ from .data import check_disjoint
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
 from .models import named_part, read_tensors, weights_bytes, write_atomic, write_tensors
-from .runs import json_bytes, out_dir
+from .runs import check_out, json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
@@ -260,6 +260,9 @@ class StepRecord:
     passes: int # passes over the sensitivity set
     accuracy: tuple[float, ...] # (C,) of each class, after the step
     seconds: float
+    def __str__(self):
+        return (f"step {self.iteration} {'kept' if self.accepted else 'turned back'}: sigma {100 * self.sigma:.2f} pp (promised {100 * self.predicted_sigma:.2f}), global {100 * self.overall:.2f} %, worst {100 * self.worst:.1f} %, "
+                f"eps {self.eps:.3g} -> {self.eps_next:.3g}; {self.matvecs} products, {self.passes} passes, {self.seconds:.1f} s")
 
 # %% ../nbs/05_surgery.ipynb #5d6a1172
 @dataclass(frozen=True)
@@ -432,12 +435,13 @@ def as_steps(records: list[dict]) -> list[StepRecord]:
 class _State:
     "An operation between two steps, in a directory."
     def __init__(self, op: SurgeryOperation, run_dir):
-        self.op, self.dir = op, None if run_dir is None else out_dir(run_dir)
+        self.op, self.dir = op, None if run_dir is None else check_out(run_dir) # made when there is something to keep
         self.request = dict(asdict(op.config), start=op.start.accuracy.tolist())
 
     def save(self):
         if self.dir is None: return
         op, (pairs, S) = self.op, self.op.first
+        out_dir(self.dir)
         if len(op.history) == 1:
             write_tensors(self.dir/"start.safetensors", dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
                           **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),

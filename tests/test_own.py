@@ -1,6 +1,7 @@
 "`operate`, `screen` and `spectrum` on networks and images of somebody's own: what works, and what is refused."
 import json
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
@@ -45,6 +46,64 @@ def test_operate_leaves_everything_it_says(place, capsys, tmp_path):
     assert load_network(f"{place}/mine.py:net", classes=3, weights=tmp_path/"out"/"weights.safetensors")[0](torch.zeros(1, 3, 16, 16)).shape == (1, 3)
     page = (tmp_path/"out"/"report.html").read_text()
     assert "colour1" in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_result_keeps_to_its_schema(place, tmp_path, capsys):
+    assert main(["operate", *flags(place), "--iterations", "2", "--eps", "0.2", "--out", str(tmp_path/"out")]) == 0 and main(["schema"]) == 0
+    said, result = capsys.readouterr().out, json.loads((tmp_path/"out"/"result.json").read_text())
+    schema = json.loads(said[said.index("{"):])
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(result, schema)
+    for change in (dict(change=None), dict(history=[{}]), dict(more=1)):
+        with pytest.raises(jsonschema.ValidationError): jsonschema.validate(result | change, schema)
+
+
+def test_compare_puts_every_method_on_the_same_images(place, tmp_path, capsys):
+    assert main(["compare", *flags(place), "--iterations", "1", "--eps", "0.2", "--json", "--out", str(tmp_path/"out")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path/"out"/"result.json").read_text())
+    assert [m["method"] for m in said["methods"]] == ["no change", "surgery", "tuned biases", "tau-norm", "logit adjustment", "random subspace, same norm", "random subspace, own amplitude"]
+    assert {c["images"] for m in said["methods"] for c in m["held_out"]["classes"]} == {8}
+    page = (tmp_path/"out"/"report.html").read_text()
+    assert "tuned biases" in page and "<script" not in page
+    flat = flags(place, data=f"{place}/toys/test") # no training images to count
+    assert main(["compare", *flat, "--iterations", "1", "--no-controls", "--json", "--out", str(tmp_path/"flat")]) == 0
+    assert [m["method"] for m in json.loads(capsys.readouterr().out)["methods"]] == ["no change", "surgery", "tuned biases", "tau-norm"]
+
+
+def test_flags_from_a_file_do_what_flags_do(place, tmp_path, capsys):
+    config = tmp_path/"c.yaml"
+    config.write_text(f"weights: {place}/w.safetensors\ndata: {place}/toys\nhessian: 32\niterations: 9\neps: 0.2\nmean: [0.4, 0.5, 0.6]\n")
+    model = ["--model", f"{place}/mine.py:net"]
+    assert main(["operate", *model, "--config", str(config), "--iterations", "2", "--out", str(tmp_path/"file")]) == 0
+    assert main(["operate", *model, *flags(place)[2:], "--iterations", "2", "--eps", "0.2", "--mean", ".4", ".5", ".6", "--out", str(tmp_path/"flags")]) == 0
+    a, b = (json.loads((tmp_path/n/"result.json").read_text()) for n in ("file", "flags"))
+    assert {k: v for k, v in a.items() if k not in ("timing", "command")} == {k: v for k, v in b.items() if k not in ("timing", "command")}
+    assert "--config" not in a["command"] and "--hessian=32" in a["command"]
+
+
+def test_nothing_is_replaced_unasked(place, tmp_path, capsys):
+    out = tmp_path/"out"
+    out.mkdir()
+    (out/"report.html").write_text("somebody's")
+    again = ["operate", *flags(place), "--iterations", "1", "--eps", "0.2", "--out", str(out)]
+    assert main(again) == 2 and "--force" in capsys.readouterr().err and [p.name for p in out.iterdir()] == ["report.html"] and (out/"report.html").read_text() == "somebody's"
+    assert main([*again, "--force"]) == 0 and "colour1" in (out/"report.html").read_text()
+
+
+def test_verbose_logs_each_step(place, tmp_path, capsys):
+    assert main(["operate", *flags(place), "--iterations", "2", "--eps", "0.2", "--verbose", "--out", str(tmp_path/"out")]) == 0
+    assert capsys.readouterr().err.count(": sigma ") == 2
+    assert main(["operate", *flags(place), "--iterations", "2", "--eps", "0.2", "--out", str(tmp_path/"quiet")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_products_in_small_pieces_are_the_same(place, capsys):
+    def values(*more):
+        assert main(["spectrum", *flags(place), "--spikes", "2", "--json", *more]) == 0
+        return torch.tensor(json.loads(capsys.readouterr().out)["values"])
+    torch.testing.assert_close(values("--micro-batch", "5"), values(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values("--precision", "bf16"), values(), rtol=.1, atol=1e-2)
 
 
 def test_two_runs_are_the_same(place, tmp_path):

@@ -1,6 +1,7 @@
 "Surgery that is cut off at any moment ends, taken up again, as if it had not been."
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from hessian_surgery_nb.commands import FILES as OPERATED
 from hessian_surgery_nb.data import load_digits, long_tail_splits, write_toy_images
 from hessian_surgery_nb.models import digits_net, resnet20, weights_bytes, write_atomic
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
@@ -73,25 +76,54 @@ def results(out):
     return {k: v for k, v in r.items() if k not in ("timing", "command")}, (out/"weights.safetensors").read_bytes()
 
 
-def test_killed_and_resumed(place, tmp_path):
+def test_killed_twenty_times_and_resumed(place, tmp_path):
     p = start(place, tmp_path/"whole")
     assert p.wait(timeout=300) == 0, p.stderr.read()
-    rng, killed = random.Random(0), 0
-    for _ in range(20):
-        p = start(place, tmp_path/"cut", "--resume")
-        file, seen = tmp_path/"cut"/"state"/"surgery.safetensors", None
+    whole, cut, rng, killed = results(tmp_path/"whole"), tmp_path/"cut", random.Random(0), 0
+    while True:
+        p, file, seen = start(place, cut, "--resume"), cut/"state"/"surgery.safetensors", None
         before = file.stat().st_mtime_ns if file.exists() else None
-        while p.poll() is None and seen in (None, before): # at least one more step each time
+        while killed < 20 and p.poll() is None and seen in (None, before): # at least one more step each time
             seen = file.stat().st_mtime_ns if file.exists() else None
             time.sleep(.002)
         time.sleep(rng.uniform(0, .1))
-        if p.poll() is not None: break
-        p.kill(); p.communicate()
-        killed += 1
-        assert not (tmp_path/"cut"/"result.json").exists()
-    else: p = start(place, tmp_path/"cut", "--resume")
+        if killed < 20 and p.poll() is None:
+            p.kill(); p.communicate()
+            killed += 1
+            assert not set(OPERATED) & {f.name for f in cut.iterdir()} and all(read_whole(f) for f in file.parent.glob("*.safetensors"))
+            continue
+        assert p.wait(timeout=300) == 0, p.stderr.read()
+        assert results(cut) == whole and not file.parent.exists()
+        if killed == 20: break
+        shutil.rmtree(cut) # it was done before it could be killed again
+
+
+def read_whole(file):
+    with safe_open(file, "pt") as f: return all(torch.is_tensor(f.get_tensor(k)) for k in f.keys())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_state(place, tmp_path, small_disk):
+    p = start(place, tmp_path/"whole")
     assert p.wait(timeout=300) == 0, p.stderr.read()
-    assert killed >= 5 and results(tmp_path/"cut") == results(tmp_path/"whole") and not (tmp_path/"cut"/"state").exists()
+    p, file = start(place, small_disk/"out"), small_disk/"out"/"state"/"surgery.safetensors"
+    while not file.exists() and p.poll() is None: time.sleep(.002)
+    (small_disk/"filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    assert p.wait(timeout=300) == 2
+    error = p.stderr.read()
+    assert "No space left on device" in error and "Traceback" not in error and read_whole(file) and not set(OPERATED) & {f.name for f in (small_disk/"out").iterdir()}
+    (small_disk/"filler").unlink()
+    p = start(place, small_disk/"out", "--resume")
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    assert results(small_disk/"out") == results(tmp_path/"whole")
 
 
 def test_interrupted_it_leaves_the_best_so_far(place, tmp_path):

@@ -1,6 +1,7 @@
 "Networks that break naive code: each works, judged by dense Hessians, or is refused with the reason."
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,3 +156,28 @@ def test_what_a_refusal_advises_works():
     run(Wrapped(mlp(), lambda z: dict(logits=z)).eval(), forward=lambda model, x: model(x)["logits"])
     part = operate(Mixed(torch.float64).eval(), loss, *sets[:2], config=SurgeryConfig(iterations=1, params="b.*"), progress=False)
     assert part.model.a.weight.dtype == torch.float64
+
+
+class Sentences(nn.Module):
+    "Takes words and a mask by name, and returns an object, as those of Hugging Face do."
+    def __init__(self): super().__init__(); self.embed, self.head = nn.Embedding(20, 5), nn.Linear(5, 3)
+    def forward(self, input_ids, attention_mask):
+        x, mask = self.embed(input_ids), attention_mask[..., None]
+        return SimpleNamespace(logits=self.head((x * mask).sum(1) / mask.sum(1)))
+
+
+def test_dictionaries_of_words_from_a_loader():
+    torch.manual_seed(0)
+    rows = [(dict(input_ids=torch.randint(20, (6,)), attention_mask=(torch.arange(6) < n).long()), n % 3) for n in torch.randint(1, 7, (90,)).tolist()]
+    sets = [torch.utils.data.DataLoader(rows[i:i + 30], batch_size=11) for i in (0, 30, 60)]
+    net = Sentences().double().eval()
+    def forward(model, x): return model(**x).logits
+    H = HessianOperator(net, loss, sets[0], forward=forward)
+    columns = torch.stack([H @ e for e in torch.eye(H.shape[0], dtype=torch.float64)], 1)
+    class Whole(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x): return self.net(*x).logits
+    one = next(iter(torch.utils.data.DataLoader(rows[:30], batch_size=30)))
+    torch.testing.assert_close(columns, dense(Whole(), tuple(one[0].values()), one[1]), rtol=1e-8, atol=1e-10)
+    r = operate(net, loss, *sets[:2], held_out=sets[2], forward=forward, config=SurgeryConfig(iterations=2, eps=.3), progress=False)
+    assert isinstance(forward(r.model, one[0]), torch.Tensor) and 1 <= len(r.history) <= 2
