@@ -36,10 +36,11 @@ from .surgery import StepRecord, SurgeryConfig, SurgeryResult, check_config, ope
 from .train import predict
 
 # %% auto #0
-__all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'add_common', 'add_spikes', 'add_eps', 'add_surgery', 'config_flags',
-           'with_config', 'pick_device', 'ready', 'products', 'surgery_config', 'Plan', 'peak_memory', 'plan',
-           'own_out', 'held_out_change', 'totals', 'own_report', 'repeat', 'operate_own', 'asked_to_stop', 'logged',
-           'result_schema', 'schema', 'comparison_rows', 'compare_own', 'screen_own', 'spectrum_own', 'add_own']
+__all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'add_common', 'add_spikes', 'add_directions', 'add_scheme', 'add_eps',
+           'add_surgery', 'config_flags', 'with_config', 'pick_device', 'ready', 'products', 'surgery_config', 'Plan',
+           'peak_memory', 'plan', 'own_out', 'held_out_change', 'totals', 'own_report', 'repeat', 'operate_own',
+           'asked_to_stop', 'logged', 'result_schema', 'schema', 'comparison_rows', 'compare_own', 'screen_own',
+           'spectrum_own', 'add_own']
 
 # %% ../nbs/09c_commands.ipynb #bf7d205a
 def add_common(o: argparse.ArgumentParser):
@@ -63,6 +64,8 @@ def add_common(o: argparse.ArgumentParser):
     o.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
 
 def add_spikes(o, default): o.add_argument("--spikes", type=int, metavar="K", help=default)
+def add_directions(o, *known): o.add_argument("--directions", choices=known, default="spikes", help="what weights move along: eigenvectors; gradients averaged over classes, much cheaper" + ("; or a control" if "random" in known else ""))
+def add_scheme(o): o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
 def add_eps(o): o.add_argument("--eps", type=float, help="first amplitude, a distance in weight space; default: found by trying")
 
 def add_surgery(o: argparse.ArgumentParser, out: str, files: str):
@@ -72,8 +75,9 @@ def add_surgery(o: argparse.ArgumentParser, out: str, files: str):
     o.add_argument("--iterations", type=int, default=15, metavar="T", help="steps at most")
     o.add_argument("--p", default="auto", help="exponent of the class weights: 0 all alike, 2 the weakest foremost; auto: the paper's rule")
     o.add_argument("--tau", type=float, help="classes at least this accurate (a fraction) are protected; default: those above the mean")
+    add_directions(o, "spikes", "class_means", "random")
     o.add_argument("--schedule", choices=("gamma", "adam"), default="gamma", help="of the amplitude")
-    o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
+    add_scheme(o)
     o.add_argument("--metric", choices=("accuracy", "probability"), default="accuracy", help="what it measures; probability has less noise where images are few")
     o.add_argument("--out", default=out, metavar="DIR", help=f"where {files} go")
     o.add_argument("--force", action="store_true", help="replace files of these names that are in --out")
@@ -142,7 +146,7 @@ def surgery_config(args) -> SurgeryConfig:
     "The settings that the flags give."
     try: p = args.p if args.p == "auto" else float(args.p)
     except ValueError as e: raise InputError(f"--p must be a number or auto. Got {args.p}.") from e
-    c = SurgeryConfig(iterations=args.iterations, num_spikes=args.spikes, eps=args.eps, p=p, tau=args.tau, schedule=args.schedule, scheme=args.scheme, metric=args.metric, params=args.params, seed=args.seed, **products(args))
+    c = SurgeryConfig(iterations=args.iterations, num_spikes=args.spikes, eps=args.eps, p=p, tau=args.tau, directions=args.directions, schedule=args.schedule, scheme=args.scheme, metric=args.metric, params=args.params, seed=args.seed, **products(args))
     check_config(c)
     return c
 
@@ -334,7 +338,7 @@ def screen_own(args: argparse.Namespace) -> int:
     "The `screen` command."
     options = products(args)
     net, sets = ready(args)
-    look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty(), **options)
+    look = screen(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, num_spikes=args.spikes, eps=args.eps, directions=args.directions, scheme=args.scheme, params=args.params, names=sets.classes, seed=args.seed, progress=sys.stderr.isatty(), **options)
     if args.json: print(json.dumps(look.to_dict(), indent=1)); return 0
     clear = look.sensitivity.signal_to_noise
     print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {clear:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if clear < 1 else "."))
@@ -368,7 +372,7 @@ def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     add_surgery(o, "hessian-surgery-compared", "result.json and report.html")
     o.add_argument("--no-controls", action="store_true", help="leave out surgery along random directions, two thirds of the time")
     o = command("screen", screen_own, "is surgery worth trying on it?")
-    add_spikes(o, "directions; default: classes - 1"); add_eps(o)
+    add_spikes(o, "directions; default: classes - 1"); add_eps(o); add_directions(o, "spikes", "class_means"); add_scheme(o)
     add_spikes(command("spectrum", spectrum_own, "the leading Hessian eigenvalues of it"), "eigenvalues; default: classes + 3")
     says = "the JSON schema of operate's result.json"
     sub.add_parser("schema", formatter_class=wide, allow_abbrev=False, help=says, description=f"Print {says}.").set_defaults(run=schema)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .class_structure import class_subspace
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .sensitivity import Sensitivity, sensitivity_matrix
 from .surgery import choose_amplitude, solve_coefficients
-from .train import class_means, class_report
+from .train import class_means, predict
 
 # %% auto #0
 __all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'promise', 'Screening', 'look_at', 'screen', 'plot_screening']
@@ -123,21 +124,25 @@ def screen(
     *,
     num_spikes: int | None = None, # None: C - 1
     eps: float | None = None, # None: `choose_amplitude`
+    directions: str = "spikes", # or "class_means": no eigenvalue search
+    scheme: str = "central", # or "forward": half the passes
     params=None, forward=None, names=None, tol: float = 1e-2, seed: int = 0, progress: bool = False,
     **options, # micro_batch, precision: as for `HessianOperator`
 ) -> Screening:
     "Is surgery worth trying? One Lanczos run, one sensitivity matrix; the model is left as it is."
+    if directions not in ("spikes", "class_means"): raise InputError(f"directions must be 'spikes' or 'class_means'. Got {directions!r}.")
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data)
-    now = class_report(model, sensitivity_data, names=names, measured_on="sensitivity", forward=forward)
-    op = HessianOperator(model, loss_fn, hessian_data, params=params, forward=forward, **options)
-    pairs = top_eigenpairs(op, len(now.accuracy) - 1 if num_spikes is None else num_spikes, tol=tol, seed=seed, progress=progress)
-    if eps is None: s, passes = choose_amplitude(model, pairs, sensitivity_data, params=params, forward=forward, names=names)
+    seen, places = predict(model, sensitivity_data, forward=forward), dict(params=params, forward=forward)
+    if directions == "class_means": pairs = class_subspace(model, hessian_data, num_spikes, **places)
+    else: pairs = top_eigenpairs(HessianOperator(model, loss_fn, hessian_data, **places, **options), seen[0].shape[1] - 1 if num_spikes is None else num_spikes, tol=tol, seed=seed, progress=progress)
+    how = dict(scheme=scheme, centre=seen, names=names, **places)
+    if eps is None: s, passes = choose_amplitude(model, pairs, sensitivity_data, **how)
     else:
-        s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, params=params, forward=forward, names=names, progress=progress)
+        s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, progress=progress, **how)
         passes = s.num_passes
     return look_at(s, matvecs=pairs.num_matvecs, passes=passes + 1, seed=seed)
 
-# %% ../nbs/08_effective_rank.ipynb #be2bc096
+# %% ../nbs/08_effective_rank.ipynb #aaf8ad20
 def plot_screening(
     look: Screening, ax=None,
 ):

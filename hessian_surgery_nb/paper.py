@@ -22,11 +22,12 @@ from .slq import SpectralDensity, plot_density
 from .train import wilson_interval
 
 # %% auto #0
-__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES', 'FIGURES', 'Results',
-           'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6',
-           'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12', 'limits_frame',
-           'plot_front', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic', 'figure_1',
-           'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3']
+__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES', 'FIGURES', 'LOOKS',
+           'Results', 'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5',
+           'table_6', 'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12',
+           'limits_frame', 'plot_front', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic',
+           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'beforehand', 'rank_correlation',
+           'foretold', 'plot_beforehand']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -492,3 +493,46 @@ def figure_3(r: Results, ax=None):
     return ax
 
 FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
+
+# %% ../nbs/09_paper.ipynb #4bfa48eb
+LOOKS = {"surgery_gamma_p2": "sensitivity", "ce_surgery": "sensitivity", "fl_surgery": "fl_sensitivity", "cb_surgery": "cb_sensitivity"} # operation -> look
+
+def beforehand(
+    results: list[Results], rows: list[dict] = (), # stored runs, and the rows of benchmarks/screening.py
+):
+    "One row a network: effective rank and promised reduction of sigma before, reduction obtained on held-out images after."
+    import pandas as pd
+    out = [dict(data="digits", start=f"{x['loss']}, 1:{x['ratio']:g}", seed=x["seed"], look=x["look"], run=x) for x in rows]
+    for r in results:
+        for name, look in LOOKS.items():
+            out += [dict(data=r.label.split("_")[0], start=name.split("_")[0], seed=s, look=r.runs[look][s]["results"], run=r.runs[name][s]["results"]) for s in r.seeds(name, look)]
+    def row(o):
+        now, says, before, after = 100 * o["look"]["sigma"], 100 * o["look"]["predicted_sigma"], o["run"]["before"]["sigma_pp"], o["run"]["after"]["sigma_pp"]
+        return {"data": o["data"], "start": o["start"], "seed": o["seed"], "effective rank": o["look"]["effective_rank"], "signal / noise": o["look"]["signal_to_noise"], "sigma (pp)": now,
+                "promised (pp)": now - says, "promised (%)": 100 * (1 - says / now), "obtained (pp)": before - after, "obtained (%)": 100 * (1 - after / before)}
+    return pd.DataFrame(map(row, out))
+
+def rank_correlation(x, y, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]: # and its 95 % interval
+    "Spearman's, with a bootstrap interval."
+    from scipy.stats import bootstrap, spearmanr
+    if len(x) < 4: raise InputError(f"a rank correlation needs at least 4 points. Got {len(x)}.")
+    found = bootstrap((np.asarray(x), np.asarray(y)), lambda a, b: spearmanr(a, b).statistic, paired=True, vectorized=False, n_resamples=draws, method="percentile", rng=seed).confidence_interval
+    return float(spearmanr(x, y).statistic), float(found.low), float(found.high)
+
+def foretold(frame): # of `beforehand`
+    "How well what is known beforehand orders the networks by what surgery brings: rank correlations with 95 % intervals."
+    import pandas as pd
+    known, gained = ("effective rank", "signal / noise", "promised (%)", "promised (pp)", "sigma (pp)"), ("obtained (%)", "obtained (pp)")
+    return pd.DataFrame({g: {k: interval(rank_correlation(frame[k], frame[g]), 2) for k in known} for g in gained})
+
+# %% ../nbs/09_paper.ipynb #0cc1f0d5
+def plot_beforehand(frame, axes=None): # of `beforehand`
+    "Reduction obtained against the rank and against the promise."
+    import matplotlib.pyplot as plt
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    if axes is None: axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]
+    for ax, what, label in zip(axes, ("effective rank", "promised (pp)"), ("sigma fell by (%), held-out", "")):
+        new_axes(ax, title="Rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*rank_correlation(frame[what], frame["obtained (%)"])), xlabel=what, ylabel=label)
+        for (name, part), colour in zip(frame.groupby("data"), ("blue", "orange", "red", "grey")): ax.plot(part[what], part["obtained (%)"], "o", ms=4, color=COLOURS[colour], label=name)
+    axes[0].legend(frameon=False, fontsize=8)
+    return axes

@@ -18,6 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .class_structure import class_subspace
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
@@ -172,7 +173,7 @@ class SurgeryConfig:
     rollback_drop: float = .07 # or when a class fell by more: 7 pp
     scheme: str = "central" # of the sensitivity matrix
     metric: str = "accuracy" # or "probability"
-    directions: str = "spikes" # or "random": the sceptic's control, a random subspace of the same dimension
+    directions: str = "spikes" # or "class_means": averaged gradients in their place, no Lanczos run; or "random": the sceptic's control, a random subspace of the same dimension
     params: str | tuple | None = None # which parameters may move; None: all trainable
     tol: float = 1e-2 # residual of the eigenpairs over the largest
     precision: str | None = None # of Hessian-vector products: None, or "bf16"
@@ -191,7 +192,7 @@ def check_config(c: SurgeryConfig):
     rules = [("iterations", c.iterations >= 1, "at least 1"), ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
              ("eps", c.eps is None or c.eps > 0, "positive"), ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
              ("p", c.p == "auto" or (not isinstance(c.p, str) and c.p >= 0), "'auto', 0 or positive"),
-             ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in ("spikes", "random"), "'spikes' or 'random'"),
+             ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in ("spikes", "class_means", "random"), "'spikes', 'class_means' or 'random'"),
              ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
              ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"), ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
              ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
@@ -211,12 +212,12 @@ def choose_amplitude(
     *,
     limit: float = .2, # how far the accuracy of a class may move along one spike
     start: float | None = None, # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
-    params=None, forward=None, names=None,
+    **how, # scheme, centre, params, forward, names: as for `sensitivity_matrix`
 ) -> tuple[Sensitivity, int]: # the sensitivity matrix at the amplitude found (its `eps`), and passes over the data that it took
     "A first amplitude inside the linear regime (choice): go down from `start` until no class moves by more than `limit` along any spike."
     eps = start if start is not None else paper_amplitude(spikes.values.abs().max().item())
     for tries in range(1, 13):
-        S = sensitivity_matrix(model, spikes, data, eps=eps, params=params, forward=forward, names=names)
+        S = sensitivity_matrix(model, spikes, data, eps=eps, **how)
         moved = S.matrix.abs().max().item() * eps
         if moved <= max(limit, 1 / S.counts.min().item()): return S, tries * S.num_passes # one image may always move
         eps *= .8 * limit / moved
@@ -291,6 +292,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     if config.directions == "spikes":
         op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward, **config.product_options)
         return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
+    if config.directions == "class_means": return class_subspace(model, data, K, params=config.params, forward=forward)
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
     if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
@@ -332,7 +334,7 @@ class SurgeryOperation:
         S, passes, eps = None, 0, c.eps
         if eps is None:
             size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
-            S, passes = choose_amplitude(self.model, self.pairs, self.data, start=None if c.directions == "spikes" else .1 * size,
+            S, passes = choose_amplitude(self.model, self.pairs, self.data, start=.1 * size if c.directions == "random" else None,
                                          params=c.params, forward=self.forward, names=self.names)
             eps = S.eps
         self.control = amplitude_control(c, eps, self.now.sigma)
@@ -357,7 +359,7 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
 @patch
 def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
     c, box = self.config, None
-    if c.box and c.directions == "spikes": # random directions have no eigenvalues: the ball for them
+    if c.box and c.directions != "random": # random directions have no eigenvalues: the ball for them
         lam = self.pairs.values
         box = spike_box(lam.clamp(min=1e-3 * lam.abs().max().item()), self.control.eps)
     return solve_coefficients(S, self.now.accuracy, self.control.eps, p=self.p, tau=c.tau, max_drop=c.max_drop, box=box)
