@@ -309,6 +309,7 @@ def data_dir() -> Path:
     "Where datasets lie."
     return Path(os.environ.get("HESSIAN_SURGERY_DATA") or "data").expanduser()
 
+# %% ../nbs/02a_data.ipynb #cb261e58
 def dataset_folder(
     name, root=None, # as for `read_dataset`
 ) -> Path: # may not be there
@@ -337,7 +338,7 @@ def _torchvision_cifar(name, root, download):
         out.append(Samples(torch.from_numpy(d.data).permute(0, 3, 1, 2), y, torch.arange(len(y)), tuple(d.classes), f"{name}/{'train' if train else 'test'}"))
     return tuple(out)
 
-# %% ../nbs/02a_data.ipynb #cb261e58
+# %% ../nbs/02a_data.ipynb #e5e7dde9
 def read_dataset(
     name, # "cifar10", "cifar100", the name of a directory below `root`, or a path
     *,
@@ -361,7 +362,7 @@ def read_dataset(
                          f"{root/name/'test'}/CLASS/*.png, or set HESSIAN_SURGERY_DATA to where it is.")
     raise InputError(f"a dataset is a directory with train/CLASS/* and test/CLASS/*. {folder.absolute()} is not; give its path, or set HESSIAN_SURGERY_DATA to the directory above it.")
 
-# %% ../nbs/02a_data.ipynb #70eb611b
+# %% ../nbs/02a_data.ipynb #482a74e7
 def normalised(
     samples: Samples, # uint8
     like: Samples, # the training images, uint8, whose mean and deviation count
@@ -399,7 +400,7 @@ def image_splits(
     train, test = normalised(train, train), normalised(test, train)
     return Splits(train, train[some], *(test[torch.cat(p).sort().values] for p in parts), seed)
 
-# %% ../nbs/02a_data.ipynb #440bf3ec
+# %% ../nbs/02a_data.ipynb #8f5daa49
 def held_back_splits(
     train: Samples, test: Samples, # uint8, what `read_dataset` gives
     *,
