@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import write_toy_images
-from hessian_surgery_nb.models import resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.models import resnet20
 
 FACTORY = """
 import torch
-from hessian_surgery_nb.models import resnet20
-def net(): return resnet20(classes=3, width=4, blocks=1)
 def wide(): return resnet20(classes=5, width=4, blocks=1)
 def broken(): raise RuntimeError("out of order")
 def nothing(): pass
@@ -30,12 +27,7 @@ WEIGHT, BIAS = list(resnet20(classes=3, width=4, blocks=1).state_dict())[-2:] # 
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    d = tmp_path_factory.mktemp("good")
-    write_toy_images(d/"toys", train=12, test=8)
-    (d/"mine.py").write_text(FACTORY)
-    write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
-    return d
+def good(lay_out): return lay_out("good", FACTORY, train=12, test=8)
 
 
 def tree(d): return {str(p.relative_to(d)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in sorted(d.rglob("*")) if "__pycache__" not in p.parts}

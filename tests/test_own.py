@@ -7,14 +7,12 @@ import torch
 from torch import nn
 
 from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import class_files, torchvision_part, write_toy_images
-from hessian_surgery_nb.models import resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.data import class_files, torchvision_part
+from hessian_surgery_nb.models import weights_bytes, write_atomic
 from hessian_surgery_nb.own import Preparation, load_network, own_sets
 
 FACTORY = """
 import torch
-from hessian_surgery_nb.models import resnet20
-def net(): return resnet20(classes=3, width=4, blocks=1)
 def wide(): return resnet20(classes=5, width=4, blocks=1)
 def broken(): raise RuntimeError("no")
 class Pair(torch.nn.Module):
@@ -26,12 +24,7 @@ def stiff(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(10, 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    d = tmp_path_factory.mktemp("own")
-    write_toy_images(d/"toys", train=30, test=16)
-    (d/"mine.py").write_text(FACTORY)
-    write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
-    return d
+def place(lay_out): return lay_out("own", FACTORY, train=30, test=16)
 
 
 def flags(d, model="net", **other):

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from hessian_surgery_nb.commands import FILES as OPERATED
-from hessian_surgery_nb.data import load_digits, long_tail_splits, write_toy_images
-from hessian_surgery_nb.models import digits_net, resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.data import load_digits, long_tail_splits
+from hessian_surgery_nb.models import digits_net
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.train import train
 
@@ -58,12 +58,7 @@ def test_cut_anywhere_it_ends_the_same(digits, tmp_path, settings):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    d = tmp_path_factory.mktemp("resume")
-    write_toy_images(d/"toys", train=40, test=30)
-    (d/"mine.py").write_text("from hessian_surgery_nb.models import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n")
-    write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
-    return d
+def place(lay_out): return lay_out("resume", train=40, test=30)
 
 
 def start(place, out, *more):

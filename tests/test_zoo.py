@@ -179,5 +179,6 @@ def test_dictionaries_of_words_from_a_loader():
         def forward(self, x): return self.net(*x).logits
     one = next(iter(torch.utils.data.DataLoader(rows[:30], batch_size=30)))
     torch.testing.assert_close(columns, dense(Whole(), tuple(one[0].values()), one[1]), rtol=1e-8, atol=1e-10)
+    before = copy.deepcopy(net.state_dict())
     r = operate(net, loss, *sets[:2], held_out=sets[2], forward=forward, config=SurgeryConfig(iterations=2, eps=.3), progress=False)
-    assert isinstance(forward(r.model, one[0]), torch.Tensor) and 1 <= len(r.history) <= 2
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()) and r.history[0].moved > 0
