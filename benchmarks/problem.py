@@ -74,7 +74,8 @@ def about(args, **more) -> dict:
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    def git(*what): return subprocess.run(["git", "-C", Path(__file__).parents[1], *what], capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "") # +: files had changed since
     return dict(date=str(date.today()), commit=commit, device="cpu", processor=processor(), threads=args.threads, torch=torch.__version__,
                 weights=Path(args.weights).name if args.weights else "random", data=f"{Path(args.data).name}, training images" if args.data else "noise", batch=args.batch,
                 peers={k: installed(v) for k, v in PEERS.items()}, **more)

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import nn
 
-from .hvp import Forward, InputError, as_batches, check_inputs, check_mode, flatten, functional_logits, select_params, split_batch, to_device
+from .hvp import Forward, InputError, check_inputs, check_mode, flatten, functional_logits, my_batches, select_params, split_batch, to_device
 from .lanczos import Eigenpairs
+from .ranks import team
 
 # %% auto #0
 __all__ = ['class_gradients', 'class_subspace', 'subspace_overlap']
@@ -32,7 +33,7 @@ def class_gradients(
     chosen, net = select_params(model, params), Forward(model, forward)
     check_mode(model)
     leaves, sums, weights, N = [p.detach().requires_grad_() for p in chosen.values()], {}, {}, 0
-    for batch in as_batches(data):
+    for batch in my_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, leaves[0].device), y.to(leaves[0].device)
         check_inputs(X, model)
@@ -46,8 +47,12 @@ def class_gradients(
             for i, (key, (loss, w)) in enumerate(terms.items()):
                 g = flatten(torch.autograd.grad(loss, leaves, retain_graph=i + 1 < len(terms))).detach()
                 sums[key], weights[key] = sums.get(key, 0) + g, weights.get(key, 0.) + w.double().sum().item()
-    keys = sorted(sums)
-    return torch.stack([sums[k] / math.sqrt(N * weights[k]) if weights[k] > 0 else 0 * sums[k] for k in keys], 1)
+    if not N: raise InputError("class means need images, and each process at least one. Got none.")
+    C, t, zero = z.shape[1], team(), torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device)
+    keys = sorted(sums) if t.size == 1 else [(c, o) for c in range(C) for o in range(C) if o != c] if cross else [(c,) for c in range(C)]
+    facts = t.add(torch.tensor([[float(k in sums), weights.get(k, 0.)] for k in keys] + [[N, 0.]], dtype=torch.float64)).tolist()
+    N, columns = facts.pop()[0], [(t.add(sums.get(k, zero).clone()) if t.size > 1 else sums[k], there, w) for k, (there, w) in zip(keys, facts)]
+    return torch.stack([g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1)
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa
 def class_subspace(
@@ -67,7 +72,7 @@ def class_subspace(
     if not 1 <= k <= rank: raise InputError(f"k must lie in 1..{rank}, the rank of the class means. Got {k}; ask for fewer, or give cross=True.")
     Q, R = torch.linalg.qr(V @ (U[:, :k] / values[:k].sqrt()).to(V)) # orthonormal to the last digit
     like, nothing = next(iter(select_params(model, params).values())), torch.full((k,), math.nan, dtype=torch.float64)
-    return Eigenpairs(values[:k], (Q * R.diagonal().sign()).to(like), nothing, 0, torch.zeros(k, dtype=torch.bool))
+    return Eigenpairs(values[:k], team().mine((Q * R.diagonal().sign()).to(like)), nothing, 0, torch.zeros(k, dtype=torch.bool))
 
 def subspace_overlap(
     A: torch.Tensor, B: torch.Tensor, # (n, k) and (n, j), orthonormal columns

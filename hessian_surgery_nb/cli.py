@@ -10,6 +10,7 @@ import functools
 import html
 import io
 import json
+import os
 import platform
 import shlex
 import sys
@@ -23,7 +24,7 @@ from torch import nn
 
 from . import __version__
 from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
-from .commands import add_own, logged, pick_device, repeat, with_config
+from .commands import add_own, logged, one_voice, pick_device, repeat, with_config
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank, look_at
 from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
@@ -31,6 +32,7 @@ from .hvp import HessianOperator, InputError
 from .models import digits_net, num_params, weights_bytes, write_atomic
 from .pages import duration, figure_tag, html_page, table_tag, text_table
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
+from .ranks import LostRank
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
@@ -332,7 +334,7 @@ def parser() -> Parser:
     p = Parser(
         "hessian-surgery", formatter_class=wide,
         description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
-        epilog="Exit codes: 0 done, 2 bad input (nothing was written), 130 interrupted (what was finished is kept). Same seed, same torch, same number of threads: same result, bit for bit.")
+        epilog="Exit codes: 0 done, 2 bad input (nothing was written), 3 another process of the run was lost (what was finished is kept), 130 interrupted (what was finished is kept). Same seed, same torch, same number of threads: same result, bit for bit.")
     p.add_argument("--version", action="version", version=f"hessian_surgery_nb {__version__}")
     sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
     d = sub.add_parser(
@@ -394,11 +396,12 @@ def main(
     try:
         args = p.parse_args(argv := with_config(argv, p.commands))
         args.argv = argv
-        with logged(getattr(args, "verbose", False)): return args.run(args)
-    except InputError as e:
+        with one_voice(getattr(args, "shared", False)), logged(getattr(args, "verbose", False)): return args.run(args)
+    except (InputError, LostRank) as e:
         if "--debug" in argv: raise
-        print(f"hessian-surgery: {e}", file=sys.stderr)
-        return 2
+        rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        print(f"hessian-surgery{f' (rank {rank} of {several})' if several != '1' else ''}: {e}", file=sys.stderr)
+        return 2 if isinstance(e, InputError) else 3
     except KeyboardInterrupt:
         print("hessian-surgery: interrupted; no file is half written", file=sys.stderr)
         return 130

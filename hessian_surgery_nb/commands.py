@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import html
+import io
 import json
 import logging
+import os
 import shlex
 import shutil
 import signal
@@ -31,16 +33,17 @@ from .lanczos import top_eigenpairs
 from .models import num_params, write_atomic
 from .own import load_network, own_files, own_sets
 from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
+from .ranks import team, together
 from .runs import check_out, json_bytes, out_dir
-from .surgery import StepRecord, SurgeryConfig, SurgeryResult, check_config, operate, plot_before_after, plot_history
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history
 from .train import predict
 
 # %% auto #0
 __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'add_common', 'add_spikes', 'add_directions', 'add_scheme', 'add_eps',
            'add_surgery', 'config_flags', 'with_config', 'pick_device', 'ready', 'products', 'surgery_config', 'Plan',
            'peak_memory', 'plan', 'own_out', 'held_out_change', 'totals', 'own_report', 'repeat', 'operate_own',
-           'asked_to_stop', 'logged', 'result_schema', 'schema', 'comparison_rows', 'compare_own', 'screen_own',
-           'spectrum_own', 'add_own']
+           'asked_to_stop', 'one_voice', 'logged', 'result_schema', 'schema', 'comparison_rows', 'compare_own',
+           'screen_own', 'spectrum_own', 'add_own']
 
 # %% ../nbs/09c_commands.ipynb #bf7d205a
 def add_common(o: argparse.ArgumentParser):
@@ -119,6 +122,7 @@ def with_config(
 def pick_device(name: str) -> torch.device: # "auto", or as PyTorch writes it
     "A GPU if there is one, or what was asked for."
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if wanted == "cuda" and team().size > 1: wanted = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" # a GPU for each process
     try: return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise InputError(f"--device must be one that PyTorch has here. {wanted} is not ({str(e).splitlines()[0]}); use cpu, or auto.") from e
 
@@ -127,7 +131,7 @@ def ready(args: argparse.Namespace): # network, sets
     device, (_, names) = pick_device(args.device), own_files(args.data)
     net, seen = load_network(args.model, classes=len(names), weights=args.weights)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
-    sets, net = own_sets(args.data, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty()), net.to(device)
+    sets, net = own_sets(args.data, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty() and not team().rank), net.to(device)
     first = next(iter(sets.hessian))[0][:2]
     try:
         with torch.no_grad(): outputs = net(first.to(device))
@@ -188,12 +192,12 @@ def plan(
     X, y = next(iter(sensitivity_data))
     images = sum(len(t) for _, t in sensitivity_data)
     predict(model, [(X, y)]) # the first pass is slower
-    batch, (z, _) = _timed(lambda: predict(model, [(X, y)]), 3)
-    K, n = config.num_spikes or z.shape[1] - 1, len(y)
-    search, pairs = _timed(lambda: top_eigenpairs(HessianOperator(model, loss_fn, hessian_data, params=config.params, **config.product_options), K, tol=config.tol, seed=config.seed))
+    batch, n = _timed(lambda: predict(model, [(X, y)]), 3)[0], len(y)
+    op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, None, None)
+    search, K, v = _timed(lambda: op.draw(0))[0], op.num_spikes, op.pairs.vectors
     passes, first = (K if config.scheme == "forward" else 2 * K) + 1, 0 if config.eps else 2 * K
-    seconds, v = config.iterations * (passes * images / n * batch + search) + first * images / n * batch, pairs.vectors
-    return Plan(len(v), K, config.iterations, passes, pairs.num_matvecs, seconds, peak_memory(v.device) + v.element_size() * (v.numel() + 3 * num_params(model)), str(v.device))
+    seconds = config.iterations * (passes * images / n * batch + search) + first * images / n * batch
+    return Plan(sum(p.numel() for p in op.params().values()), K, config.iterations, passes, op.pairs.num_matvecs, seconds, peak_memory(v.device) + v.element_size() * (v.numel() + num_params(model)), str(v.device))
 
 # %% ../nbs/09c_commands.ipynb #63764025
 FILES = "weights.safetensors", "result.json", "history.csv", "report.html"
@@ -239,7 +243,8 @@ def operate_own(args: argparse.Namespace) -> int:
     if args.dry_run: return _say_plan(plan(net, loss_fn, sets.hessian, sets.sensitivity, config), sets, args)
     with asked_to_stop() as asked:
         r = operate(net, loss_fn, sets.hessian, sets.sensitivity, held_out=sets.held_out, config=config, names=sets.classes, run_dir=state, stop=asked, progress=sys.stderr.isatty() and not args.verbose)
-    cut, change = asked() and len(r.history) < config.iterations, held_out_change(r)
+    cut, change = team().any(asked()) and len(r.history) < config.iterations, held_out_change(r)
+    if team().rank: return 130 if cut else 0
     summary, rows = totals(r, change), [[n, f"{b:.1f}", f"{a:.1f}", f"{c:+.1f}"] for n, _, b, a, c in r.to_frame().itertuples()]
     took = r.to_dict()["timing"] | dict(seconds=time.perf_counter() - start, peak_bytes=peak_memory(next(net.parameters()).device))
     r.save(out_dir(out), what="hessian-surgery operate", command=command, classes=list(sets.classes), change=change, timing=took)
@@ -261,7 +266,7 @@ def asked_to_stop(): # a function: whether Ctrl-C was pressed
     def handle(*_):
         if pressed: raise KeyboardInterrupt
         pressed.append(True)
-        print("hessian-surgery: ending after this step with the best weights so far; --resume goes on from there. Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+        if not team().rank: print("hessian-surgery: ending after this step with the best weights so far; --resume goes on from there. Ctrl-C again stops at once.", file=sys.stderr, flush=True)
     mine = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, handle) if mine else None
     try: yield lambda: bool(pressed)
@@ -269,16 +274,23 @@ def asked_to_stop(): # a function: whether Ctrl-C was pressed
         if mine: signal.signal(signal.SIGINT, before)
 
 @contextlib.contextmanager
+def one_voice(shared: bool): # whether the command can share its work
+    "The other processes of the run, where torchrun started several; only the first of them prints."
+    several = int(os.environ.get("WORLD_SIZE", "1"))
+    if several > 1 and not shared: raise InputError(f"this command runs in one process. torchrun started {several}; start it without, or with --nproc-per-node 1.")
+    with together() as t, contextlib.redirect_stdout(io.StringIO() if t.rank else sys.stdout): yield
+
+@contextlib.contextmanager
 def logged(on: bool):
     "Each step on standard error, while this lasts; warnings in one line, without the code that gave them."
     log, handler = logging.getLogger("hessian_surgery_nb"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     level = log.level
-    if on: log.addHandler(handler); log.setLevel(logging.INFO)
+    if on and not team().rank: log.addHandler(handler); log.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter("ignore", kind)
-            warnings.showwarning = lambda message, *_: print(f"hessian-surgery: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: None if team().rank else print(f"hessian-surgery: {message}", file=sys.stderr)
             yield
     finally: log.removeHandler(handler); log.setLevel(level)
 
@@ -324,6 +336,7 @@ def compare_own(args: argparse.Namespace) -> int:
     counts = None if learned is unseen else [len(f) for f in learned.values()]
     c = compare(net, loss_fn, sets.hessian, sets.sensitivity, sets.held_out, config=config, counts=counts, names=sets.classes, controls=not args.no_controls, progress=sys.stderr.isatty() and not args.verbose)
     header, rows = comparison_rows(c)
+    if team().rank: return 0
     best = min(c.rivals, key=lambda r: r.report.sigma)
     summary = f"Held-out, {len(c.y)} images. The smallest sigma is that of {best.name}: {100 * best.report.sigma:.1f} pp. Tuned on {len(sets.sensitivity.y)} other images; intervals are paired, 95 %."
     out_dir(out)
@@ -363,7 +376,7 @@ def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     def command(name, run, says):
         o = sub.add_parser(name, formatter_class=wide, allow_abbrev=False, help=says, description=f"{says[0].upper() + says[1:]}. {where}")
         add_common(o)
-        o.set_defaults(run=run)
+        o.set_defaults(run=run, shared=True)
         return o
     o = command("operate", operate_own, "surgery on your network")
     add_surgery(o, "hessian-surgery-operated", "weights.safetensors, result.json, history.csv and report.html")

@@ -15,6 +15,7 @@ from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
 from .models import named_part, read_tensors, write_tensors
+from .ranks import team
 from .runs import out_dir
 from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude
 from .train import ClassReport
@@ -33,6 +34,7 @@ class DeflatedOperator:
         W = getattr(basis, "vectors", basis)
         self.op, self.rows = as_operator(op), W.T
         self.shape, self.dtype, self.device = self.op.shape, self.op.dtype, self.op.device
+        if team().size > 1: raise InputError(f"deflation runs in one process. {team().size} share this run; leave together(), or torchrun, out.")
         if W.ndim != 2 or W.shape[0] != self.shape[0]: raise InputError(f"a basis must be (n, j) with n = {self.shape[0]:,}. Got {tuple(W.shape)}.")
         self._check()
 

@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import numpy as np
@@ -25,14 +25,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import LeanLayers
+from .ranks import Team, team
 
 # %% auto #0
 __all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'length', 'as_batches', 'to_device',
-           'tensors_in', 'split_batch', 'Forward', 'functional_logits', 'as_loss_module', 'known_reduction',
-           'call_loss', 'loss_denominator', 'infer_reduction', 'backward_through', 'forward_over_reverse',
-           'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs', 'gradient_graph',
-           'graph_bytes', 'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut', 'OperatorCheck',
-           'MatrixOperator', 'as_operator']
+           'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'as_loss_module',
+           'known_reduction', 'call_loss', 'loss_denominator', 'infer_reduction', 'backward_through',
+           'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs',
+           'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut',
+           'OperatorCheck', 'MatrixOperator', 'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #a6a62290
 class InputError(ValueError):
@@ -158,6 +159,32 @@ def split_batch(
                      "give single images to a DataLoader, wrap other loaders so that they yield pairs.")
 
 # %% ../nbs/00_hvp.ipynb #967e3a5c
+def rows_of(
+    batch, # (X, y)
+    s: slice,
+) -> tuple: # (X, y) of these rows
+    "Some images of a batch."
+    X, y = split_batch(batch)
+    def part(t): return t[s] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
+    return ({k: part(t) for k, t in X.items()} if isinstance(X, Mapping) else [part(t) for t in X] if isinstance(X, (list, tuple)) else part(X)), y[s]
+
+class _Mine:
+    "This process's rows of every batch of a loader."
+    def __init__(self, batches, team: Team): self.batches, self.team = batches, team
+    def __iter__(self):
+        for turn, batch in enumerate(self.batches):
+            y = split_batch(batch)[1]
+            s = self.team.rows(len(y) if y.ndim else 1, turn)
+            if s.stop > s.start: yield rows_of(batch, s) if y.ndim else batch
+
+def my_batches(
+    data, # as for `as_batches`
+): # likewise
+    "What of the data this process computes with: all of it, unless several share the run."
+    batches, t = as_batches(data), team()
+    return batches if t.size == 1 else list(_Mine(batches, t)) if isinstance(batches, list) else _Mine(batches, t)
+
+# %% ../nbs/00_hvp.ipynb #70a6fbee
 class Forward(nn.Module):
     "A network as a function from inputs to logits, whatever its calling convention."
     def __init__(self,
@@ -178,7 +205,7 @@ class Forward(nn.Module):
                              "X: model(X)[0] or similar.")
         return out
 
-# %% ../nbs/00_hvp.ipynb #c3213db3
+# %% ../nbs/00_hvp.ipynb #b8d71618
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor], # parameter name -> tensor to use in its place
@@ -193,7 +220,7 @@ def functional_logits(
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {e}; check their shape and type, or pass forward=.") from e
 
-# %% ../nbs/00_hvp.ipynb #14429d74
+# %% ../nbs/00_hvp.ipynb #d24599be
 _ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
 _FUNCTIONS = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss, F.mse_loss: nn.MSELoss,
               F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss}
@@ -203,7 +230,7 @@ def as_loss_module(loss_fn):
     if isinstance(loss_fn, functools.partial) and loss_fn.func in _FUNCTIONS and not loss_fn.args: return _FUNCTIONS[loss_fn.func](**loss_fn.keywords)
     return _FUNCTIONS[loss_fn]() if callable(loss_fn) and not isinstance(loss_fn, nn.Module) and loss_fn in _FUNCTIONS else loss_fn
 
-# %% ../nbs/00_hvp.ipynb #089ac5e9
+# %% ../nbs/00_hvp.ipynb #961bfab8
 def known_reduction(loss_fn) -> str | None: # "mean", "sum", "batchmean"; None for a loss that is not PyTorch's own
     "The reduction of PyTorch's own losses. What another class calls its reduction need not be one, so it is not trusted."
     return getattr(loss_fn, "reduction", None) if type(loss_fn).__module__.startswith("torch.nn") else None
@@ -220,7 +247,7 @@ def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
                          "use reduction='mean' or 'sum'.")
     return loss.reshape(())
 
-# %% ../nbs/00_hvp.ipynb #c8cb4458
+# %% ../nbs/00_hvp.ipynb #1e48cce2
 def loss_denominator(
     loss_fn, # a loss module or function
     output: torch.Tensor, # logits of one batch
@@ -237,7 +264,7 @@ def loss_denominator(
     if isinstance(loss_fn, _ELEMENTWISE) and reduction == "mean": return float(output.numel())
     return float(len(target))
 
-# %% ../nbs/00_hvp.ipynb #1e48cce2
+# %% ../nbs/00_hvp.ipynb #c100a567
 def infer_reduction(
     loss_fn, # any callable loss_fn(output, target) -> scalar
     output: torch.Tensor, target: torch.Tensor, # one batch, at least 3 rows
@@ -256,7 +283,7 @@ def infer_reduction(
     if abs(whole - (a + b)) <= tol * 2: return "sum"
     raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch.")
 
-# %% ../nbs/00_hvp.ipynb #c100a567
+# %% ../nbs/00_hvp.ipynb #7b265ca4
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -278,7 +305,7 @@ def _explained(rule, way_out):
         if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in ("not implemented", "not differentiable")): raise
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
-# %% ../nbs/00_hvp.ipynb #f2dc1150
+# %% ../nbs/00_hvp.ipynb #08f7fb90
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -290,7 +317,7 @@ def forward_over_reverse(
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
 
-# %% ../nbs/00_hvp.ipynb #423beead
+# %% ../nbs/00_hvp.ipynb #e4b49286
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -305,12 +332,12 @@ def gauss_newton(
     Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #5044d3e0
+# %% ../nbs/00_hvp.ipynb #1afddf7f
 _MODES = {"auto": "decided at the first product, see plan()", "kept": "double backward, the gradient's graph stays in memory: fastest",
           "rebuilt": "double backward, a batch at a time", "forward": "forward over reverse: least memory",
           "difference": "central differences of gradients: approximate, for layers without a second derivative"}
 
-# %% ../nbs/00_hvp.ipynb #e4b49286
+# %% ../nbs/00_hvp.ipynb #5e931f72
 class HessianOperator:
     """The Hessian (or Gauss-Newton matrix) of a loss over all given data, as something to multiply with: `op @ v`.
 
@@ -333,17 +360,17 @@ class HessianOperator:
         precision: str | None = None, # "bf16": the network runs in bfloat16, see check(); None: as its weights are
     ):
         _check_options(loss_fn, kind=kind, mode=mode, precision=precision, micro_batch=micro_batch, memory=memory)
-        self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), as_batches(data), kind, mode
+        self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), my_batches(data), kind, mode
         chosen = select_params(model, params)
         self.names, self.reduction, self.num_matvecs, self.denominator = list(chosen), reduction, 0, None
         self.memory, self.micro_batch, self.precision = memory, micro_batch, precision
         first = next(iter(chosen.values()))
         n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
-        self._net, self._graphs, self._seen, self._plan, self._total = Forward(model, forward), None, None, None, 0.
+        self._net, self._graphs, self._seen, self._plan, self._total, self._team = Forward(model, forward), None, None, None, 0., team()
         check_mode(model)
 
-# %% ../nbs/00_hvp.ipynb #67f1abe1
+# %% ../nbs/00_hvp.ipynb #2592ceeb
 def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if not callable(loss_fn) or isinstance(loss_fn, type):
         raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
@@ -354,7 +381,7 @@ def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if micro_batch is not None and mode == "kept": raise InputError("mode='kept' keeps whole batches, micro_batch cuts them. Got both; leave one out.")
     if memory is not None and not memory > 0: raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
 
-# %% ../nbs/00_hvp.ipynb #1afddf7f
+# %% ../nbs/00_hvp.ipynb #6d28fe14
 @patch(as_prop=True)
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
@@ -365,7 +392,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #2592ceeb
+# %% ../nbs/00_hvp.ipynb #56a70d34
 def check_mode(
     model: nn.Module,
 ):
@@ -379,7 +406,7 @@ def check_mode(
         else: continue
         raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
+# %% ../nbs/00_hvp.ipynb #0eb338d7
 @patch
 def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
@@ -408,12 +435,12 @@ def _batch(self: HessianOperator, batch):
 @patch(as_prop=True)
 def _whole(self: HessianOperator) -> bool:
     "Is all data one batch, taken in one piece? Then nobody need know what the loss divides by."
-    return isinstance(self.data, list) and len(self.data) == 1 and not self.plan().micro_batch
+    return isinstance(self.data, list) and len(self.data) == 1 and not self.plan().micro_batch and self._team.size == 1
 
 @patch
 def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
 
-# %% ../nbs/00_hvp.ipynb #b9a8034c
+# %% ../nbs/00_hvp.ipynb #eade7ba7
 def check_batch(
     X, y: torch.Tensor, # one batch
     logits: torch.Tensor, # (N, C, ...)
@@ -433,7 +460,7 @@ def check_batch(
         raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
                          f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
+# %% ../nbs/00_hvp.ipynb #b9842d0a
 def check_inputs(
     X, # one batch of inputs
     model: nn.Module,
@@ -448,7 +475,7 @@ def check_inputs(
             raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {kinds[0]} network; convert "
                              f"them with x.to({kinds[0]}).")
 
-# %% ../nbs/00_hvp.ipynb #b9842d0a
+# %% ../nbs/00_hvp.ipynb #e86bbe11
 @patch
 def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
 
@@ -467,7 +494,7 @@ def _batch_grads(self: HessianOperator, batch, leaves):
     if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-# %% ../nbs/00_hvp.ipynb #2d24cd42
+# %% ../nbs/00_hvp.ipynb #e092ada0
 def gradient_graph(
     loss_of, # function without arguments: the scalar loss
     leaves, # what it is differentiated for
@@ -487,7 +514,7 @@ def _graph(self: HessianOperator, batch, leaves):
     X, loss_of = self._batch(batch)
     return gradient_graph(lambda: loss_of(self._logits(leaves, X)), leaves)
 
-# %% ../nbs/00_hvp.ipynb #e86bbe11
+# %% ../nbs/00_hvp.ipynb #bc7c0e08
 def graph_bytes(
     build, # function that builds a graph and returns it
 ) -> int:
@@ -504,9 +531,9 @@ def free_memory(
     device: torch.device,
 ) -> int:
     "Bytes that could be allocated there now."
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available // team().neighbours
 
-# %% ../nbs/00_hvp.ipynb #9f755e9f
+# %% ../nbs/00_hvp.ipynb #d54c147e
 @dataclass(frozen=True)
 class Plan:
     "How products are computed, and what that takes."
@@ -518,12 +545,22 @@ class Plan:
         cut = "" if self.micro_batch is None else f", {self.micro_batch} images at a time"
         return f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)" if self.needed == self.needed else f"Plan({self.mode}{cut})"
 
-# %% ../nbs/00_hvp.ipynb #6a60f0f1
+# %% ../nbs/00_hvp.ipynb #7544d469
 @patch
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
-    if self._plan is None: self._plan = self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan)
+    if self._plan is None: self._plan = self._agreed(self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan))
     return self._plan
+
+@patch
+def _agreed(self: HessianOperator, plan: Plan) -> Plan:
+    "Where several processes share the data: the most cautious mode of any of them."
+    if self._team.size == 1: return plan
+    small, large = (next(cut(next(iter(self.data)), s)) for s in (1, 2))
+    if self._sound(small) and not self._separable(small, large): raise InputError("a batch can only be shared where images do not see each other. Logits of this network depend on what else is in the batch; use one process.")
+    modes = list(_MODES)
+    wanted = self._team.add(torch.tensor([float(m == plan.mode) for m in modes]))
+    return replace(plan, mode=modes[int(wanted.nonzero().max())])
 
 @patch
 def _auto(self: HessianOperator) -> Plan:
@@ -547,7 +584,7 @@ def _auto(self: HessianOperator) -> Plan:
     size = max(1, int((allowed - need(0)) / slope) if slope else max(batches))
     return Plan(mode, size, need(size), allowed)
 
-# %% ../nbs/00_hvp.ipynb #d54c147e
+# %% ../nbs/00_hvp.ipynb #be0ced92
 @patch
 def _graph_size(self: HessianOperator, batch):
     (X, y), leaves = self._load(batch), self._leaves()
@@ -572,7 +609,7 @@ def _separable(self: HessianOperator, small, large):
     with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
     return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
-# %% ../nbs/00_hvp.ipynb #7544d469
+# %% ../nbs/00_hvp.ipynb #f5ed6abc
 def nodes_of(tensors):
     "All nodes of the graphs that made these tensors."
     seen, stack = set(), [t.grad_fn for t in tensors]
@@ -587,7 +624,7 @@ def python_functions(tensors) -> list[str]:
     classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
     return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
 
-# %% ../nbs/00_hvp.ipynb #992bfdf6
+# %% ../nbs/00_hvp.ipynb #d30f4562
 def difference(
     gradient_at, # function (n,) -> (n,)
     theta: torch.Tensor, v: torch.Tensor, # (n,) where, and along what
@@ -601,7 +638,7 @@ def difference(
 
 def _apart(a, b): return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else (0. if not a.norm() else math.inf)
 
-# %% ../nbs/00_hvp.ipynb #f5ed6abc
+# %% ../nbs/00_hvp.ipynb #2665f1ee
 @patch
 def _possible(self: HessianOperator, batch) -> str:
     "The best mode that the network's layers allow, tried on a few images."
@@ -627,18 +664,15 @@ def _possible(self: HessianOperator, batch) -> str:
     warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
     return "difference"
 
-# %% ../nbs/00_hvp.ipynb #d30f4562
+# %% ../nbs/00_hvp.ipynb #6b3e85ad
 def cut(
     batch, # (X, y)
     size: int | None, # images in a piece; None: in one piece
 ):
-    "A batch in pieces: whatever has as many rows as there are labels is cut, the rest is passed whole."
+    "A batch in pieces."
     X, y = split_batch(batch)
     if size is None or not y.ndim or len(y) <= size: yield X, y; return
-    def rows(t, s): return t[s] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
-    for i in range(0, len(y), size):
-        s = slice(i, i + size)
-        yield ({k: rows(t, s) for k, t in X.items()} if isinstance(X, Mapping) else [rows(t, s) for t in X] if isinstance(X, (list, tuple)) else rows(X, s)), y[s]
+    for i in range(0, len(y), size): yield rows_of(batch, slice(i, i + size))
 
 @patch
 def _pass(self: HessianOperator, each):
@@ -649,7 +683,7 @@ def _pass(self: HessianOperator, each):
         part = each(piece)
         out = part if out is None else tuple(a.add_(b) for a, b in zip(out, part))
     if out is None: raise InputError("data must hold at least one batch. Got none.")
-    D = 1. if self._sums() else self._total
+    D = 1. if self._sums() else self._team.add(torch.tensor(self._total, dtype=torch.float64)).item()
     if D == 0: raise InputError("the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0.")
     if self._seen is not None and not math.isclose(D, self._seen, rel_tol=1e-9):
         raise InputError(f"data must give the same images on every pass. Their total weight went from {self._seen:g} to {D:g}; "
@@ -657,15 +691,15 @@ def _pass(self: HessianOperator, each):
     self._seen = self.denominator = D
     return out
 
-# %% ../nbs/00_hvp.ipynb #2665f1ee
+# %% ../nbs/00_hvp.ipynb #caff8b06
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
     leaves = self._leaves()
     loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)))
-    return loss.item() / self.denominator, flatten(grads) / self.denominator
+    return self._team.add(loss).item() / self.denominator, self._team.add(flatten(grads)) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #caff8b06
+# %% ../nbs/00_hvp.ipynb #0de4038a
 @patch
 def _kept(self: HessianOperator):
     "The gradient graphs of all batches, built once for the present weights."
@@ -698,10 +732,10 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     else:
         leaves, graphs = self._kept()
         outs = [backward_through(g, leaves, parts, True) for g in graphs]
-        return flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)]).div_(self.denominator)
-    return flatten(self._pass(each)).div_(self.denominator)
+        return self._team.add(flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])).div_(self.denominator)
+    return self._team.add(flatten(self._pass(each))).div_(self.denominator)
 
-# %% ../nbs/00_hvp.ipynb #b1ce4721
+# %% ../nbs/00_hvp.ipynb #4c9dc14d
 @patch
 def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> torch.Tensor:
     return difference(self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale)
@@ -709,9 +743,9 @@ def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> to
 @patch
 def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
-    return flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1])) / self.denominator
+    return self._team.add(flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1]))) / self.denominator
 
-# %% ../nbs/00_hvp.ipynb #24f95c07
+# %% ../nbs/00_hvp.ipynb #cabe4061
 @patch
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
@@ -726,7 +760,7 @@ def __matmul__(self: HessianOperator,
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
 
-# %% ../nbs/00_hvp.ipynb #59b28a7c
+# %% ../nbs/00_hvp.ipynb #75872576
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -748,7 +782,7 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
     return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
 
-# %% ../nbs/00_hvp.ipynb #94be2c70
+# %% ../nbs/00_hvp.ipynb #3953e98c
 class MatrixOperator:
     "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
@@ -779,7 +813,7 @@ def as_operator(op):
                          f"{type(op).__name__}.")
     return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
 
-# %% ../nbs/00_hvp.ipynb #4ebaddf2
+# %% ../nbs/00_hvp.ipynb #260c47d4
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .hvp import InputError, as_operator, free_memory, length
+from .ranks import share, team
 
 # %% auto #0
-__all__ = ['slabs', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'combine',
-           'blend', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
+__all__ = ['slabs', 'extent', 'times', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz',
+           'Eigenpairs', 'combine', 'blend', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
 
 # %% ../nbs/01_lanczos.ipynb #dda86d30
 def slabs(basis): # (m, n)
@@ -29,12 +30,21 @@ def slabs(basis): # (m, n)
     size = 1 << 24 if basis.is_cuda else max(1 << 14, (1 << 20) // max(m, 1))
     return [slice(s, s + size) for s in range(0, n, size)]
 
+def extent(piece: torch.Tensor) -> torch.Tensor: # float64 scalar
+    "The length of a vector of which this process holds some coordinates, or all."
+    return length(piece) if team().size == 1 else team().add(length(piece).square()).sqrt()
+
+def times(op, piece: torch.Tensor) -> torch.Tensor:
+    "The operator times such a vector; this process's coordinates of the product."
+    t = team()
+    return op @ piece if t.size == 1 else t.mine(op @ t.whole(piece, op.shape[0]))
+
 def _remove(w, basis):
     if basis.dtype == w.dtype:
-        c = basis @ w
+        c = team().add(basis @ w)
         w.addmv_(basis.T, c, alpha=-1)
         return c.double().cpu()
-    c = sum(basis[:, s].to(w.dtype) @ w[s] for s in slabs(basis))
+    c = team().add(sum((basis[:, s].to(w.dtype) @ w[s] for s in slabs(basis)), torch.zeros(len(basis), dtype=w.dtype, device=w.device)))
     for s in slabs(basis): w[s].addmv_(basis[:, s].to(w.dtype).T, c, alpha=-1)
     return c.double().cpu()
 
@@ -90,19 +100,19 @@ def lanczos_tridiag(
     if num_steps < 1: raise InputError(f"num_steps must be at least 1. Got {num_steps}.")
     m = min(num_steps, n)
     q = _start(v0, op, torch.Generator().manual_seed(seed))
-    if outside is not None: orthogonalise(q, outside); q = q / length(q).to(q)
-    basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, n, dtype=op.dtype, device=op.device), [], [], None
+    if outside is not None: orthogonalise(q, outside); q = q / extent(q).to(q)
+    basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, len(q), dtype=op.dtype, device=op.device), [], [], None
     for j in range(m):
-        w = op @ q
+        w = times(op, q)
         if outside is not None: orthogonalise(w, outside)
         if reorthogonalise:
             basis[j] = q
             alpha.append(orthogonalise(w, basis[:j + 1], near=slice(max(j - 1, 0), j + 1))[j].item())
         else:
-            alpha.append((w @ q).item())
+            alpha.append(team().add(w @ q).item())
             w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
             last = q
-        beta.append(_finite(length(w).item(), j + 1))
+        beta.append(_finite(extent(w).item(), j + 1))
         if beta[-1] <= _negligible(op.dtype, alpha, beta): w.zero_(); beta[-1] = 0.; break
         q = w.div_(beta[-1])
     k = len(alpha)
@@ -116,13 +126,16 @@ def _finite(norm, step):
 def _negligible(dtype, alpha, beta): return 10 * torch.finfo(dtype).eps * max(map(abs, alpha + beta))
 
 def _start(v0, op, generator):
-    if v0 is None: return random_unit(op.shape[0], generator, op)
+    if v0 is None: return _random(op, generator)
     if hasattr(v0, "vectors") or torch.as_tensor(v0).ndim == 2: v0 = blend(v0)
-    v0 = torch.as_tensor(v0)
+    v0, t = torch.as_tensor(v0), team()
+    if v0.shape == (t.here(op.shape[0]),): v0 = t.whole(v0, op.shape[0])
     if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not v0.norm() > 0:
         raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
                          f"norm {v0.norm().item():.3g}.")
-    return (v0 / length(v0).to(v0)).to(op.device, op.dtype)
+    return t.mine((v0 / length(v0).to(v0)).to(op.device, op.dtype))
+
+def _random(op, generator): return team().mine(random_unit(op.shape[0], generator, op))
 
 # %% ../nbs/01_lanczos.ipynb #6813586e
 def plot_ritz(
@@ -143,7 +156,7 @@ def plot_ritz(
 class Eigenpairs:
     "Certified Ritz pairs."
     values: torch.Tensor # (k,) float64; most wanted first: descending for LA, ascending for SA, by magnitude for LM
-    vectors: torch.Tensor # (n, k), orthonormal columns
+    vectors: torch.Tensor # (n, k), orthonormal columns; where several processes share the run, this one's rows of them
     residuals: torch.Tensor # (k,) float64, |H v - lambda v|
     num_matvecs: int # products used
     converged: torch.Tensor # (k,) bool: residual <= tol * max |Ritz value|, and the value has stopped rising
@@ -158,7 +171,7 @@ _ORDER = {"LA": lambda t: -t, "SA": lambda t: t, "LM": lambda t: -t.abs()}
 class _Krylov:
     "A growing orthonormal basis, a row a vector, with the operator's projection on it: H Q = Q T + next tail' + blur."
     def __init__(self, op, size, generator, dtype=None, run_dir=None):
-        self.op, self.n, self.size, self.generator = op, op.shape[0], size, generator
+        self.op, self.n, self.size, self.generator, self.here = op, op.shape[0], size, generator, team().here(op.shape[0])
         self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
         self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=torch.float64)
         self.m, self.used, self.beta, self.tail = 0, 0, 0., torch.zeros(0, dtype=torch.float64)
@@ -168,21 +181,21 @@ class _Krylov:
         self.block, self.closed, self.left = None, False, [] # start of the newest block; has it closed; (row, size) of what closed ones left over
 
     def rows(self, count, name):
-        if self.dir is None: return torch.empty(count, self.n, dtype=self.dtype, device=self.op.device)
-        return torch.from_file(str(self.dir/f"{name}.bin"), shared=True, size=count * self.n, dtype=self.dtype).view(count, self.n)
+        if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
+        return torch.from_file(str(self.dir/f"{name}.bin"), shared=True, size=count * self.here, dtype=self.dtype).view(count, self.here)
 
     def expand(self):
         "One product with the newest row; `next` is what it leaves over."
         m = self.m
         if self.closed: self.block, self.closed = m, False
-        w = self.op @ self.basis[m].to(self.op.dtype)
+        w = times(self.op, self.basis[m].to(self.op.dtype))
         coupled = self.tail.nonzero().flatten()
         h = orthogonalise(w, self.basis[:m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1))
         if self.resumed and not (h[:m] - self.tail).norm() <= .02 * self.tail.norm() + torch.finfo(self.dtype).eps ** .5 * .1 * self.T.abs().max() + sum(b for _, b in self.left):
             raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
         self.T[:m + 1, m] = self.T[m, :m + 1] = h
         self.resumed = False
-        self.m, self.used, self.beta = m + 1, self.used + 1, _finite(length(w).item(), m + 1)
+        self.m, self.used, self.beta = m + 1, self.used + 1, _finite(extent(w).item(), m + 1)
         self.next, self.length = w, self.beta or 1.
         self.tail = torch.zeros(m + 1, dtype=torch.float64); self.tail[m] = self.beta
 
@@ -195,7 +208,7 @@ def put(self: _Krylov):
     else:
         q = self.next / self.length
         row.copy_(q)
-        self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * (q - row.to(q.dtype)).norm().item())
+        self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * extent(q - row.to(q.dtype)).item())
     if self.dir: self.save()
 
 # %% ../nbs/01_lanczos.ipynb #cd6916c6
@@ -212,10 +225,10 @@ def close(self: _Krylov, slack):
 @patch
 def fresh(self: _Krylov):
     "Open a new block with a random vector orthogonal to all before."
-    w, self.closed, self.beta, self.tail = random_unit(self.n, self.generator, self.op), True, 0., self.tail * 0.
+    w, self.closed, self.beta, self.tail = _random(self.op, self.generator), True, 0., self.tail * 0.
     for _ in range(2):
         orthogonalise(w, self.basis[:self.m])
-        w = w / length(w).to(w)
+        w = w / extent(w).to(w)
     self.next, self.length = w, 1.
 
 @patch
@@ -229,7 +242,7 @@ def lock(self: _Krylov, theta, U, res, k):
 @patch
 def ritz(self: _Krylov, order):
     "Ritz values, wanted first, their small vectors, and bounds on their residuals."
-    theta, U = torch.linalg.eigh(self.T[:self.m, :self.m])
+    theta, U = map(team().same, torch.linalg.eigh(self.T[:self.m, :self.m]))
     idx = torch.argsort(order(theta), stable=True)
     U = U[:, idx]
     blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
@@ -240,7 +253,7 @@ def hides_nothing(self: _Krylov, order, last, slack):
     "Once a block has closed: is the best pair of the newest block certified, and no better than the last wanted value?"
     if self.m == self.n: return True
     if self.block is None: return not self.closed
-    theta, U = torch.linalg.eigh(self.T[self.block:self.m, self.block:self.m])
+    theta, U = map(team().same, torch.linalg.eigh(self.T[self.block:self.m, self.block:self.m]))
     i = torch.argmin(order(theta))
     return bool(self.beta * U[-1, i].abs() <= slack and order(theta[i]) >= order(last) - slack)
 
@@ -264,7 +277,7 @@ def combine(
         exact = C @ basis[:, s].to(C.dtype)
         out[:, s] = exact.to(out.dtype)
         if out.dtype != C.dtype: lost += (exact - out[:, s].to(C.dtype)).double().square().sum(1).cpu()
-    return lost.sqrt()
+    return team().add(lost).sqrt()
 
 @patch
 def restart(self: _Krylov, theta, U, keep):
@@ -342,7 +355,7 @@ def top_eigenpairs(
     if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.next = _start(v0, op, g); kry.put()
     while True:
         kry.expand()
-        slack = tol * torch.linalg.eigvalsh(kry.T[:kry.m, :kry.m]).abs().max().item()
+        slack = tol * team().same(torch.linalg.eigvalsh(kry.T[:kry.m, :kry.m])).abs().max().item()
         kry.close(slack)
         theta, U, res = kry.ritz(_ORDER[which])
         ok = res <= slack
@@ -359,10 +372,18 @@ def top_eigenpairs(
     return _finish(kry, theta, U, res, slack, k, tol)
 
 # %% ../nbs/01_lanczos.ipynb #5328bce1
+def _turn(vectors, n): # (k, this process's coordinates), changed in place; n: all coordinates
+    "Which way a vector points is nobody's business but rounding's, so let it be that of (sin 1, sin 2, ...)."
+    t, first = team(), share(n, team().rank, team().size).start + 1
+    along = sum((vectors[:, s].double() @ torch.sin(torch.arange(first + s.start, first + min(s.stop, vectors.shape[1]), dtype=torch.float64, device=vectors.device)) for s in slabs(vectors)),
+                torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device))
+    vectors.mul_(torch.where(t.add(along) < 0, -1., 1.).to(vectors.dtype)[:, None])
+
 def _finish(kry, theta, U, res, slack, k, tol) -> Eigenpairs:
     crowded = 2 * k > kry.m and kry.dir is None # then the basis itself becomes the result, which saves a copy
     vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
     res = res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * theta.abs().max()
+    _turn(vectors, kry.n)
     settled = torch.ones(k, dtype=torch.bool) if kry.next is None else kry.settled(k, slack)
     pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, (res <= slack) & settled)
     if not pairs.converged.all():
@@ -381,17 +402,19 @@ def _check_request(k, n, which, tol, limit, basis_dtype):
 
 def _size(op, k, max_basis, dtype, run_dir):
     "How many vectors to keep."
-    n, each, wanted = op.shape[0], op.shape[0] * (dtype or op.dtype).itemsize, max(max_basis or 2 * k + 20, k + 3)
+    t, n, wanted = team(), op.shape[0], max(max_basis or 2 * k + 20, k + 3)
+    each = -(-n // t.size) * (dtype or op.dtype).itemsize
     if run_dir is None and wanted * each > 2**28: # below 256 MB nobody need ask
         room = free_memory(op.device)
-        if max_basis is None: wanted = max(min(wanted, int(room / 2 // each)), k + 3)
+        if max_basis is None: wanted = int(t.same(torch.tensor(max(min(wanted, int(room / 2 // each)), k + 3))))
         if min(n, wanted) * each > room:
-            raise InputError(f"the basis must fit into memory. {min(n, wanted)} vectors of {n:,} numbers take {min(n, wanted) * each / 1e9:.3g} GB, {room / 1e9:.3g} GB are free; "
-                             "use basis_dtype=torch.bfloat16, a run_dir on disk, or fewer pairs.")
+            raise InputError(f"the basis must fit into memory. {min(n, wanted)} vectors of {n:,} numbers take {min(n, wanted) * each / 1e9:.3g} GB{f' in each process' if t.size > 1 else ''}, {room / 1e9:.3g} GB are free; "
+                             "use basis_dtype=torch.bfloat16, a run_dir on disk, more processes, or fewer pairs.")
     return min(n, wanted)
 
 def _directory(run_dir):
     if run_dir is None: return None
+    if team().size > 1: raise InputError("vectors are kept on disk by one process. Several share this run; leave run_dir out.")
     path = Path(run_dir).expanduser()
     if path.exists() and any(p.name != "state.safetensors" and p.suffix not in (".bin", ".tmp") for p in path.iterdir()):
         raise InputError(f"run_dir must be a directory of its own. {path} holds other files; name another.")
@@ -400,7 +423,7 @@ def _directory(run_dir):
 
 def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
-    return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress)
+    return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress or team().rank > 0)
 
 # %% ../nbs/01_lanczos.ipynb #39ff92fa
 def eigen_residuals(
@@ -410,7 +433,7 @@ def eigen_residuals(
     "|H v - lambda v| by fresh products: k of them. Trusts nothing that Lanczos said."
     op = as_operator(op)
     rows = (v.to(op.dtype) for v in pairs.vectors.T)
-    return torch.stack([length(op @ v - lam.to(v) * v).cpu() for lam, v in zip(pairs.values, rows)])
+    return torch.stack([extent(times(op, v) - lam.to(v) * v).cpu() for lam, v in zip(pairs.values, rows)])
 
 # %% ../nbs/01_lanczos.ipynb #02a862c6
 def angle_bounds(

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from .hvp import InputError, length, select_params, unflatten
+from .lanczos import extent
+from .ranks import team
 from .train import class_means, predict
 
 # %% auto #0
@@ -21,10 +23,10 @@ __all__ = ['moved_state', 'Sensitivity', 'sensitivity_matrix', 'plot_sensitivity
 # %% ../nbs/04_sensitivity.ipynb #bbaa0240
 def moved_state(
     params: dict[str, torch.Tensor], # what `select_params` gave
-    step: torch.Tensor, # (n,) displacement
+    step: torch.Tensor, # (n,) displacement, or this process's coordinates of it
 ) -> dict[str, torch.Tensor]: # to be passed as `state`
     "Weights theta + step, by name."
-    parts = unflatten(step, params.values())
+    parts = unflatten(team().whole(step, sum(p.numel() for p in params.values())), params.values())
     return {k: p.detach() + d.to(p) for (k, p), d in zip(params.items(), parts)}
 
 # %% ../nbs/04_sensitivity.ipynb #64df8ed5
@@ -88,7 +90,7 @@ def sensitivity_matrix(
     C, base = z.shape[1], _scores(z, y, metric)
     names_where = dict(names=names, where="the sensitivity set")
     accuracy, D = class_means(z.argmax(1) == y, y, C, **names_where), torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device)
-    for k in tqdm(range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress):
+    for k in tqdm(range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress or team().rank > 0):
         minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
@@ -101,10 +103,10 @@ def _check_sensitivity(V, chosen, eps, scheme, metric):
     n = sum(p.numel() for p in chosen.values())
     if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)):
         raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
-    if V.ndim != 2 or V.shape[0] != n or not V.shape[1]:
+    if V.ndim != 2 or V.shape[0] not in (n, team().here(n)) or not V.shape[1]:
         raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
                          "to the operator.")
-    size = torch.stack([length(v) for v in V.detach().T])
+    size = torch.stack([(length if len(v) == n else extent)(v) for v in V.detach().T])
     if not ((size - 1).abs() < 1e-2).all():
         raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column "
                          "by its norm.")

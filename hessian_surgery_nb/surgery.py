@@ -23,6 +23,7 @@ from .data import check_disjoint
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import Eigenpairs, top_eigenpairs
 from .models import named_part, read_tensors, weights_bytes, write_atomic, write_tensors
+from .ranks import team
 from .runs import check_out, json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
@@ -219,7 +220,7 @@ def choose_amplitude(
     for tries in range(1, 13):
         S = sensitivity_matrix(model, spikes, data, eps=eps, **how)
         moved = S.matrix.abs().max().item() * eps
-        if moved <= max(limit, 1 / S.counts.min().item()): return S, tries * S.num_passes # one image may always move
+        if moved <= max(limit, 1 / S.counts.min().item()) + 1e-9: return S, tries * S.num_passes # one image may always move; a tie is none to be decided by rounding
         eps *= .8 * limit / moved
     raise InputError(f"a first amplitude must move no class by more than {100 * limit:g} pp. None found down to {eps:.3g}; pass eps.")
 
@@ -299,7 +300,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     g = torch.Generator().manual_seed(1_000_003 * config.seed + iteration)
     V, _ = torch.linalg.qr(torch.randn(n, K, generator=g))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
-    return Eigenpairs(nothing, V.to(like), nothing, 0, torch.ones(K, dtype=torch.bool))
+    return Eigenpairs(nothing, team().mine(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool))
 
 # %% ../nbs/05_surgery.ipynb #889e1434
 class SurgeryOperation:
@@ -369,7 +370,7 @@ def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
 def iterate(self: SurgeryOperation) -> bool: # whether anything is left to try
     clock, now = time.perf_counter(), self.now
     S, matvecs, passes = self.look()
-    alpha, pairs, eps, saved = self.decide(S), self.pairs, self.control.eps, self.weights()
+    alpha, pairs, eps, saved = team().same(self.decide(S)), self.pairs, self.control.eps, self.weights()
     self.move(pairs.vectors @ alpha.to(pairs.vectors))
     after, seen = self.measure(self.data)
     accepted, gain, drop = judge(now.accuracy, after.accuracy, self.config)
@@ -417,13 +418,13 @@ def operate(
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     (before, labels, was), kept = op.reported(held_out), _State(op, run_dir)
     kept.load()
-    for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress)):
+    for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress or team().rank > 0)):
         if op.over: break
         op.over = not op.iterate()
         kept.save()
         LOG.info("%s", op.history[-1])
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
-        if stop and stop(): break
+        if stop and team().any(stop()): break
     op.model.load_state_dict(op.best[1])
     op.now, op.seen = op.measure(sensitivity_data)
     after, _, now = op.reported(held_out)
@@ -438,22 +439,26 @@ class _State:
     "An operation between two steps, in a directory."
     def __init__(self, op: SurgeryOperation, run_dir):
         self.op, self.dir = op, None if run_dir is None else check_out(run_dir) # made when there is something to keep
-        self.request = dict(asdict(op.config), start=op.start.accuracy.tolist())
+        self.request, t = dict(asdict(op.config), start=op.start.accuracy.tolist()), team()
+        if t.size > 1: self.request["processes"] = t.size
+        self.first = "start.safetensors" if t.size == 1 else f"start-{t.rank + 1}of{t.size}.safetensors" # of the spikes each process keeps its rows
 
     def save(self):
         if self.dir is None: return
         op, (pairs, S) = self.op, self.op.first
         out_dir(self.dir)
         if len(op.history) == 1:
-            write_tensors(self.dir/"start.safetensors", dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
+            write_tensors(self.dir/self.first, dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
                           **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
                           dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
+        team().wait() # until all have written theirs
+        if team().rank: return
         write_tensors(self.dir/"surgery.safetensors", {f"model.{k}": v for k, v in op.model.state_dict().items()} | {f"best.{k}": v for k, v in op.best[1].items()},
                       dict(request=self.request, history=[asdict(h) for h in op.history], control=asdict(op.control), best=[op.best[0], op.best[2]], same=op.pairs is not None, drawn=op.drawn, over=op.over))
 
     def load(self):
         if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
-        op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/"start.safetensors", self.request)
+        op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/self.first, self.request)
         op.model.load_state_dict(named_part(t, "model"))
         op.now, op.seen = op.measure(op.data)
         op.history, op.over, op.best = as_steps(facts["history"]), facts["over"], (facts["best"][0], named_part(t, "best"), facts["best"][1])

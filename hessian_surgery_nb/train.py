@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, split_batch, to_device, unflatten
+from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, rows_of, split_batch, to_device, unflatten
 from .models import named_part, read_tensors, write_tensors
+from .ranks import Team, team
 from .testbed import seeded
 
 # %% auto #0
@@ -185,6 +186,14 @@ def effective_number_loss(
 # %% ../nbs/02c_train.ipynb #790167cb
 _CLASS_NUMBERS = nn.CrossEntropyLoss() # its rule for labels is the one for measuring accuracies
 
+def _checked_logits(net: Forward, X, y: torch.Tensor, state) -> torch.Tensor:
+    check_inputs(X, net.model)
+    z = functional_logits(net, state, X)
+    check_batch(X, y, z, _CLASS_NUMBERS)
+    if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
+    if not state and not torch.isfinite(z).all(): raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; load another checkpoint.")
+    return z
+
 @torch.no_grad()
 def predict(
     model: nn.Module, # in evaluation mode
@@ -196,24 +205,24 @@ def predict(
     "Logits and labels of a whole set."
     check_model(model)
     check_mode(model)
-    net, device, out = Forward(model, forward), next(model.parameters()).device, []
-    for batch in as_batches(data):
+    net, device, t, out, labels, seen = Forward(model, forward), next(model.parameters()).device, team(), [], [], 0
+    for turn, batch in enumerate(as_batches(data)):
         X, y = split_batch(batch)
-        X, y = to_device(X, device), y.to(device)
-        if y.is_floating_point() or y.ndim != 1:
-            raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; "
-                             "convert them with y.long().")
-        y = y.long()
-        check_inputs(X, model)
-        z = functional_logits(net, state or {}, X)
-        check_batch(X, y, z, _CLASS_NUMBERS)
-        if z.ndim != 2 or len(z) != len(y): raise InputError(f"logits must be (N, C), a row for each of the {len(y)} labels. Got {tuple(z.shape)}.")
-        if not state and not torch.isfinite(z).all():
-            raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; "
-                             "load another checkpoint.")
-        out.append((z, y))
-    if not out: raise InputError("data must hold at least one batch. Got none.")
-    return torch.cat([z for z, _ in out]), torch.cat([y for _, y in out])
+        if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        labels.append(y.to(device).long())
+        mine = t.rows(len(y), turn)
+        if mine.stop > mine.start:
+            X = to_device(X if t.size == 1 else rows_of(batch, mine)[0], device)
+            out.append((seen + mine.start, _checked_logits(net, X, labels[-1][mine], state or {})))
+        seen += len(y)
+    if not out: raise InputError("data must hold at least one batch, and an image for each process. Got none.")
+    return _all_logits(out, seen, t), torch.cat(labels)
+
+def _all_logits(out: list, n: int, t: Team) -> torch.Tensor: # (first row, logits) of this process's part of each batch -> (n, C)
+    if t.size == 1: return torch.cat([z for _, z in out])
+    full = torch.zeros(n, out[0][1].shape[1], dtype=out[0][1].dtype, device=out[0][1].device)
+    for start, z in out: full[start:start + len(z)] = z
+    return t.add(full)
 
 # %% ../nbs/02c_train.ipynb #86279cf6
 def class_means(

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PKG = "hessian_surgery_nb"
 # The line of reading. A new chapter takes its place here; `index` is read first and imports anything.
-LINE = """000_testbed 000a_layers 00_hvp 01_lanczos 02_slq 02a_data 02b_models 02c_train 02d_runs 03_spike_validation 03a_class_structure
-04_sensitivity 05_surgery 05a_baselines 06_deflation 07_isic 08_effective_rank 08a_experiments 09_paper 09a_own 09b_pages 09c_commands 10_cli""".split()
+LINE = """000_testbed 000a_layers 000b_ranks 00_hvp 01_lanczos 02_slq 02a_data 02b_models 02c_train 02d_runs 03_spike_validation 03a_class_structure
+04_sensitivity 05_surgery 05a_baselines 06_deflation 07_isic 08_effective_rank 08a_experiments 09_paper 09a_own 09b_pages 09c_commands 10_cli 10a_processes""".split()
 NOTEBOOKS = sorted((ROOT/"nbs").glob("[!._]*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.stem != "index"]
 HEAVY = ("torchvision", "matplotlib", "sklearn")  # imported by the functions that use them, not by the library
@@ -26,7 +26,7 @@ def text(s): return s if isinstance(s, str) else "".join(s)
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 def code_cells(path): return [c for c in cells(path) if c["cell_type"] == "code"]
 def outputs(path): return [o for c in code_cells(path) for o in c["outputs"]]
-def module(path): return path.stem.partition("_")[2]
+def module(path): return {"10a_processes": "__main__"}.get(path.stem, path.stem.partition("_")[2]) # what `python -m` runs has a name of its own
 
 
 def siblings(source):
