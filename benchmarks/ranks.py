@@ -53,7 +53,7 @@ def main():
     p.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     p.add_argument("--basis", type=int, default=24, help="Lanczos vectors; few, so that all of them are used")
     p.add_argument("--worker", help="for the processes themselves")
-    args, rows = p.parse_args(), []
+    args, rows, first = p.parse_args(), [], None
     if args.worker: return work(args)
     for n in args.processes:
         with tempfile.TemporaryDirectory() as d:
@@ -61,7 +61,7 @@ def main():
             subprocess.run([*run, __file__, *sys.argv[1:], "--worker", f"{d}/facts.json"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             with open(f"{d}/facts.json") as f: rows.append(json.load(f))
         values = rows[-1].pop("values")
-        first = values if len(rows) == 1 else first
+        first = first or values
         rows[-1]["off"] = max(abs(a / b - 1) for a, b in zip(values, first))
         print(rows[-1], flush=True)
     write(args.out, dict(command="python benchmarks/ranks.py", about=dict(about(args), threads=1, cores=os.cpu_count()), rows=rows), table(rows))

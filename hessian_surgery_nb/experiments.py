@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import itertools
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from .baselines import class_accuracies, post_hoc
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
 from .effective_rank import look_at
-from .hvp import HessianOperator, InputError
+from .hvp import HessianOperator, InputError, select_params
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
 from .lanczos import top_eigenpairs
+from .linearised import linearised_operate, tuned_to_price
 from .models import find_head, load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
 from .sensitivity import moved_state, sensitivity_matrix
@@ -35,8 +37,9 @@ from .train import ClassReport, FocalLoss, class_report_of, effective_number_los
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
            'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
            'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
-           'linearisation', 'LinearModel', 'linear_model', 'played', 'limits', 'focal', 'balanced', 'rivals',
-           'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation', 'feeding']
+           'linearisation', 'LinearModel', 'linear_model', 'played', 'limits', 'front_biases', 'focal', 'balanced',
+           'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation',
+           'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -347,6 +350,42 @@ def limits(study: Study, folder: Path, sweep) -> dict:
     return dict(eps=eps, start=dict(sensitivity=sens.figures(nothing), held_out=held.figures(nothing)), rows=rows)
 
 # %% ../nbs/08a_experiments.ipynb #37cde996
+def _front(study: Study, folder: Path, prices, rounds: int, directions: str = "spikes", head: bool = False, draw: int = 0) -> dict:
+    net, s = model_of(study, "network"), study.splits
+    where = f"{find_head(net, len(s.train.classes))[0]}.*" if head else None
+    config = SurgeryConfig(directions=directions, params=where, tol=1e-2, seed=study.seed + 1000 * draw)
+    sens, held = study.batches(s.sensitivity), study.batches(s.held_out)
+    f = linearised_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, sens, held_out=held, prices=prices, rounds=rounds, config=config, names=s.train.classes, progress=study.progress)
+    points, base = [], f.points[0].sensitivity
+    for p in f.points:
+        state = moved_state(select_params(net, where), f.directions.vectors @ p.alpha.to(f.directions.vectors))
+        (z, y), (zh, yh) = predict(net, sens, state=state), predict(net, held, state=state)
+        b = tuned_to_price(z, y, max(0., p.sensitivity.overall - base.overall + p.price), seed=study.seed)
+        then = zh + b.alpha.to(zh)
+        points.append(dict(price=p.price, alpha=p.alpha.tolist(), moved=p.alpha.norm().item(), promised=p.promised, off=p.off, passes=p.passes, seconds=p.seconds, sensitivity=report_dict(p.sensitivity), held_out=report_dict(p.held_out),
+                           correct=pack_bits(p.correct), then_biases=dict(held_out=report_dict(class_report_of(then, yh, s.train.classes)), correct=pack_bits(then.argmax(1) == yh))))
+    return dict(points=points, matvecs=f.num_matvecs, weights_length=math.sqrt(sum(q.detach().double().square().sum().item() for q in net.parameters())))
+
+def _register_fronts():
+    for name, fixed in dict(spikes={}, class_means=dict(directions="class_means"), random=dict(directions="random"), head=dict(head=True)).items():
+        def make(study, folder, **settings): return _front(study, folder, **settings)
+        make.__doc__ = f"What each price in global accuracy buys: {name}."
+        experiment("Front", name=f"front_{name}", prices=(.0025, .005, .01), rounds=1, **fixed)(make)
+
+_register_fronts()
+
+@experiment("Front", prices=(0., .0025, .005, .01, .02))
+def front_biases(study: Study, folder: Path, prices) -> dict:
+    "What each price in global accuracy buys: biases, tuned on the same images by the same solver."
+    net, s = model_of(study, "network"), study.splits
+    (z, y), (zh, yh) = (predict(net, study.batches(part)) for part in (s.sensitivity, s.held_out))
+    points = []
+    for price, b in [(0., torch.zeros(z.shape[1]))] + [(p, tuned_to_price(z, y, p, seed=study.seed).alpha) for p in prices]:
+        moved = zh + b.to(zh)
+        points.append(dict(price=price, biases=b.tolist(), sensitivity=report_dict(class_report_of(z + b.to(z), y, s.train.classes, "sensitivity")), held_out=report_dict(class_report_of(moved, yh, s.train.classes)), correct=pack_bits(moved.argmax(1) == yh)))
+    return dict(points=points)
+
+# %% ../nbs/08a_experiments.ipynb #1f3d5a37
 FINETUNE = dict(lr=1e-4, batch_size=128, weight_decay=0., optimizer="adam", schedule="constant", shift=4)
 
 def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
@@ -381,7 +420,7 @@ def rivals(study: Study, folder: Path, steps, start: str = "network") -> dict:
     found = post_hoc(model_of(study, start), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
-# %% ../nbs/08a_experiments.ipynb #1f3d5a37
+# %% ../nbs/08a_experiments.ipynb #04e26fac
 def _after_surgery(study: Study, folder: Path, within: str) -> dict:
     net, s, rows = model_of(study, "surgery_gamma_p2"), study.splits, []
     def spikes(model): return top_eigenpairs(curvature(study, model), len(s.train.classes) - 1, tol=1e-2, seed=study.seed).vectors
@@ -396,7 +435,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     _make.__doc__ = f"Fine-tuning after surgery, gradients {'kept out of the spikes' if _within == 'bulk' else 'as they are'}."
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
-# %% ../nbs/08a_experiments.ipynb #04e26fac
+# %% ../nbs/08a_experiments.ipynb #e2c6003e
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
 def _deflated(study: Study, folder: Path, metric: str) -> dict:
@@ -419,7 +458,7 @@ def deflated_smooth(study: Study, folder: Path, metric) -> dict:
     "The same with S measured by the probability of the true class: less noise from as many images."
     return _deflated(study, folder, metric)
 
-# %% ../nbs/08a_experiments.ipynb #e2c6003e
+# %% ../nbs/08a_experiments.ipynb #5a154970
 STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)
 
 def _start_settings(s: Study): return dict(STARTS, epochs=s.scale.start_epochs)
@@ -441,7 +480,7 @@ def balanced_start(study: Study, folder: Path, beta) -> dict:
         train(net, s.train.pair, loss_fn=effective_number_loss(s.train.counts, beta).to(study.device), epochs=n, seed=study.seed, run_dir=folder/name, progress=study.progress, **STARTS)
     return dict(weights=keep(study, folder, net), **measured(study, net))
 
-# %% ../nbs/08a_experiments.ipynb #39ad7849
+# %% ../nbs/08a_experiments.ipynb #5d606e9e
 BOXED = dict(box=True, p=.5, schedule="adam") # section 9.2
 
 def _on_start(label: str, start: str):
@@ -465,7 +504,7 @@ def ablation(study: Study, folder: Path, grid) -> dict:
         rows.append(dict(setting=c, **{k: r[k] for k in ("before", "after", "sensitivity_before", "sensitivity_after", "correct")}, turned_back=sum(not h["accepted"] for h in r["history"])))
     return dict(rows=rows)
 
-# %% ../nbs/08a_experiments.ipynb #5d606e9e
+# %% ../nbs/08a_experiments.ipynb #a244e368
 def feeding(
     *wanted: str, # "Table 4", "Figure 1", ...; none: everything
     kind: str = "few", # of dataset, as `Study.kind` has it

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 
 from .hvp import InputError, length, select_params, unflatten
 from .lanczos import extent
+from .models import read_tensors, write_tensors
 from .ranks import team
 from .train import class_means, predict
 
 # %% auto #0
-__all__ = ['moved_state', 'Sensitivity', 'sensitivity_matrix', 'plot_sensitivity']
+__all__ = ['moved_state', 'Sensitivity', 'sensitivity_matrix', 'plot_sensitivity', 'LogitJacobian', 'logit_jacobian',
+           'keep_jacobian', 'kept_jacobian']
 
 # %% ../nbs/04_sensitivity.ipynb #bbaa0240
 def moved_state(
@@ -132,3 +137,87 @@ def plot_sensitivity(
         if abs(v) < 2 * e: text.set_color("#8c8c8c")
     ax.set(xlabel="spike", ylabel="class"); ax.grid(False); ax.tick_params(rotation=0)
     return ax
+
+# %% ../nbs/04_sensitivity.ipynb #71f2bfb9
+@dataclass(frozen=True)
+class LogitJacobian:
+    "How the logits of a set of images answer to steps along the spikes."
+    logits: torch.Tensor # z (N, C), at the centre
+    jacobian: torch.Tensor # J (N, C, K), logits per unit of distance in weight space
+    curvature: torch.Tensor | None # z'' (N, C, K); None with forward mode
+    labels: torch.Tensor # (N,)
+    eps: float # step of the differences; 0 with forward mode
+    scheme: str # "logits" or "jvp"
+    num_passes: int # over the data; a forward-mode pass counts as one, and takes longer
+
+    def __len__(self): return self.jacobian.shape[-1]
+    def __repr__(self): return f"LogitJacobian({len(self.labels)} images, {self.logits.shape[1]} classes, {len(self)} spikes, {self.scheme}{f', eps={self.eps:.3g}' if self.eps else ''}, {self.num_passes} passes)"
+    def __getitem__(self, rows): # which images
+        return LogitJacobian(self.logits[rows], self.jacobian[rows], None if self.curvature is None else self.curvature[rows], self.labels[rows], self.eps, self.scheme, self.num_passes)
+
+    def at(self, alpha: torch.Tensor) -> torch.Tensor: # (K,) -> logits (N, C)
+        "Predicted logits after a step of these coefficients; later spikes stay where they are if there are fewer."
+        a, k = alpha.to(self.jacobian), len(alpha)
+        z = self.logits + self.jacobian[..., :k] @ a
+        return z if self.curvature is None else z + self.curvature[..., :k] @ a.square() / 2
+    def accuracy(self, alpha: torch.Tensor) -> torch.Tensor: # (C,) float64
+        "Predicted accuracy of each class."
+        return class_means(self.at(alpha).argmax(1) == self.labels, self.labels, self.logits.shape[1])
+
+    def sensitivity(self, eps: float, *, metric: str = "accuracy") -> Sensitivity:
+        "The paper's S for any step, predicted: no pass."
+        y, C, n = self.labels, self.logits.shape[1], torch.bincount(self.labels, minlength=self.logits.shape[1])
+        E = eps * torch.eye(len(self), dtype=torch.float64)
+        D = torch.stack([_scores(self.at(e), y, metric) - _scores(self.at(-e), y, metric) for e in E], 1)
+        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (_paired_noise(D, y, C) / (2 * eps)).cpu(), self.accuracy(E[0] * 0).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
+
+# %% ../nbs/04_sensitivity.ipynb #61614b97
+def logit_jacobian(
+    model: nn.Module, spikes, data, # as for `sensitivity_matrix`
+    *,
+    scheme: str = "logits", # "logits": differences, 2K + 1 passes; "jvp": forward mode, K + 1
+    eps: float | None = None, # of the differences; None: 0.05 / sqrt(lambda_1), a twelfth of the paper's amplitude (choice)
+    params=None, forward=None, progress: bool = False, # likewise
+) -> LogitJacobian:
+    "How the logits change along each spike. The model is left as it is."
+    from tqdm.auto import tqdm
+    V, chosen = getattr(spikes, "vectors", spikes), select_params(model, params)
+    if eps is None: eps = _difference_step(spikes, chosen)
+    _check_sensitivity(V, chosen, eps, "central", "accuracy")
+    if scheme not in ("logits", "jvp"): raise InputError(f"scheme must be 'logits' or 'jvp'. Got {scheme!r}.")
+    (z, y), J, D = predict(model, data, forward=forward), [], []
+    if scheme == "jvp" and team().size > 1: raise InputError(f"scheme='jvp' runs in one process. {team().size} share this run; use scheme='logits'.")
+    def logits(step): return predict(model, data, state=moved_state(chosen, step), forward=forward)[0]
+    for k in tqdm(range(V.shape[1]), desc="logits along spikes", leave=False, disable=not progress or team().rank > 0):
+        if scheme == "jvp":
+            try: J.append(_tangent(model, data, chosen, V[:, k], forward)); continue
+            except NotImplementedError as e:
+                warnings.warn(f"scheme='jvp' needs layers with a forward derivative. PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.", stacklevel=2)
+                scheme, J = "logits", [] # before the first spike was done: all of them meet the same layers
+        plus, minus = logits(eps * V[:, k]), logits(-eps * V[:, k])
+        J.append((plus - minus) / (2 * eps)); D.append((plus - 2 * z + minus) / eps ** 2)
+    jvp = scheme == "jvp"
+    return LogitJacobian(z, torch.stack(J, -1), None if jvp else torch.stack(D, -1), y, 0. if jvp else eps, scheme, 1 + V.shape[1] * (1 if jvp else 2))
+
+def _difference_step(spikes, chosen) -> float:
+    values = None if torch.is_tensor(spikes) else spikes.values
+    sharp = values is not None and bool(torch.isfinite(values).all()) and values.max() > 0
+    size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
+    return .05 * (values.max().item() ** -.5 if sharp else .1 * size or 1.) # without curvature: half a per cent of the weights
+
+def _tangent(model, data, chosen, v, forward) -> torch.Tensor: # (N, C)
+    with fwAD.dual_level():
+        state = {k: fwAD.make_dual(p.detach(), u.to(p)) for (k, p), u in zip(chosen.items(), unflatten(v, chosen.values()))}
+        z, tangent = fwAD.unpack_dual(predict(model, data, state=state, forward=forward)[0])
+    return torch.zeros_like(z) if tangent is None else tangent
+
+# %% ../nbs/04_sensitivity.ipynb #9d336516
+def keep_jacobian(j: LogitJacobian, path, **request): # what must be the same when it is read: weights, data, spikes by any name
+    "Write it to a safetensors file, whole or not at all."
+    parts = dict(logits=j.logits, jacobian=j.jacobian, labels=j.labels) | ({} if j.curvature is None else dict(curvature=j.curvature))
+    write_tensors(Path(path), parts, dict(request=request, eps=j.eps, scheme=j.scheme, num_passes=j.num_passes))
+
+def kept_jacobian(path, **request) -> LogitJacobian:
+    "The same again; refused if it was kept for something else."
+    t, facts = read_tensors(Path(path), request)
+    return LogitJacobian(t["logits"], t["jacobian"], t.get("curvature"), t["labels"], facts["eps"], facts["scheme"], facts["num_passes"])
