@@ -51,7 +51,7 @@ def class_gradients(
     C, t, zero = z.shape[1], team(), torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device)
     keys = sorted(sums) if t.size == 1 else [(c, o) for c in range(C) for o in range(C) if o != c] if cross else [(c,) for c in range(C)]
     facts = t.add(torch.tensor([[float(k in sums), weights.get(k, 0.)] for k in keys] + [[N, 0.]], dtype=torch.float64)).tolist()
-    N, columns = facts.pop()[0], [(t.add(sums.get(k, zero).clone()) if t.size > 1 else sums[k], there, w) for k, (there, w) in zip(keys, facts)]
+    N, columns = facts.pop()[0], [(t.add(sums.pop(k) if k in sums else zero.clone()), there, w) for k, (there, w) in zip(keys, facts)]
     return torch.stack([g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1)
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa
@@ -64,7 +64,7 @@ def class_subspace(
     "The leading directions of the averaged gradients, without one Hessian-vector product."
     V = class_gradients(model, data, cross=cross, params=params, forward=forward)
     V = V.double() if V.shape[0] < 1_000_000 else V
-    values, U = torch.linalg.eigh((V.T @ V).double())
+    values, U = map(team().same, torch.linalg.eigh((V.T @ V).double()))
     values, U = values.flip(0), U.flip(1)
     rank = int((values > 1e-10 * values[0]).sum()) if values[0] > 0 else 0
     C = V.shape[1] if not cross else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .baselines import class_accuracies, post_hoc
+from .class_structure import class_subspace, subspace_overlap
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
 from .deflation import decile_frame, deflated_operate
 from .effective_rank import look_at
@@ -27,7 +28,7 @@ from .lanczos import top_eigenpairs
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head, load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
-from .sensitivity import moved_state, sensitivity_matrix
+from .sensitivity import LogitJacobian, logit_jacobian, moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
 from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
@@ -36,10 +37,9 @@ from .train import ClassReport, FocalLoss, class_report_of, effective_number_los
 # %% auto #0
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
            'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
-           'curvature', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
-           'linearisation', 'LinearModel', 'linear_model', 'played', 'limits', 'front_biases', 'focal', 'balanced',
-           'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation',
-           'feeding']
+           'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
+           'linearisation', 'first_order', 'figures', 'played', 'limits', 'front_biases', 'focal', 'balanced', 'rivals',
+           'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -208,6 +208,17 @@ def curved_images(study: Study, start: str, how: str | None = None) -> Samples: 
 
 def curvature(study: Study, model: nn.Module, images: Samples | None = None) -> HessianOperator: return HessianOperator(model, nn.CrossEntropyLoss(), (images or study.splits.hessian).pair)
 
+@experiment(on=("few", "isic"))
+def structure(study: Study, folder: Path) -> dict:
+    "How much of the space of the leading eigenvectors class means hold, and what they save as a start."
+    net, K, images = model_of(study, "network"), len(study.splits.train.classes) - 1, curved_images(study, "network").pair
+    def search(**how): return top_eigenpairs(HessianOperator(net, nn.CrossEntropyLoss(), images), K, tol=1e-2, seed=study.seed, **how)
+    op, pairs, means, crossed = curvature(study, net), search(), class_subspace(net, images, K), class_subspace(net, images, K, cross=True)
+    g = torch.Generator().manual_seed(study.seed)
+    random, _ = torch.linalg.qr(torch.randn(op.shape[0], K, generator=g))
+    return dict(values=pairs.values.tolist(), means=means.values.tolist(), crossed=crossed.values.tolist(), parameters=op.shape[0], **{f"overlap_{name}": subspace_overlap(pairs.vectors, V.to(pairs.vectors)) for name, V in dict(means=means.vectors, crossed=crossed.vectors, random=random).items()},
+                products=pairs.num_matvecs, products_warm=search(v0=means).num_matvecs)
+
 @experiment("Table 2", "Figure 1", settings=lambda s: dict(resamples=s.scale.resamples, probes=s.scale.probes, steps=s.scale.density_steps))
 def spectrum(study: Study, folder: Path) -> dict:
     "Leading eigenvalues, the number of spikes, the spectral density."
@@ -295,29 +306,15 @@ def _register_surgery(name, feeds, start="network", **fixed):
 _register_surgeries()
 
 # %% ../nbs/08a_experiments.ipynb #2132aef5
-@dataclass(frozen=True)
-class LinearModel:
-    "Logits as a linear function of the coefficients."
-    z: torch.Tensor # (N, C)
-    J: torch.Tensor # (N, C, K)
-    y: torch.Tensor # (N,)
-    def accuracy(self, alpha) -> torch.Tensor: # (C,); alpha (K,)
-        return class_accuracies(self.z + self.J[..., :len(alpha)] @ alpha.to(self.J), self.y)
-    def figures(self, alpha) -> dict: # for JSON
-        r = ClassReport(self.accuracy(alpha), torch.bincount(self.y), (), "")
-        return dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
+def first_order(model, pairs, data, eps: float, progress: bool = False) -> LogitJacobian: return replace(logit_jacobian(model, pairs, data, eps=eps, progress=progress), curvature=None)
 
-def linear_model(model, pairs, data, eps: float, progress: bool = False) -> LinearModel:
-    "Central differences of the logits along every spike."
-    from tqdm.auto import tqdm
-    params, (z, y) = {k: p for k, p in model.named_parameters() if p.requires_grad}, predict(model, data)
-    def at(step): return predict(model, data, state=moved_state(params, step))[0]
-    J = [(at(eps * v) - at(-eps * v)) / (2 * eps) for v in tqdm(pairs.vectors.T, desc="logits along spikes", leave=False, disable=not progress)]
-    return LinearModel(z, torch.stack(J, -1), y)
+def figures(j: LogitJacobian, alpha) -> dict: # predicted, for JSON
+    r = ClassReport(j.accuracy(alpha), torch.bincount(j.labels), (), "")
+    return dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
 
-def played(m: LinearModel, c: SurgeryConfig) -> torch.Tensor: # alpha (K,)
-    "Algorithm 2 on a linear model, forward differences: where it ends."
-    alpha = torch.zeros(c.num_spikes or m.J.shape[-1], dtype=torch.float64)
+def played(m: LogitJacobian, c: SurgeryConfig) -> torch.Tensor: # alpha (K,)
+    "Algorithm 2 on predicted logits, forward differences: where it ends."
+    alpha = torch.zeros(c.num_spikes or len(m), dtype=torch.float64)
     now = m.accuracy(alpha)
     control, best = amplitude_control(c, c.eps, now.std(correction=0).item()), (now.std(correction=0).item(), alpha)
     for _ in range(c.iterations):
@@ -339,15 +336,15 @@ def limits(study: Study, folder: Path, sweep) -> dict:
     "The loop played on linearised logits: every setting varied alone, then all amplitudes with all protections."
     net, s, K = model_of(study, "network"), study.splits, len(study.splits.train.classes) - 1
     eps, pairs = amplitude(study, net), top_eigenpairs(curvature(study, net), 2 * K, tol=1e-2, seed=study.seed)
-    sens, held = (linear_model(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
+    sens, held = (first_order(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
     base, rows = dict(amplitude=1., p=2., tau=study.tau, max_drop=.01, spikes=K, schedule="gamma", iterations=study.scale.iterations), []
     varied = [dict(base, **{k: v}) for k, values in sweep.items() for v in values] + [dict(base, amplitude=a, max_drop=d, tau=t, iterations=n) for a in (.5, 1., 2.) for d in (0., .005, .02) for t in (0., .85, None) for n in (3, study.scale.iterations)]
     for setting in varied:
         setting["spikes"] = min(setting["spikes"], 2 * K)
         alpha = played(sens, SurgeryConfig(eps=eps * setting["amplitude"], num_spikes=setting["spikes"], **{k: v for k, v in setting.items() if k not in ("amplitude", "spikes")}))
-        rows.append(dict(setting=setting, moved=alpha.norm().item(), sensitivity=sens.figures(alpha), held_out=held.figures(alpha)))
+        rows.append(dict(setting=setting, moved=alpha.norm().item(), sensitivity=figures(sens, alpha), held_out=figures(held, alpha)))
     nothing = torch.zeros(1, dtype=torch.float64)
-    return dict(eps=eps, start=dict(sensitivity=sens.figures(nothing), held_out=held.figures(nothing)), rows=rows)
+    return dict(eps=eps, start=dict(sensitivity=figures(sens, nothing), held_out=figures(held, nothing)), rows=rows)
 
 # %% ../nbs/08a_experiments.ipynb #37cde996
 def _front(study: Study, folder: Path, prices, rounds: int, directions: str = "spikes", head: bool = False, draw: int = 0) -> dict:
@@ -370,11 +367,11 @@ def _register_fronts():
     for name, fixed in dict(spikes={}, class_means=dict(directions="class_means"), random=dict(directions="random"), head=dict(head=True)).items():
         def make(study, folder, **settings): return _front(study, folder, **settings)
         make.__doc__ = f"What each price in global accuracy buys: {name}."
-        experiment("Front", name=f"front_{name}", prices=(.0025, .005, .01), rounds=1, **fixed)(make)
+        experiment(name=f"front_{name}", prices=(.0025, .005, .01), rounds=1, **fixed)(make)
 
 _register_fronts()
 
-@experiment("Front", prices=(0., .0025, .005, .01, .02))
+@experiment(prices=(0., .0025, .005, .01, .02))
 def front_biases(study: Study, folder: Path, prices) -> dict:
     "What each price in global accuracy buys: biases, tuned on the same images by the same solver."
     net, s = model_of(study, "network"), study.splits

@@ -281,7 +281,7 @@ def infer_reduction(
     tol = 1e4 * torch.finfo(output.dtype).eps * max(abs(whole), abs(a), abs(b), 1e-30)
     if abs(whole - (k * a + (n - k) * b) / n) <= tol: return "mean"
     if abs(whole - (a + b)) <= tol * 2: return "sum"
-    raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch.")
+    raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch{', in one process' if team().size > 1 else ''}.")
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 def backward_through(
@@ -549,6 +549,7 @@ class Plan:
 @patch
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
+    if self._plan is None and self._team.size > 1 and next(iter(self.data), None) is None: raise InputError(f"every process needs an image. Rank {self._team.rank} of {self._team.size} has none; use fewer processes, or larger batches.")
     if self._plan is None: self._plan = self._agreed(self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan))
     return self._plan
 

@@ -406,9 +406,9 @@ def _size(op, k, max_basis, dtype, run_dir):
     each = -(-n // t.size) * (dtype or op.dtype).itemsize
     if run_dir is None and wanted * each > 2**28: # below 256 MB nobody need ask
         room = free_memory(op.device)
-        if max_basis is None: wanted = int(t.same(torch.tensor(max(min(wanted, int(room / 2 // each)), k + 3))))
+        if max_basis is None: wanted = int(t.least(max(min(wanted, int(room / 2 // each)), k + 3)))
         if min(n, wanted) * each > room:
-            raise InputError(f"the basis must fit into memory. {min(n, wanted)} vectors of {n:,} numbers take {min(n, wanted) * each / 1e9:.3g} GB{f' in each process' if t.size > 1 else ''}, {room / 1e9:.3g} GB are free; "
+            raise InputError(f"the basis must fit into memory. {min(n, wanted)} vectors of {n:,} numbers take {min(n, wanted) * each / 1e9:.3g} GB{' in each process' if t.size > 1 else ''}, {room / 1e9:.3g} GB are free; "
                              "use basis_dtype=torch.bfloat16, a run_dir on disk, more processes, or fewer pairs.")
     return min(n, wanted)
 

@@ -19,12 +19,12 @@ from .data import check_disjoint
 from .hvp import InputError, select_params
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
-from .surgery import SurgeryConfig, SurgeryOperation, check_config
+from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
 from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
 __all__ = ['SHRINK', 'PRICES', 'margins', 'soft_accuracies', 'best_step', 'folds', 'Step', 'cross_fitted', 'bias_jacobian',
-           'tuned_to_price', 'Point', 'Front', 'linearised_operate']
+           'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
 
 # %% ../nbs/05b_linearised.ipynb #e5f11d12
 def margins(
@@ -121,7 +121,7 @@ def cross_fitted(
         for s in SHRINK: z[s][out] = j[out].at(s * a)
     acc = {s: class_accuracies(t, j.labels).cpu() for s, t in z.items()}
     overall = {s: (a @ share / share.sum()).item() for s, a in acc.items()}
-    s = min((s for s in SHRINK if overall[s] >= overall[0.] - slack - 1e-9), key=lambda s: (acc[s].std(correction=0).item(), s))
+    s = min((s for s in SHRINK if not s or overall[s] >= overall[0.] - slack - 1e-9), key=lambda s: (acc[s].std(correction=0).item(), s))
     return Step(s * whole, j.accuracy(s * whole).cpu(), acc[s], s)
 
 # %% ../nbs/05b_linearised.ipynb #15f1e374
@@ -150,7 +150,7 @@ class Point:
     alpha: torch.Tensor # (K,) coefficients along the directions, from the start
     sensitivity: ClassReport # true, on the set that it was tuned on
     promised: float # sigma, out of fold, of the last step; that of the start if none was made
-    off: float # how far the last prediction was from the truth, rms over classes, in [0, 1]
+    off: float # how far the prediction of the last step was from the truth, rms over classes, in [0, 1]
     passes: int # over the sensitivity set, so far
     seconds: float # so far
     held_out: ClassReport | None = None
@@ -161,7 +161,7 @@ class Front:
     "The trade-off between spread and global accuracy."
     points: tuple[Point, ...] # by price; the first is the untouched network
     directions: object = field(repr=False) # Eigenpairs
-    model: nn.Module = field(repr=False) # the caller's
+    model: nn.Module = field(repr=False) # a copy of the caller's, as it was
     params: object # which parameters moved
     labels: torch.Tensor | None = field(repr=False) # (N,) held-out
     num_matvecs: int
@@ -170,9 +170,10 @@ class Front:
 
     def at(self, price: float) -> Point: # price in [0, 1]
         "What this price buys: the last point that costs no more."
+        if not price >= 0: raise InputError(f"a price is a fall of the global accuracy, 0 or more. Got {price}.")
         return [p for p in self.points if p.price <= price + 1e-12][-1]
     def network(self, price: float) -> nn.Module:
-        "A new network at that point."
+        "A new network at that point. Where several processes share the run, all must ask for it, while they do."
         net, chosen, p = copy.deepcopy(self.model), select_params(self.model, self.params), self.at(price)
         net.load_state_dict(moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)), strict=False)
         return net
@@ -201,19 +202,29 @@ class _Path:
         self.passes += 1
         return class_report_of(*self.logits(self.base_alpha + step, self.op.data), self.op.names, "sensitivity")
 
+    def gap(self, step, true: ClassReport) -> float: # rms over classes
+        "How far the predicted accuracies are from the true ones."
+        return (team().same(self.j.accuracy(step).cpu()) - true.accuracy).square().mean().sqrt().item()
+
     def pay(self, floor: float): # smallest global accuracy
         "Steps until the price is paid or nothing more is gained."
         for _ in range(max(self.rounds, 1)):
             if self.j is None: self.look()
-            slack = self.base.overall - floor
+            slack = max(0., self.base.overall - floor)
             alpha, true, edge = self.trusted(slack)
             if true is None: return
             s = cross_fitted(self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed)
-            if s.shrink < 1: true = self.truth(s.alpha)
-            if not s.alpha.norm() > 0 or true.sigma >= self.now.sigma - 1e-9 or true.overall < floor - .001: return
-            self.now, self.promised, self.alpha = true, s.out_of_fold.std(correction=0).item(), self.base_alpha + s.alpha
+            step, promised = team().same(s.alpha), team().same(s.out_of_fold).std(correction=0).item()
+            if not torch.equal(step, alpha): true = self.truth(step)
+            for _ in range(3): # predictions are good to a fraction of a point; a price is kept to the last image
+                if true.overall >= floor - 1e-9 or not step.norm() > 0: break
+                step = .75 * step
+                true = self.truth(step)
+            if not step.norm() > 0 or true.sigma >= self.now.sigma - 1e-9 or true.overall < floor - 1e-9: return
+            self.off = self.gap(step, true)
+            self.now, self.promised, self.alpha = true, promised, self.base_alpha + step
             if not self.rounds: return
-            self.op.move(self.op.pairs.vectors @ s.alpha.to(self.op.pairs.vectors))
+            self.op.move(self.op.pairs.vectors @ step.to(self.op.pairs.vectors))
             self.base, self.base_alpha, self.j = self.now, self.alpha, None
             if not edge: return
 
@@ -225,10 +236,10 @@ def trusted(self: _Path, slack: float): # (K,) step, what it truly does, whether
     for _ in range(8):
         alpha = team().same(best_step(self.j, slack, self.radius))
         if not alpha.norm() > 0: break
-        true, said, length = self.truth(alpha), self.j.accuracy(alpha).cpu(), alpha.norm().item()
-        self.off, edge = (said - true.accuracy).square().mean().sqrt().item(), length > .9 * self.radius
-        change = min(2., max(.25, .8 * (self.tolerance / max(self.off, 1e-6)) ** .5))
-        if self.off > self.tolerance:
+        true, length = self.truth(alpha), alpha.norm().item()
+        off, edge = self.gap(alpha, true), length > .9 * self.radius
+        change = min(2., max(.25, .8 * (self.tolerance / max(off, 1e-6)) ** .5))
+        if off > self.tolerance:
             wrong, self.radius = self.radius, change * min(length, self.radius)
             if good[1] is not None: break
         else:
@@ -267,8 +278,9 @@ def linearised_operate(
     for price in tqdm(prices, desc="prices", leave=False, disable=not progress or team().rank > 0):
         path.pay(start.overall - price)
         points.append(_point(path, price, path.now, held_out))
+        LOG.info("price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s", 100 * price, 100 * path.now.sigma, 100 * path.now.overall, path.passes, points[-1].point.seconds)
     labels = None if held_out is None else points[0].held_out_labels
-    return Front(tuple(p.point for p in points), op.pairs, model, config.params, labels, op.pairs.num_matvecs)
+    return Front(tuple(p.point for p in points), op.pairs, copy.deepcopy(model), config.params, labels, op.pairs.num_matvecs)
 
 @dataclass(frozen=True)
 class _Measured: point: Point; held_out_labels: torch.Tensor | None
@@ -278,3 +290,33 @@ def _point(path: _Path, price: float, report: ClassReport, held_out) -> _Measure
     if held_out is None: return _Measured(Point(**found), None)
     z, y = path.logits(path.alpha, held_out)
     return _Measured(Point(**found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu()), y.cpu())
+
+# %% ../nbs/05b_linearised.ipynb #63aeaead
+@patch
+def to_frame(self: Front):
+    "What each price buys, in percent and pp; the interval is that of the change of sigma on held-out images."
+    import pandas as pd
+    rows, first = [], self.points[0]
+    for p in self.points:
+        r = p.held_out or p.sensitivity
+        row = {"price (pp)": 100 * p.price, "sigma (pp)": 100 * r.sigma, "global (%)": 100 * r.overall, "worst (%)": 100 * r.worst, "promised sigma (pp)": 100 * p.promised, "moved": p.alpha.norm().item(), "passes": p.passes}
+        if p.correct is not None: row |= dict(zip(("95 % low", "95 % high"), (100 * v for v in paired_interval(first.correct, p.correct, self.labels))))
+        rows.append(row)
+    return pd.DataFrame(rows[1:], index=pd.RangeIndex(1, len(rows))).set_index("price (pp)") if rows[1:] else pd.DataFrame(rows)
+
+def plot_front(
+    fronts: dict[str, Front], # by name
+    ax=None,
+):
+    "Spread against global accuracy, from the untouched network on."
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    import itertools
+    first = next(iter(fronts.values())).points[0]
+    ax = new_axes(ax, title="What each price buys", xlabel=f"global accuracy (%), {(first.held_out or first.sensitivity).measured_on.replace('_', '-')}", ylabel="sigma (pp), lower is better")
+    for (name, f), colour in zip(fronts.items(), itertools.cycle(("red", "blue", "green", "orange", "purple", "sky"))):
+        seen = [p.held_out or p.sensitivity for p in f.points]
+        ax.plot([100 * r.overall for r in seen], [100 * r.sigma for r in seen], "o-", ms=4, color=COLOURS[colour], label=name)
+    r = first.held_out or first.sensitivity
+    ax.plot(100 * r.overall, 100 * r.sigma, "o", ms=9, mfc="none", color=COLOURS["grey"], label="as it was")
+    ax.set_ylim(bottom=0); ax.legend(frameon=False, fontsize=8)
+    return ax

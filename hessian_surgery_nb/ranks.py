@@ -31,7 +31,8 @@ def share(
 # %% ../nbs/000b_ranks.ipynb #db2272b3
 class Team:
     "The processes that share a run. Of one, all methods give back what they get."
-    def __init__(self, rank: int = 0, size: int = 1): self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, group=None): # group: of torch.distributed; None: its default
+        self.rank, self.size, self.group = rank, size, group
     def __repr__(self): return f"Team(rank {self.rank} of {self.size})"
 
     @property
@@ -52,8 +53,14 @@ class Team:
 
     def add(self, t: torch.Tensor) -> torch.Tensor: # changed in place
         "The sum over all ranks, the same bits on each."
-        if self.size > 1: self._tell(lambda dist: dist.all_reduce(t))
+        if self.size > 1: self._tell(lambda dist: dist.all_reduce(t, group=self.group))
         return t
+    def least(self, number: float) -> float:
+        "The smallest of what the ranks have."
+        if self.size == 1: return number
+        t = torch.tensor(float(number), dtype=torch.float64)
+        self._tell(lambda dist: dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group))
+        return t.item()
     def whole(self, piece: torch.Tensor, n: int) -> torch.Tensor: # (this rank's, ...) -> (n, ...); what is whole already stays as it is
         "A vector from its pieces."
         if len(piece) == n: return piece
@@ -64,7 +71,7 @@ class Team:
         "What rank 0 has."
         if self.size == 1: return t
         t = t.contiguous()
-        self._tell(lambda dist: dist.broadcast(t, 0))
+        self._tell(lambda dist: dist.broadcast(t, dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group))
         return t
     def wait(self):
         "Until all are here."
@@ -77,7 +84,7 @@ class Team:
         import torch.distributed as dist
         try: how(dist)
         except RuntimeError as e:
-            raise LostRank(f"a run needs all its processes to the end. Rank {self.rank} of {self.size} can no longer reach the others: one of them has ended ({str(e).splitlines()[0][:120]}); "
+            raise LostRank(f"a run needs all its processes to the end. Rank {self.rank} of {self.size} can no longer add with the others: one of them has ended, or the sum itself failed ({str(e).splitlines()[0][:120]}); "
                            "see what that one said, and start all of them again, with --resume where something is kept.") from e
 
 # %% ../nbs/000b_ranks.ipynb #9f49a4cc
@@ -99,6 +106,17 @@ class Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.others, self.patience, self.lost, self.over = store, rank, [r for r in range(size) if r != rank], patience, lost or _end, threading.Event()
 
+    def start(self):
+        self.heard = time.monotonic() # when the store last answered
+        super().start()
+        threading.Thread(target=self._guard, daemon=True, name="watch the watch").start()
+
+    def _guard(self):
+        while not self.over.wait(self.patience / 10):
+            if time.monotonic() - self.heard > self.patience:
+                self.lost(f"a run needs all its processes to the end. The one that keeps the signs of life (rank 0, or torchrun) has not answered rank {self.rank} for {self.patience:g} s, so it ends too; start all of them again, with --resume where something is kept.")
+                return
+
     def run(self):
         seen, since, beat = {}, dict.fromkeys(self.others, time.monotonic()), 0
         while not self.over.wait(self.patience / 10):
@@ -107,11 +125,11 @@ class Watch(threading.Thread):
                 self.store.set(f"alive{self.rank}", str(beat))
                 now = {r: self.store.get(key) for r in self.others if self.store.check([key := f"alive{r}"])}
             except RuntimeError:
-                if not self.over.is_set(): self.lost(f"the process that keeps the signs of life (rank 0, or torchrun) has ended. Rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
+                if not self.over.is_set(): self.lost(f"a run needs all its processes to the end. The one that keeps the signs of life (rank 0, or torchrun) has ended, so rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
                 return
             for r in self.others:
                 if now.get(r) != seen.get(r) or now.get(r) == b"left": since[r] = time.monotonic()
-            seen, silent = now, [r for r in self.others if time.monotonic() - since[r] > self.patience or now.get(r) == b"failed"]
+            self.heard, seen, silent = time.monotonic(), now, [r for r in self.others if time.monotonic() - since[r] > self.patience or now.get(r) == b"failed"]
             if silent:
                 how = "ended with an error" if now.get(silent[0]) == b"failed" else f"given no sign of life for {self.patience:g} s"
                 self.lost(f"a run needs all its processes to the end. Rank {silent[0]} has {how}, so rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
@@ -121,7 +139,7 @@ class Watch(threading.Thread):
         "No longer watch, nor be watched: in peace after `over`, else the others are told that something went wrong here."
         word = "left" if self.over.is_set() else "failed"
         self.over.set()
-        self.join()
+        self.join(timeout=5)
         try: self.store.set(f"alive{self.rank}", word)
         except RuntimeError: pass # whoever kept it has left before
 
@@ -137,18 +155,19 @@ def together(
     "Share what runs inside this block with the other processes that torchrun started."
     import torch.distributed as dist
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized(): yield team(); return
-    watch, began = None, not dist.is_initialized()
+    watch, began, group, backend = None, not dist.is_initialized(), None, "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if began:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("sums", store), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=dist.PrefixStore("sums", store), rank=rank, world_size=size)
         watch = Watch(dist.PrefixStore("watch", store), rank, size, patience)
         watch.start()
-    _TEAMS.append(Team(dist.get_rank(), dist.get_world_size()))
+    else: group = dist.new_group(backend=backend) # whatever yours can add, this one adds numbers on processors and on GPUs
+    _TEAMS.append(Team(dist.get_rank(), dist.get_world_size(), group))
     try:
         yield team()
         team().wait() # nobody leaves before the last has arrived
         if watch: watch.over.set()
     finally:
         _TEAMS.pop()
-        if began: dist.destroy_process_group()
         if watch: watch.leave()
+        if began: dist.destroy_process_group()

@@ -211,12 +211,17 @@ def predict(
         if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
         labels.append(y.to(device).long())
         mine = t.rows(len(y), turn)
+        if t.size > 1 and not turn and not state: _check_alone(net, batch, device)
         if mine.stop > mine.start:
             X = to_device(X if t.size == 1 else rows_of(batch, mine)[0], device)
             out.append((seen + mine.start, _checked_logits(net, X, labels[-1][mine], state or {})))
         seen += len(y)
     if not out: raise InputError("data must hold at least one batch, and an image for each process. Got none.")
     return _all_logits(out, seen, t), torch.cat(labels)
+
+def _check_alone(net: Forward, batch, device): # where several processes share a batch
+    one, two = (functional_logits(net, {}, to_device(rows_of(batch, slice(0, n))[0], device)) for n in (1, 2))
+    if not torch.allclose(one[:1], two[:1], rtol=1e-3, atol=1e-4 * float(two.abs().max())): raise InputError("a batch can only be shared where images do not see each other. Logits of this network depend on what else is in the batch; use one process.")
 
 def _all_logits(out: list, n: int, t: Team) -> torch.Tensor: # (first row, logits) of this process's part of each batch -> (n, C)
     if t.size == 1: return torch.cat([z for _, z in out])

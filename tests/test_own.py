@@ -133,3 +133,10 @@ def test_sets_share_no_image(place):
     sets = own_sets(place/"toys"/"test", Preparation(), hessian=10, seed=3)
     rows = [tuple(x.flatten().tolist()) for s in (sets.hessian, sets.sensitivity, sets.held_out) for x in s.x]
     assert len(rows) == len(set(rows)) == sum(map(len, class_files(place/"toys"/"test").values()))
+
+
+def test_a_dry_run_plans_the_directions_that_were_asked_for(place, capsys, tmp_path):
+    for directions, searched in (("spikes", True), ("class_means", False), ("random", False)):
+        assert main(["operate", *flags(place), "--directions", directions, "--iterations", "2", "--dry-run", "--json", "--out", str(tmp_path/"no")]) == 0
+        p = json.loads(capsys.readouterr().out)
+        assert (p["products"] > 0) == searched and p["spikes"] == 2 and p["seconds"] > 0 and not (tmp_path/"no").exists()
