@@ -103,6 +103,7 @@ class Step:
     out_of_fold: torch.Tensor # (C,) accuracies of images that had no say
     shrink: float # 1: all of it
 
+# %% ../nbs/05b_linearised.ipynb #b4b12c02
 def cross_fitted(
     j: LogitJacobian,
     whole: torch.Tensor, # (K,) the best step for all images
@@ -124,7 +125,7 @@ def cross_fitted(
     s = min((s for s in SHRINK if not s or overall[s] >= overall[0.] - slack - 1e-9), key=lambda s: (acc[s].std(correction=0).item(), s))
     return Step(s * whole, j.accuracy(s * whole).cpu(), acc[s], s)
 
-# %% ../nbs/05b_linearised.ipynb #15f1e374
+# %% ../nbs/05b_linearised.ipynb #3b4ff601
 def bias_jacobian(
     z: torch.Tensor, y: torch.Tensor, # (N, C) logits, (N,) labels
 ) -> LogitJacobian:
@@ -142,7 +143,7 @@ def tuned_to_price(
     j, radius = bias_jacobian(z, y), 4 * margins(z, y)[0].abs().median().item() + 1e-6
     return cross_fitted(j, best_step(j, slack, radius), slack, radius, count=count, seed=seed)
 
-# %% ../nbs/05b_linearised.ipynb #5a9a6c3e
+# %% ../nbs/05b_linearised.ipynb #5c249602
 @dataclass(frozen=True)
 class Point:
     "What one price buys."
@@ -178,7 +179,7 @@ class Front:
         net.load_state_dict(moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)), strict=False)
         return net
 
-# %% ../nbs/05b_linearised.ipynb #5c249602
+# %% ../nbs/05b_linearised.ipynb #ac7909d7
 class _Path:
     "Where the search for a front stands: the weights that the Jacobian belongs to, and the best point so far."
     def __init__(self, op: SurgeryOperation, folds: int, tolerance: float, rounds: int, progress: bool):
@@ -206,29 +207,31 @@ class _Path:
         "How far the predicted accuracies are from the true ones."
         return (team().same(self.j.accuracy(step).cpu()) - true.accuracy).square().mean().sqrt().item()
 
-    def pay(self, floor: float): # smallest global accuracy
-        "Steps until the price is paid or nothing more is gained."
-        for _ in range(max(self.rounds, 1)):
-            if self.j is None: self.look()
-            slack = max(0., self.base.overall - floor)
-            alpha, true, edge = self.trusted(slack)
-            if true is None: return
-            s = cross_fitted(self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed)
-            step, promised = team().same(s.alpha), team().same(s.out_of_fold).std(correction=0).item()
-            if not torch.equal(step, alpha): true = self.truth(step)
-            for _ in range(3): # predictions are good to a fraction of a point; a price is kept to the last image
-                if true.overall >= floor - 1e-9 or not step.norm() > 0: break
-                step = .75 * step
-                true = self.truth(step)
-            if not step.norm() > 0 or true.sigma >= self.now.sigma - 1e-9 or true.overall < floor - 1e-9: return
-            self.off = self.gap(step, true)
-            self.now, self.promised, self.alpha = true, promised, self.base_alpha + step
-            if not self.rounds: return
-            self.op.move(self.op.pairs.vectors @ step.to(self.op.pairs.vectors))
-            self.base, self.base_alpha, self.j = self.now, self.alpha, None
-            if not edge: return
+# %% ../nbs/05b_linearised.ipynb #29eb98d7
+@patch
+def pay(self: _Path, floor: float): # smallest global accuracy
+    "Steps until the price is paid or nothing more is gained."
+    for _ in range(max(self.rounds, 1)):
+        if self.j is None: self.look()
+        slack = max(0., self.base.overall - floor)
+        alpha, true, edge = self.trusted(slack)
+        if true is None: return
+        s = cross_fitted(self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed)
+        step, promised = team().same(s.alpha), team().same(s.out_of_fold).std(correction=0).item()
+        if not torch.equal(step, alpha): true = self.truth(step)
+        for _ in range(3): # predictions are good to a fraction of a point; a price is kept to the last image
+            if true.overall >= floor - 1e-9 or not step.norm() > 0: break
+            step = .75 * step
+            true = self.truth(step)
+        if not step.norm() > 0 or true.sigma >= self.now.sigma - 1e-9 or true.overall < floor - 1e-9: return
+        self.off = self.gap(step, true)
+        self.now, self.promised, self.alpha = true, promised, self.base_alpha + step
+        if not self.rounds: return
+        self.op.move(self.op.pairs.vectors @ step.to(self.op.pairs.vectors))
+        self.base, self.base_alpha, self.j = self.now, self.alpha, None
+        if not edge: return
 
-# %% ../nbs/05b_linearised.ipynb #ac7909d7
+# %% ../nbs/05b_linearised.ipynb #63aeaead
 @patch
 def trusted(self: _Path, slack: float): # (K,) step, what it truly does, whether the radius stopped it; or None
     "The longest step worth taking that was predicted well. An error grows with the square of the step, which says how much shorter or longer to try."
@@ -249,7 +252,7 @@ def trusted(self: _Path, slack: float): # (K,) step, what it truly does, whether
     if good[1] is not None: self.radius = min(self.radius, 2 * good[0].norm().item())
     return good
 
-# %% ../nbs/05b_linearised.ipynb #29eb98d7
+# %% ../nbs/05b_linearised.ipynb #dd168450
 PRICES = (0., .0025, .005, .01, .02)
 
 def linearised_operate(
@@ -282,6 +285,7 @@ def linearised_operate(
     labels = None if held_out is None else points[0].held_out_labels
     return Front(tuple(p.point for p in points), op.pairs, copy.deepcopy(model), config.params, labels, op.pairs.num_matvecs)
 
+# %% ../nbs/05b_linearised.ipynb #985fc349
 @dataclass(frozen=True)
 class _Measured: point: Point; held_out_labels: torch.Tensor | None
 
@@ -291,7 +295,7 @@ def _point(path: _Path, price: float, report: ClassReport, held_out) -> _Measure
     z, y = path.logits(path.alpha, held_out)
     return _Measured(Point(**found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu()), y.cpu())
 
-# %% ../nbs/05b_linearised.ipynb #63aeaead
+# %% ../nbs/05b_linearised.ipynb #29ac4d2d
 @patch
 def to_frame(self: Front):
     "What each price buys, in percent and pp; the interval is that of the change of sigma on held-out images."

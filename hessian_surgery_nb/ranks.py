@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['LostRank', 'share', 'Team', 'team', 'Watch', 'together']
@@ -51,35 +52,6 @@ class Team:
         "This rank's coordinates; a copy, so that the others can go."
         return v if self.size == 1 else v[share(len(v), self.rank, self.size)].clone()
 
-    def add(self, t: torch.Tensor) -> torch.Tensor: # changed in place
-        "The sum over all ranks, the same bits on each."
-        if self.size > 1: self._tell(lambda dist: dist.all_reduce(t, group=self.group))
-        return t
-    def least(self, number: float) -> float:
-        "The smallest of what the ranks have."
-        if self.size == 1: return number
-        t = torch.tensor(float(number), dtype=torch.float64)
-        self._tell(lambda dist: dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group))
-        return t.item()
-    def whole(self, piece: torch.Tensor, n: int) -> torch.Tensor: # (this rank's, ...) -> (n, ...); what is whole already stays as it is
-        "A vector from its pieces."
-        if len(piece) == n: return piece
-        full = torch.zeros(n, *piece.shape[1:], dtype=piece.dtype, device=piece.device)
-        full[share(n, self.rank, self.size)] = piece
-        return self.add(full)
-    def same(self, t: torch.Tensor) -> torch.Tensor:
-        "What rank 0 has."
-        if self.size == 1: return t
-        t = t.contiguous()
-        self._tell(lambda dist: dist.broadcast(t, dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group))
-        return t
-    def wait(self):
-        "Until all are here."
-        self.add(torch.zeros(1))
-    def any(self, flag: bool) -> bool:
-        "Whether it is so on any rank."
-        return bool(flag) if self.size == 1 else bool(self.add(torch.tensor(float(flag))) > 0)
-
     def _tell(self, how):
         import torch.distributed as dist
         try: how(dist)
@@ -87,14 +59,55 @@ class Team:
             raise LostRank(f"a run needs all its processes to the end. Rank {self.rank} of {self.size} can no longer add with the others: one of them has ended, or the sum itself failed ({str(e).splitlines()[0][:120]}); "
                            "see what that one said, and start all of them again, with --resume where something is kept.") from e
 
-# %% ../nbs/000b_ranks.ipynb #9f49a4cc
+# %% ../nbs/000b_ranks.ipynb #c04e3a62
+@patch
+def add(self: Team, t: torch.Tensor) -> torch.Tensor: # changed in place
+    "The sum over all ranks, the same bits on each."
+    if self.size > 1: self._tell(lambda dist: dist.all_reduce(t, group=self.group))
+    return t
+
+@patch
+def least(self: Team, number: float) -> float:
+    "The smallest of what the ranks have."
+    if self.size == 1: return number
+    t = torch.tensor(float(number), dtype=torch.float64)
+    self._tell(lambda dist: dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group))
+    return t.item()
+
+@patch
+def whole(self: Team, piece: torch.Tensor, n: int) -> torch.Tensor: # (this rank's, ...) -> (n, ...); what is whole already stays as it is
+    "A vector from its pieces."
+    if len(piece) == n: return piece
+    full = torch.zeros(n, *piece.shape[1:], dtype=piece.dtype, device=piece.device)
+    full[share(n, self.rank, self.size)] = piece
+    return self.add(full)
+
+@patch
+def same(self: Team, t: torch.Tensor) -> torch.Tensor:
+    "What rank 0 has."
+    if self.size == 1: return t
+    t = t.contiguous()
+    self._tell(lambda dist: dist.broadcast(t, dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group))
+    return t
+
+@patch
+def wait(self: Team):
+    "Until all are here."
+    self.add(torch.zeros(1))
+
+@patch
+def any(self: Team, flag: bool) -> bool:
+    "Whether it is so on any rank."
+    return bool(flag) if self.size == 1 else bool(self.add(torch.tensor(float(flag))) > 0)
+
+# %% ../nbs/000b_ranks.ipynb #3883d394
 _TEAMS = [Team()]
 
 def team() -> Team:
     "The processes that share what runs now: those of the innermost `together`, else this one alone."
     return _TEAMS[-1]
 
-# %% ../nbs/000b_ranks.ipynb #da360df6
+# %% ../nbs/000b_ranks.ipynb #1b226d16
 class Watch(threading.Thread):
     "Signs of life, given and looked for."
     def __init__(self,
@@ -104,7 +117,10 @@ class Watch(threading.Thread):
         lost=None, # lost(message): called once; None: say it on standard error and end the process
     ):
         super().__init__(daemon=True, name="watch")
-        self.store, self.rank, self.others, self.patience, self.lost, self.over = store, rank, [r for r in range(size) if r != rank], patience, lost or _end, threading.Event()
+        self.store, self.rank, self.others, self.patience, self.lost, self.over, self.told = store, rank, [r for r in range(size) if r != rank], patience, lost or _end, threading.Event(), False
+
+    def tell(self, message: str): # once, whichever thread is first
+        if not self.told: self.told = True; self.lost(f"a run needs all its processes to the end. {message}, so rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
 
     def start(self):
         self.heard = time.monotonic() # when the store last answered
@@ -112,28 +128,8 @@ class Watch(threading.Thread):
         threading.Thread(target=self._guard, daemon=True, name="watch the watch").start()
 
     def _guard(self):
-        while not self.over.wait(self.patience / 10):
-            if time.monotonic() - self.heard > self.patience:
-                self.lost(f"a run needs all its processes to the end. The one that keeps the signs of life (rank 0, or torchrun) has not answered rank {self.rank} for {self.patience:g} s, so it ends too; start all of them again, with --resume where something is kept.")
-                return
-
-    def run(self):
-        seen, since, beat = {}, dict.fromkeys(self.others, time.monotonic()), 0
-        while not self.over.wait(self.patience / 10):
-            beat += 1
-            try:
-                self.store.set(f"alive{self.rank}", str(beat))
-                now = {r: self.store.get(key) for r in self.others if self.store.check([key := f"alive{r}"])}
-            except RuntimeError:
-                if not self.over.is_set(): self.lost(f"a run needs all its processes to the end. The one that keeps the signs of life (rank 0, or torchrun) has ended, so rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
-                return
-            for r in self.others:
-                if now.get(r) != seen.get(r) or now.get(r) == b"left": since[r] = time.monotonic()
-            self.heard, seen, silent = time.monotonic(), now, [r for r in self.others if time.monotonic() - since[r] > self.patience or now.get(r) == b"failed"]
-            if silent:
-                how = "ended with an error" if now.get(silent[0]) == b"failed" else f"given no sign of life for {self.patience:g} s"
-                self.lost(f"a run needs all its processes to the end. Rank {silent[0]} has {how}, so rank {self.rank} ends too; start all of them again, with --resume where something is kept.")
-                return
+        while not self.told and not self.over.wait(self.patience / 10):
+            if time.monotonic() - self.heard > self.patience: self.tell(f"The one that keeps the signs of life (rank 0, or torchrun) has not answered for {self.patience:g} s")
 
     def leave(self):
         "No longer watch, nor be watched: in peace after `over`, else the others are told that something went wrong here."
@@ -143,11 +139,26 @@ class Watch(threading.Thread):
         try: self.store.set(f"alive{self.rank}", word)
         except RuntimeError: pass # whoever kept it has left before
 
+# %% ../nbs/000b_ranks.ipynb #92201fe5
+@patch
+def run(self: Watch):
+    seen, since, beat = {}, dict.fromkeys(self.others, time.monotonic()), 0
+    while not self.told and not self.over.wait(self.patience / 10):
+        beat += 1
+        try:
+            self.store.set(f"alive{self.rank}", str(beat))
+            now = {r: self.store.get(key) for r in self.others if self.store.check([key := f"alive{r}"])}
+        except RuntimeError: return None if self.over.is_set() else self.tell("The one that keeps the signs of life (rank 0, or torchrun) has ended")
+        for r in self.others:
+            if now.get(r) != seen.get(r) or now.get(r) == b"left": since[r] = time.monotonic()
+        self.heard, seen, silent = time.monotonic(), now, [r for r in self.others if time.monotonic() - since[r] > self.patience or now.get(r) == b"failed"]
+        if silent: return self.tell(f"Rank {silent[0]} has " + ("ended with an error" if now.get(silent[0]) == b"failed" else f"given no sign of life for {self.patience:g} s"))
+
 def _end(message: str):
     print(f"hessian-surgery: {message}", file=sys.stderr, flush=True)
     os._exit(3)
 
-# %% ../nbs/000b_ranks.ipynb #2fb954c1
+# %% ../nbs/000b_ranks.ipynb #fa108f82
 @contextmanager
 def together(
     *, patience: float = 40., # seconds without a sign of life from another rank, after which this one ends

@@ -194,6 +194,7 @@ def _checked_logits(net: Forward, X, y: torch.Tensor, state) -> torch.Tensor:
     if not state and not torch.isfinite(z).all(): raise InputError("logits must be finite. Got NaN or infinity from finite inputs: the weights or buffers are damaged; load another checkpoint.")
     return z
 
+# %% ../nbs/02c_train.ipynb #86279cf6
 @torch.no_grad()
 def predict(
     model: nn.Module, # in evaluation mode
@@ -229,7 +230,7 @@ def _all_logits(out: list, n: int, t: Team) -> torch.Tensor: # (first row, logit
     for start, z in out: full[start:start + len(z)] = z
     return t.add(full)
 
-# %% ../nbs/02c_train.ipynb #86279cf6
+# %% ../nbs/02c_train.ipynb #cbc521ff
 def class_means(
     per_image: torch.Tensor, # (N, ...) numbers
     y: torch.Tensor, # (N,) labels
@@ -246,7 +247,7 @@ def class_means(
     total = torch.zeros(classes, *per_image.shape[1:], dtype=torch.float64, device=y.device).index_add_(0, y, per_image.double())
     return total / n.view(-1, *[1] * (per_image.ndim - 1))
 
-# %% ../nbs/02c_train.ipynb #8ba4139a
+# %% ../nbs/02c_train.ipynb #6d49ce96
 def class_accuracy(
     model: nn.Module, data, *,
     state=None, forward=None, # as for `predict`
@@ -256,7 +257,7 @@ def class_accuracy(
     z, y = predict(model, data, state=state, forward=forward)
     return class_means((z.argmax(1) == y), y, z.shape[1], names, where).cpu()
 
-# %% ../nbs/02c_train.ipynb #49641d8c
+# %% ../nbs/02c_train.ipynb #024d7a95
 @dataclass(frozen=True)
 class ClassReport:
     "How well each class is classified. Fractions inside, percentage points when shown."
@@ -279,7 +280,7 @@ class ClassReport:
         return (f"ClassReport({self.measured_on}: sigma {100 * self.sigma:.1f} pp, balanced {100 * self.balanced:.1f} %, worst "
                 f"{100 * self.worst:.1f} % ({self.names[int(self.accuracy.argmin())]}), global {100 * self.overall:.1f} %)")
 
-# %% ../nbs/02c_train.ipynb #024d7a95
+# %% ../nbs/02c_train.ipynb #c1f4ffd1
 def error_ratio(
     accuracy, # (C,) in [0, 1]
 ) -> float: # infinite when some class has no error
@@ -305,7 +306,7 @@ def class_report_of(
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()
     return ClassReport(acc, torch.bincount(y.cpu(), minlength=len(acc)), names, measured_on)
 
-# %% ../nbs/02c_train.ipynb #8665bd1c
+# %% ../nbs/02c_train.ipynb #a2d2a09e
 def wilson_interval(
     share: float, # right ones, 0..1
     n: float, # images
