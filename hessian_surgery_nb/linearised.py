@@ -20,11 +20,11 @@ from .hvp import InputError, select_params
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
 from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
-from .train import ClassReport, class_means, class_report_of, predict
+from .train import ClassReport, class_report_of, predict
 
 # %% auto #0
-__all__ = ['SHRINK', 'PRICES', 'margins', 'soft_accuracies', 'best_step', 'folds', 'Step', 'cross_fitted', 'bias_jacobian',
-           'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
+__all__ = ['SHRINK', 'PRICES', 'margins', 'class_shares', 'soft_accuracies', 'best_step', 'folds', 'Step', 'cross_fitted',
+           'bias_jacobian', 'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
 
 # %% ../nbs/05b_linearised.ipynb #e5f11d12
 def margins(
@@ -36,29 +36,35 @@ def margins(
     top, other = z.scatter(1, y[:, None], -torch.inf).max(1)
     return own - top, other
 
+def class_shares(j: LogitJacobian) -> torch.Tensor: # (C, N) float64; times (N,) numbers: their mean over each class
+    "Who counts how much for which class."
+    hot = torch.nn.functional.one_hot(j.labels, j.logits.shape[1]).T.double()
+    return hot / hot.sum(1, keepdim=True).clamp(min=1)
+
 def soft_accuracies(
     j: LogitJacobian,
     alpha: torch.Tensor, # (K,)
     temperature: float,
+    shares: torch.Tensor | None = None, # (C, N) from `class_shares`, where it is wanted again and again
 ) -> tuple[torch.Tensor, torch.Tensor]: # (C,) accuracies, (C, K) their slopes; float64
     "Class accuracies with a slope."
+    M = class_shares(j) if shares is None else shares
     m, other = margins(j.at(alpha), j.labels)
     rows, s = torch.arange(len(m), device=m.device), torch.sigmoid(m / temperature)
     def of(t): return t[rows, j.labels] - t[rows, other]
     dm = of(j.jacobian) if j.curvature is None else of(j.jacobian) + of(j.curvature) * alpha.to(m)
-    C = j.logits.shape[1]
-    return class_means(s, j.labels, C).cpu(), class_means((s * (1 - s) / temperature)[:, None] * dm, j.labels, C).cpu()
+    return (M @ s.double()).cpu(), (M @ ((s * (1 - s) / temperature)[:, None] * dm).double()).cpu()
 
 # %% ../nbs/05b_linearised.ipynb #a0f334d0
 class _Soft:
     "Spread and global accuracy with their slopes; the last point is remembered, because the solver asks for each of them apart."
     def __init__(self, j: LogitJacobian, temperature: float):
-        self.j, self.temperature, self.x = j, temperature, None
+        self.j, self.temperature, self.x, self.shares = j, temperature, None, class_shares(j)
         n = torch.bincount(j.labels.cpu(), minlength=j.logits.shape[1]).double()
         self.share = (n / n.sum()).numpy()
     def see(self, x):
         if self.x is None or not np.array_equal(x, self.x):
-            a, slope = (t.numpy() for t in soft_accuracies(self.j, torch.as_tensor(x), self.temperature))
+            a, slope = (t.numpy() for t in soft_accuracies(self.j, torch.as_tensor(x), self.temperature, self.shares))
             self.x, (self.variance, self.d_variance), (self.overall, self.d_overall) = x.copy(), (a.var(), 2 * (a - a.mean()) @ slope / len(a)), (self.share @ a, self.share @ slope)
         return self
 

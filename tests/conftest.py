@@ -1,8 +1,9 @@
 "What several tests begin with."
 import pytest
 
-from hessian_surgery_nb.data import write_toy_images
-from hessian_surgery_nb.models import resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.data import load_digits, long_tail_splits, write_toy_images
+from hessian_surgery_nb.models import digits_net, resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.train import train
 
 FACTORY = "from hessian_surgery_nb.models import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n"
 
@@ -17,3 +18,12 @@ def lay_out(tmp_path_factory):
         write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
         return d
     return make
+
+
+@pytest.fixture(scope="session")
+def digits():
+    "A network, and the splits that it was trained on."
+    splits = long_tail_splits(load_digits(), seed=0)
+    net = digits_net(seed=0)
+    train(net, splits.train.pair, epochs=20, seed=0)
+    return net, splits

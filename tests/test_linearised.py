@@ -11,14 +11,12 @@ from torch import nn
 
 from hessian_surgery_nb.baselines import class_accuracies
 from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import load_digits, long_tail_splits
 from hessian_surgery_nb.hvp import HessianOperator, InputError
 from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.linearised import cross_fitted, linearised_operate
-from hessian_surgery_nb.models import digits_net
 from hessian_surgery_nb.sensitivity import LogitJacobian, logit_jacobian
 from hessian_surgery_nb.surgery import SurgeryConfig
-from hessian_surgery_nb.train import predict, train
+from hessian_surgery_nb.train import predict
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -37,14 +35,6 @@ def test_forward_mode_and_differences_agree(name):
     assert (exact.jacobian - small.jacobian).abs().max() <= 1e-6 * small.jacobian.abs().max()
     assert fell == (name == "encoder layer") # its fused evaluation has no forward derivative
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    splits = long_tail_splits(load_digits(), seed=0)
-    net = digits_net(seed=0)
-    train(net, splits.train.pair, epochs=30, seed=0)
-    return net, splits
 
 
 def test_a_price_that_is_overdrawn_stays_where_it_is():

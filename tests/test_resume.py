@@ -14,10 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hessian_surgery_nb.commands import FILES as OPERATED
-from hessian_surgery_nb.data import load_digits, long_tail_splits
-from hessian_surgery_nb.models import digits_net
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
-from hessian_surgery_nb.train import train
 
 OPERATE = [sys.executable, "-c", "import sys, torch; torch.set_num_threads(1); from hessian_surgery_nb.cli import main; sys.exit(main())", "operate"]
 
@@ -32,14 +29,6 @@ def cutting(calls):
         if calls < 0: raise Cut
         return model(x)
     return forward
-
-
-@pytest.fixture(scope="module")
-def digits():
-    splits = long_tail_splits(load_digits(), seed=0)
-    net = digits_net(seed=0)
-    train(net, splits.train.pair, epochs=20, seed=0)
-    return net, splits
 
 
 @pytest.mark.parametrize("settings", [dict(eps=.8), dict(eps=.8, schedule="adam"), dict(directions="random", eps=3.), dict(box=True, p="auto")], ids=str)
