@@ -23,10 +23,16 @@ def _of_class(X, y, c): # the rows of one class, whatever inputs are made of
     if isinstance(X, dict): return {k: rows(t) for k, t in X.items()}
     return [rows(t) for t in X] if isinstance(X, (list, tuple)) else rows(X)
 
+def _wrong_labels(z, c, cross) -> dict: # which column: (a sum over images, weights of its images)
+    log_p, p = z.log_softmax(1), z.detach().softmax(1)
+    if cross: return {(c, o): (-(p[:, o] * log_p[:, o]).sum(), p[:, o].sum()) for o in range(z.shape[1]) if o != c}
+    return {(c,): ((p[:, c] * log_p[:, c]).sum(), 1 - p[:, c])}
+
 def class_gradients(
     model: nn.Module, data, # as for `HessianOperator`; the loss is the mean cross-entropy
     *,
     cross: bool = False, # one column for each class and wrong label, C (C - 1), instead of one a class
+    loss_fn=None, # loss_fn(z, y), a mean over images: gradients of this loss over each class in their place, columns sqrt(share of the class) g
     params=None, forward=None, # likewise
 ) -> torch.Tensor: # (n, C) or (n, C (C - 1)) columns sqrt(w) g; the sum of their outer products is at most the Gauss-Newton matrix
     "Averaged gradients of the labels that an image does not have."
@@ -41,9 +47,7 @@ def class_gradients(
         N += len(y)
         for c in y.unique().tolist():
             z = functional_logits(net, dict(zip(chosen, leaves)), _of_class(X, y, c))
-            log_p, p = z.log_softmax(1), z.detach().softmax(1)
-            wrong = [o for o in range(z.shape[1]) if o != c]
-            terms = {(c, o): (-(p[:, o] * log_p[:, o]).sum(), p[:, o].sum()) for o in wrong} if cross else {(c,): ((p[:, c] * log_p[:, c]).sum(), 1 - p[:, c])}
+            terms = _wrong_labels(z, c, cross) if loss_fn is None else {(c,): (len(z) * loss_fn(z, y[y == c]), torch.ones(len(z)))}
             for i, (key, (loss, w)) in enumerate(terms.items()):
                 g = flatten(torch.autograd.grad(loss, leaves, retain_graph=i + 1 < len(terms))).detach()
                 sums[key], weights[key] = sums.get(key, 0) + g, weights.get(key, 0.) + w.double().sum().item()
@@ -59,10 +63,10 @@ def class_subspace(
     model: nn.Module, data, # as for `class_gradients`
     k: int | None = None, # directions; None: classes - 1, or as many as there are
     *,
-    cross: bool = False, params=None, forward=None,
-) -> Eigenpairs: # of the matrix of class means; its values are lower bounds for the Gauss-Newton matrix, its residuals against that are not known
+    cross: bool = False, loss_fn=None, params=None, forward=None, # likewise
+) -> Eigenpairs: # of the matrix of class means; its values are lower bounds for the Gauss-Newton matrix (not with loss_fn), its residuals against that are not known
     "The leading directions of the averaged gradients, without one Hessian-vector product."
-    V = class_gradients(model, data, cross=cross, params=params, forward=forward)
+    V = class_gradients(model, data, cross=cross, loss_fn=loss_fn, params=params, forward=forward)
     V = V.double() if V.shape[0] < 1_000_000 else V
     values, U = map(team().same, torch.linalg.eigh((V.T @ V).double()))
     values, U = values.flip(0), U.flip(1)

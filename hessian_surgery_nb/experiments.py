@@ -24,8 +24,8 @@ from .deflation import decile_frame, deflated_operate
 from .effective_rank import look_at
 from .hvp import HessianOperator, InputError, select_params
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
-from .lanczos import top_eigenpairs
-from .linearised import linearised_operate, tuned_to_price
+from .lanczos import Eigenpairs, top_eigenpairs
+from .linearised import linearised_operate, margins, tuned_to_price
 from .models import find_head, load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state, sensitivity_matrix
@@ -35,11 +35,12 @@ from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amp
 from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
            'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
            'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
-           'linearisation', 'first_order', 'figures', 'played', 'limits', 'front_biases', 'focal', 'balanced', 'rivals',
-           'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start', 'ablation', 'feeding']
+           'linearisation', 'first_order', 'figures', 'played', 'limits', 'lever', 'front_steps', 'front_biases',
+           'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start',
+           'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -347,12 +348,30 @@ def limits(study: Study, folder: Path, sweep) -> dict:
     return dict(eps=eps, start=dict(sensitivity=figures(sens, nothing), held_out=figures(held, nothing)), rows=rows)
 
 # %% ../nbs/08a_experiments.ipynb #37cde996
+LEVERS = dict(more="three times as many spikes", cross="class means, wrong labels apart, three times as many", margins="gradients of soft class accuracies over training images",
+              weak="spikes of the three weakest classes", confused="spikes of training images near the border between two classes")
+
+def lever(study: Study, net: nn.Module, name: str) -> Eigenpairs: # name: one of LEVERS
+    "Directions other than the leading spikes, from training images alone; which classes are weak is read off the sensitivity set."
+    s, K = study.splits, len(study.splits.train.classes) - 1
+    if name == "more": return top_eigenpairs(curvature(study, net), 3 * K, tol=1e-2, seed=study.seed)
+    if name == "cross": return class_subspace(net, s.hessian.pair, 3 * K, cross=True)
+    some = s.train[torch.randperm(len(s.train), generator=torch.Generator().manual_seed(study.seed))[:10_000]]
+    z, y = predict(net, study.batches(some))
+    m = margins(z, y)[0]
+    if name == "margins": return class_subspace(net, study.batches(some), K, loss_fn=lambda z, y: -torch.sigmoid(margins(z, y)[0] / (.3 * m.abs().median())).mean())
+    if name == "confused": near = m.abs()
+    else: near = torch.isin(y, class_accuracies(*predict(net, study.batches(s.sensitivity))).argsort()[:3].to(y)).logical_not().double()
+    return top_eigenpairs(curvature(study, net, some[near.argsort(stable=True)[:study.scale.hessian].cpu()]), K, tol=1e-2, seed=study.seed)
+
+# %% ../nbs/08a_experiments.ipynb #6f822aed
 def _front(study: Study, folder: Path, prices, rounds: int, directions: str = "spikes", head: bool = False, draw: int = 0) -> dict:
     net, s = model_of(study, "network"), study.splits
+    known = lever(study, net, directions) if directions in LEVERS else None
     where = f"{find_head(net, len(s.train.classes))[0]}.*" if head else None
-    config = SurgeryConfig(directions=directions, params=where, tol=1e-2, seed=study.seed + 1000 * draw)
+    config = SurgeryConfig(directions="spikes" if known else directions, params=where, tol=1e-2, seed=study.seed + 1000 * draw)
     sens, held = study.batches(s.sensitivity), study.batches(s.held_out)
-    f = linearised_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, sens, held_out=held, prices=prices, rounds=rounds, config=config, names=s.train.classes, progress=study.progress)
+    f = linearised_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, sens, held_out=held, prices=prices, rounds=rounds, directions=known, config=config, names=s.train.classes, progress=study.progress)
     points, base = [], f.points[0].sensitivity
     for p in f.points:
         state = moved_state(select_params(net, where), f.directions.vectors @ p.alpha.to(f.directions.vectors))
@@ -368,8 +387,27 @@ def _register_fronts():
         def make(study, folder, **settings): return _front(study, folder, **settings)
         make.__doc__ = f"What each price in global accuracy buys: {name}."
         experiment(name=f"front_{name}", prices=(.0025, .005, .01), rounds=1, **fixed)(make)
+    for name, says in LEVERS.items():
+        def make(study, folder, **settings): return _front(study, folder, **settings)
+        make.__doc__ = f"What half a point buys: {says}."
+        experiment(name=f"front_{name}", prices=(.005,), rounds=1, directions=name)(make)
 
 _register_fronts()
+
+@experiment(price=.005, steps=5)
+def front_steps(study: Study, folder: Path, price, steps) -> dict:
+    "What half a point buys: in five steps, each along spikes of the weights that the last one left."
+    first, s, rows = model_of(study, "network"), study.splits, []
+    net, (sens, held) = first, (study.batches(part) for part in (s.sensitivity, s.held_out))
+    start = class_report_of(*predict(net, sens), s.train.classes).overall
+    for i in range(steps):
+        now = class_report_of(*predict(net, sens), s.train.classes).overall
+        slack = max(0., now - start + price * (i + 1) / steps)
+        f = linearised_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, sens, held_out=held, prices=(slack,), rounds=1, config=SurgeryConfig(tol=1e-2, seed=study.seed), names=s.train.classes, progress=study.progress)
+        net, p = f.network(slack), f.points[-1]
+        far = math.sqrt(sum((a.detach() - b.detach()).double().square().sum().item() for a, b in zip(net.parameters(), first.parameters())))
+        rows.append(dict(price=price * (i + 1) / steps, moved=far, off=p.off, passes=p.passes, matvecs=f.num_matvecs, seconds=p.seconds, sensitivity=report_dict(p.sensitivity), held_out=report_dict(p.held_out), correct=pack_bits(p.correct)))
+    return dict(points=rows)
 
 @experiment(prices=(0., .0025, .005, .01, .02))
 def front_biases(study: Study, folder: Path, prices) -> dict:
@@ -382,7 +420,7 @@ def front_biases(study: Study, folder: Path, prices) -> dict:
         points.append(dict(price=price, biases=b.tolist(), sensitivity=report_dict(class_report_of(z + b.to(z), y, s.train.classes, "sensitivity")), held_out=report_dict(class_report_of(moved, yh, s.train.classes)), correct=pack_bits(moved.argmax(1) == yh)))
     return dict(points=points)
 
-# %% ../nbs/08a_experiments.ipynb #1f3d5a37
+# %% ../nbs/08a_experiments.ipynb #5261a7aa
 FINETUNE = dict(lr=1e-4, batch_size=128, weight_decay=0., optimizer="adam", schedule="constant", shift=4)
 
 def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
@@ -417,7 +455,7 @@ def rivals(study: Study, folder: Path, steps, start: str = "network") -> dict:
     found = post_hoc(model_of(study, start), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
-# %% ../nbs/08a_experiments.ipynb #04e26fac
+# %% ../nbs/08a_experiments.ipynb #00e0c6f0
 def _after_surgery(study: Study, folder: Path, within: str) -> dict:
     net, s, rows = model_of(study, "surgery_gamma_p2"), study.splits, []
     def spikes(model): return top_eigenpairs(curvature(study, model), len(s.train.classes) - 1, tol=1e-2, seed=study.seed).vectors
@@ -432,7 +470,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     _make.__doc__ = f"Fine-tuning after surgery, gradients {'kept out of the spikes' if _within == 'bulk' else 'as they are'}."
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
-# %% ../nbs/08a_experiments.ipynb #e2c6003e
+# %% ../nbs/08a_experiments.ipynb #39ad7849
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
 def _deflated(study: Study, folder: Path, metric: str) -> dict:
@@ -455,7 +493,7 @@ def deflated_smooth(study: Study, folder: Path, metric) -> dict:
     "The same with S measured by the probability of the true class: less noise from as many images."
     return _deflated(study, folder, metric)
 
-# %% ../nbs/08a_experiments.ipynb #5a154970
+# %% ../nbs/08a_experiments.ipynb #5d606e9e
 STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)
 
 def _start_settings(s: Study): return dict(STARTS, epochs=s.scale.start_epochs)
@@ -477,7 +515,7 @@ def balanced_start(study: Study, folder: Path, beta) -> dict:
         train(net, s.train.pair, loss_fn=effective_number_loss(s.train.counts, beta).to(study.device), epochs=n, seed=study.seed, run_dir=folder/name, progress=study.progress, **STARTS)
     return dict(weights=keep(study, folder, net), **measured(study, net))
 
-# %% ../nbs/08a_experiments.ipynb #5d606e9e
+# %% ../nbs/08a_experiments.ipynb #375da104
 BOXED = dict(box=True, p=.5, schedule="adam") # section 9.2
 
 def _on_start(label: str, start: str):
@@ -501,7 +539,7 @@ def ablation(study: Study, folder: Path, grid) -> dict:
         rows.append(dict(setting=c, **{k: r[k] for k in ("before", "after", "sensitivity_before", "sensitivity_after", "correct")}, turned_back=sum(not h["accepted"] for h in r["history"])))
     return dict(rows=rows)
 
-# %% ../nbs/08a_experiments.ipynb #a244e368
+# %% ../nbs/08a_experiments.ipynb #74db4a73
 def feeding(
     *wanted: str, # "Table 4", "Figure 1", ...; none: everything
     kind: str = "few", # of dataset, as `Study.kind` has it

@@ -17,6 +17,7 @@ from torch import nn
 from .baselines import class_accuracies, paired_interval
 from .data import check_disjoint
 from .hvp import InputError, select_params
+from .lanczos import Eigenpairs
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
 from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
@@ -266,6 +267,7 @@ def linearised_operate(
     loss_fn, hessian_data, sensitivity_data, # as for `operate`
     *,
     held_out=None, # likewise: for the report only
+    directions: Eigenpairs | None = None, # along which to move, where they are known already; None: those of config
     prices=PRICES, # allowed falls of the global accuracy, fractions, ascending
     config: SurgeryConfig = SurgeryConfig(), # of it: num_spikes, directions, params, tol, seed and how products are made
     folds: int = 5, # of the cross-fitting; 1: none
@@ -281,7 +283,8 @@ def linearised_operate(
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     if folds > op.now.counts.min(): raise InputError(f"every fold needs an image of every class. {int(op.now.counts.min())} images of the smallest class are too few for {folds} folds; give fewer.")
-    op.draw(0)
+    if directions is None: op.draw(0)
+    else: op.pairs, op.num_spikes = directions, len(directions)
     start, path, points = op.now, _Path(op, folds, tolerance, rounds, progress), []
     points.append(_point(path, 0., start, held_out))
     for price in tqdm(prices, desc="prices", leave=False, disable=not progress or team().rank > 0):

@@ -29,10 +29,10 @@ from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% auto #0
-__all__ = ['LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay', 'AdamControl',
-           'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge', 'amplitude_control',
-           'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps', 'plot_before_after',
-           'plot_history', 'report_dict', 'report_dicts']
+__all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
+           'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
+           'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps',
+           'plot_before_after', 'plot_history', 'report_dict', 'report_dicts']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -158,6 +158,8 @@ class AdamControl:
         self.eps = min(max(self.eps * factor, self.eps_max / 10), self.eps_max) # eps_min = eps_0 / 10 (choice)
 
 # %% ../nbs/05_surgery.ipynb #c662295e
+DIRECTIONS = "spikes", "class_means", "gradients", "random"
+
 @dataclass(frozen=True)
 class SurgeryConfig:
     "All settings of `operate`, with the paper's values where it gives them."
@@ -174,7 +176,7 @@ class SurgeryConfig:
     rollback_drop: float = .07 # or when a class fell by more: 7 pp
     scheme: str = "central" # of the sensitivity matrix
     metric: str = "accuracy" # or "probability"
-    directions: str = "spikes" # or "class_means": averaged gradients in their place, no Lanczos run; or "random": the sceptic's control, a random subspace of the same dimension
+    directions: str = "spikes" # or "class_means": averaged gradients in their place, no Lanczos run; the sceptic's controls: "gradients" of the loss over single classes, "random": a subspace of the same dimension
     params: str | tuple | None = None # which parameters may move; None: all trainable
     tol: float = 1e-2 # residual of the eigenpairs over the largest
     precision: str | None = None # of Hessian-vector products: None, or "bf16"
@@ -193,7 +195,7 @@ def check_config(c: SurgeryConfig):
     rules = [("iterations", c.iterations >= 1, "at least 1"), ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
              ("eps", c.eps is None or c.eps > 0, "positive"), ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
              ("p", c.p == "auto" or (not isinstance(c.p, str) and c.p >= 0), "'auto', 0 or positive"),
-             ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in ("spikes", "class_means", "random"), "'spikes', 'class_means' or 'random'"),
+             ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in DIRECTIONS, ", ".join(map(repr, DIRECTIONS))),
              ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
              ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"), ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
              ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
@@ -293,7 +295,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     if config.directions == "spikes":
         op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward, **config.product_options)
         return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
-    if config.directions == "class_means": return class_subspace(model, data, K, params=config.params, forward=forward)
+    if config.directions in ("class_means", "gradients"): return class_subspace(model, data, K, loss_fn=loss_fn if config.directions == "gradients" else None, params=config.params, forward=forward)
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
     if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
