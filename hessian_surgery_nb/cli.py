@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from . import __version__
-from .baselines import Comparison, compare, mean_interval, plot_comparison, shown
+from .baselines import mean_interval, shown
+from .comparison import Comparison, compare, plot_comparison
 from .commands import add_own, logged, one_voice, pick_device, repeat, with_config
 from .data import Splits, load_digits, long_tail_splits, plot_counts
 from .effective_rank import effective_rank, look_at
@@ -72,7 +73,7 @@ def run_demo(
     config = SurgeryConfig(iterations=iterations, seed=seed)
     sets = splits.hessian.pair, splits.sensitivity.pair
     surgery = operate(net, loss_fn, *sets, held_out=splits.held_out.pair, config=config, names=splits.train.classes, progress=progress)
-    table = compare(net, loss_fn, *sets, splits.held_out.pair, config=config, counts=splits.train.counts, names=splits.train.classes, surgery=surgery, progress=progress)
+    table = compare(net, loss_fn, *sets, splits.held_out.pair, config=config, counts=splits.train.counts, names=splits.train.classes, surgery=surgery, draws=1, progress=progress)
     return DemoRun(seed, splits, log, table, num_params(net), sd, time.perf_counter() - start)
 
 # %% ../nbs/10_cli.ipynb #f523b0d5

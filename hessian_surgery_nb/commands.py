@@ -26,7 +26,8 @@ import psutil
 import torch
 from torch import nn
 
-from .baselines import Comparison, compare, paired_interval, plot_comparison
+from .baselines import paired_interval
+from .comparison import Comparison, compare, controls_of, plot_comparison
 from .effective_rank import screen
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
@@ -325,9 +326,9 @@ COMPARED = "result.json", "report.html"
 
 def comparison_rows(c: Comparison) -> tuple[list[str], list[list[str]]]: # header, rows
     "Every method, held-out, with the interval of its change."
-    rows = [[name, f"{m['sigma (pp)']:.1f}", "" if name == "no change" else f"{m['change (pp)']:+.1f} [{m['95 % low']:+.1f}, {m['95 % high']:+.1f}]", f"{m['balanced (%)']:.1f}", f"{m['worst (%)']:.1f}", f"{100 * c[name].report.overall:.1f}", str(m["passes"])]
+    rows = [[name, f"{m['sigma (pp)']:.1f}", "" if name == "no change" else f"{m['change (pp)']:+.1f} [{m['95 % low']:+.1f}, {m['95 % high']:+.1f}]", f"{m['balanced (%)']:.1f}", f"{m['worst (%)']:.1f}", f"{m['global (%)']:.1f}", f"{m['forward passes']:.0f}"]
             for name, m in c.to_frame().iterrows()]
-    return ["method", "sigma (pp)", "change (pp)", "balanced (%)", "worst class (%)", "global (%)", "passes"], rows
+    return ["method", "sigma (pp)", "change (pp)", "balanced (%)", "worst class (%)", "global (%)", "forward passes"], rows
 
 def compare_own(args: argparse.Namespace) -> int:
     "The `compare` command."
@@ -336,13 +337,13 @@ def compare_own(args: argparse.Namespace) -> int:
     config, out = surgery_config(args), own_out(args, COMPARED)
     net, sets = ready(args)
     loss_fn, command, (learned, unseen) = nn.CrossEntropyLoss(), shlex.join(["hessian-surgery", *args.argv]), own_files(args.data)
-    if args.dry_run: return _say_plan(plan(net, loss_fn, sets.hessian, sets.sensitivity, replace(config, iterations=config.iterations * (1 if args.no_controls else 3))), sets, args)
+    if args.dry_run: return _say_plan(plan(net, loss_fn, sets.hessian, sets.sensitivity, replace(config, iterations=config.iterations * (2 if args.no_controls else 2 + controls_of(args.draws)))), sets, args)
     counts = None if learned is unseen else [len(f) for f in learned.values()]
-    c = compare(net, loss_fn, sets.hessian, sets.sensitivity, sets.held_out, config=config, counts=counts, names=sets.classes, controls=not args.no_controls, progress=sys.stderr.isatty() and not args.verbose)
+    c = compare(net, loss_fn, sets.hessian, sets.sensitivity, sets.held_out, config=config, counts=counts, names=sets.classes, controls=not args.no_controls, draws=args.draws, price=args.max_global_drop / 100, progress=sys.stderr.isatty() and not args.verbose)
     header, rows = comparison_rows(c)
     if team().rank: return 0
     best = min(c.rivals, key=lambda r: r.report.sigma)
-    summary = f"Held-out, {len(c.y)} images. The smallest sigma is that of {best.name}: {100 * best.report.sigma:.1f} pp. Tuned on {len(sets.sensitivity.y)} other images; intervals are paired, 95 %."
+    summary = f"Held-out, {len(c.y)} images. The smallest sigma is that of {best.name}: {100 * best.report.sigma:.1f} pp. Tuned on {len(sets.sensitivity.y)} other images; intervals are paired, 95 %. Forward passes are over these, a Hessian-vector product counted as six over its own images."
     out_dir(out)
     write_atomic(out/"result.json", json_bytes(dict(what="hessian-surgery compare", command=command, classes=list(sets.classes), methods=c.to_dict(), config=asdict(config))))
     body = [f"<h1>Methods on {html.escape(args.model)}</h1>", f'<p class="lead">{html.escape(summary)}</p>', figure_tag(plot_comparison(c), summary, summary), table_tag(header, rows, "Every method on the same images"), repeat(command)]
@@ -419,7 +420,9 @@ def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     o.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --out")
     o = command("compare", compare_own, "surgery beside simpler methods, on your network")
     add_surgery(o, "hessian-surgery-compared", "result.json and report.html")
-    o.add_argument("--no-controls", action="store_true", help="leave out surgery along random directions, two thirds of the time")
+    o.add_argument("--no-controls", action="store_true", help="leave out surgery along other directions (class means, gradients, the head alone, random), most of the time")
+    o.add_argument("--draws", type=int, default=3, help="random subspaces")
+    o.add_argument("--max-global-drop", type=float, default=.5, metavar="PP", help="percentage points of global accuracy that the linearised search and its rival may cost, on the images that are tuned on")
     o = command("front", front_own, "the trade-off between spread and global accuracy on your network, and the point you choose on it")
     add_spikes(o, "directions; default: classes - 1"); add_directions(o, "spikes", "class_means", "random")
     o.add_argument("--max-global-drop", type=float, default=.5, metavar="PP", help="percentage points of global accuracy that the new weights may cost, on the images that are tuned on")

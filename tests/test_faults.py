@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_surgery_nb.baselines import compare
+from hessian_surgery_nb.comparison import compare
 from hessian_surgery_nb.cli import main
 from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.hvp import HessianOperator, InputError

@@ -52,16 +52,17 @@ def test_the_result_keeps_to_its_schema(place, tmp_path, capsys):
 
 
 def test_compare_puts_every_method_on_the_same_images(place, tmp_path, capsys):
-    assert main(["compare", *flags(place), "--iterations", "1", "--eps", "0.2", "--json", "--out", str(tmp_path/"out")]) == 0
+    assert main(["compare", *flags(place), "--iterations", "1", "--eps", "0.2", "--draws", "1", "--json", "--out", str(tmp_path/"out")]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((tmp_path/"out"/"result.json").read_text())
-    assert [m["method"] for m in said["methods"]] == ["no change", "surgery", "tuned biases", "tau-norm", "logit adjustment", "random subspace, same norm", "random subspace, own amplitude"]
+    assert [m["method"] for m in said["methods"]] == ["no change", "surgery", "linearised surgery", "biases at that price", "tuned biases", "tuned biases and scales", "tau-norm", "logit adjustment",
+                                                      "class means", "gradients of classes", "head alone", "random subspace, same norm", "random subspace, own amplitude"]
     assert {c["images"] for m in said["methods"] for c in m["held_out"]["classes"]} == {8}
     page = (tmp_path/"out"/"report.html").read_text()
     assert "tuned biases" in page and "<script" not in page
     flat = flags(place, data=f"{place}/toys/test") # no training images to count
     assert main(["compare", *flat, "--iterations", "1", "--no-controls", "--json", "--out", str(tmp_path/"flat")]) == 0
-    assert [m["method"] for m in json.loads(capsys.readouterr().out)["methods"]] == ["no change", "surgery", "tuned biases", "tau-norm"]
+    assert [m["method"] for m in json.loads(capsys.readouterr().out)["methods"]] == ["no change", "surgery", "linearised surgery", "biases at that price", "tuned biases", "tuned biases and scales", "tau-norm"]
 
 
 def test_flags_from_a_file_do_what_flags_do(place, tmp_path, capsys):
