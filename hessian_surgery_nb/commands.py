@@ -33,10 +33,11 @@ from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front
 from .models import num_params, weights_bytes, write_atomic
-from .own import load_network, own_files, own_sets
+from .own import OwnSets, load_network, own_files, own_sets
 from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
 from .ranks import team, together
 from .runs import check_out, json_bytes, out_dir
+from .spectrum_type import Verdict, generalisation, spectrum_type
 from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
 from .train import predict
 
@@ -45,15 +46,16 @@ __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'FRONT', 'add_common'
            'add_eps', 'add_surgery', 'config_flags', 'with_config', 'pick_device', 'ready', 'products',
            'surgery_config', 'Plan', 'peak_memory', 'plan', 'own_out', 'held_out_change', 'totals', 'own_report',
            'repeat', 'operate_own', 'asked_to_stop', 'one_voice', 'logged', 'result_schema', 'schema',
-           'comparison_rows', 'compare_own', 'front_rows', 'front_own', 'screen_own', 'spectrum_own', 'add_own']
+           'comparison_rows', 'compare_own', 'front_rows', 'front_own', 'screen_own', 'two_folders', 'verdict_of',
+           'verdict_rows', 'spectrum_own', 'add_own']
 
 # %% ../nbs/09c_commands.ipynb #bf7d205a
-def add_common(o: argparse.ArgumentParser):
+def add_common(o: argparse.ArgumentParser, data: bool = True): # data: is --data required?
     "Flags of every command here."
     o.add_argument("--config", metavar="FILE", help="a YAML file with flags, such as 'hessian: 256'; flags given here win")
     o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
     o.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with a state dict; without it torchvision's or timm's own")
-    o.add_argument("--data", required=True, metavar="DIR", help="images in folders")
+    o.add_argument("--data", required=data, metavar="DIR", help="images in folders")
     o.add_argument("--resize", type=int, metavar="N", help="shorter side to N pixels; default: what the network asks for")
     o.add_argument("--crop", type=int, metavar="N", help="middle square of N pixels; default: what the network asks for")
     for k in ("mean", "std"): o.add_argument(f"--{k}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{k} of the colours in 0..1; default: what the network asks for")
@@ -394,25 +396,46 @@ def screen_own(args: argparse.Namespace) -> int:
     print(f"{look!r}\n\nSignal to noise of the sensitivity matrix: {clear:.1f}" + (": too little to go by; use more images, or --metric probability when operating." if clear < 1 else "."))
     return 0
 
+# %% ../nbs/09c_commands.ipynb #7a6f26be
+def two_folders(args: argparse.Namespace) -> bool: # --train and --test? then args.data is the pair
+    "What `spectrum` looks at."
+    named = [f"--{k}" for k in ("data", "train", "test") if getattr(args, k)]
+    if named not in (["--data"], ["--train", "--test"]):
+        raise InputError(f"spectrum looks at the images of --data, or compares those of --train with those of --test. Got {' and '.join(named) or 'none of them'}; give --data, or both of the others.")
+    if args.train: args.data = args.train, args.test
+    return bool(args.train)
+
+def verdict_of(net, sets: OwnSets, op: HessianOperator, args: argparse.Namespace) -> Verdict:
+    "The spectrum on training images beside that on as many test images."
+    rows = torch.randperm(len(sets.held_out.y), generator=torch.Generator().manual_seed(args.seed))[:len(sets.hessian.y)]
+    unseen = HessianOperator(net, nn.CrossEntropyLoss(), replace(sets.held_out, x=sets.held_out.x[rows], y=sets.held_out.y[rows]), params=args.params, **products(args))
+    return generalisation(*(spectrum_type(o, seed=args.seed, progress=sys.stderr.isatty()) for o in (op, unseen)))
+
+def verdict_rows(v: Verdict) -> tuple[list[str], list[list[str]]]: # header, rows
+    "Each number of the verdict, with its limit."
+    return ["what", "train", "test", "value", "limit", "answer"], [[c["what"], *(f"{c[k]:.3g}" for k in ("train", "test", "value")), c["limit"], c["answer"]] for c in v.checks]
+
 def spectrum_own(args: argparse.Namespace) -> int:
     "The `spectrum` command."
-    options = products(args)
+    options, compared = products(args), two_folders(args)
     net, sets = ready(args)
     op = HessianOperator(net, nn.CrossEntropyLoss(), sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(op, args.spikes or len(sets.classes) + 3, tol=1e-3, seed=args.seed, progress=sys.stderr.isatty())
-    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0])
+    told = verdict_of(net, sets, op, args) if compared else None
+    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0]) | (dict(generalisation=told.to_dict()) if told else {})
     if args.json: print(json.dumps(facts, indent=1)); return 0
     print(text_table(["rank", "eigenvalue", "residual"], [[str(i + 1), f"{v:.4g}", f"{e:.1g}"] for i, (v, e) in enumerate(zip(facts["values"], facts["residuals"]))]))
     print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
+    if told: print(f"\n{text_table(*verdict_rows(told))}\n\nThe training spectrum is {told.train.kind.replace('-', ' ')}. {told.text}")
     return 0
 
-# %% ../nbs/09c_commands.ipynb #7a6f26be
+# %% ../nbs/09c_commands.ipynb #6d1b3ad5
 def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     "The commands."
     where = "Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class decide, half report), or DIR/CLASS/* that the network was not trained on."
-    def command(name, run, says):
+    def command(name, run, says, data=True):
         o = sub.add_parser(name, formatter_class=wide, allow_abbrev=False, help=says, description=f"{says[0].upper() + says[1:]}. {where}")
-        add_common(o)
+        add_common(o, data)
         o.set_defaults(run=run, shared=True)
         return o
     o = command("operate", operate_own, "surgery on your network")
@@ -433,6 +456,9 @@ def add_own(sub, wide) -> None: # subparsers, and how help is laid out
     o.add_argument("--force", action="store_true", help="replace files of these names that are in --out")
     o = command("screen", screen_own, "is surgery worth trying on it?")
     add_spikes(o, "directions; default: classes - 1"); add_eps(o); add_directions(o, "spikes", "class_means"); add_scheme(o)
-    add_spikes(command("spectrum", spectrum_own, "the leading Hessian eigenvalues of it"), "eigenvalues; default: classes + 3")
+    o = command("spectrum", spectrum_own, "the leading Hessian eigenvalues of it, and what its spectrum on training and test images says of generalisation", data=False)
+    add_spikes(o, "eigenvalues; default: classes + 3")
+    o.add_argument("--train", metavar="DIR", help="DIR/CLASS/*, images it was trained on; with --test, in place of --data: the type of the spectrum and the verdict")
+    o.add_argument("--test", metavar="DIR", help="DIR/CLASS/*, images it was not trained on")
     says = "the JSON schema of operate's result.json"
     sub.add_parser("schema", formatter_class=wide, allow_abbrev=False, help=says, description=f"Print {says}.").set_defaults(run=schema)

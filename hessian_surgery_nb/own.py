@@ -119,13 +119,15 @@ class OwnSets:
 
 # %% ../nbs/09a_own.ipynb #d5ec8cfc
 def own_files(
-    folder, # train/CLASS/* and test/CLASS/*, or CLASS/*
+    folder, # train/CLASS/* and test/CLASS/*, or CLASS/*; or two folders, (train, test)
 ) -> tuple[dict, dict]: # class -> images to see the curvature with; class -> images to decide and report with, maybe the same
     "What lies in a folder."
-    folder = Path(folder).expanduser()
-    test = unseen_folder(folder)
-    if test is None or not (folder/"train").is_dir(): return (files := class_files(test or folder)), files
-    learned, rest = class_files(folder/"train"), class_files(test)
+    if isinstance(folder, tuple): train, test = (Path(f).expanduser() for f in folder)
+    else:
+        folder = Path(folder).expanduser()
+        train, test = folder/"train", unseen_folder(folder)
+        if test is None or not train.is_dir(): return (files := class_files(test or folder)), files
+    learned, rest = class_files(train), class_files(test)
     check_same_classes(learned, rest, test)
     return learned, rest
 
@@ -137,7 +139,7 @@ def _parts(learned, rest, hessian: int, g) -> tuple[list, dict]: # (file, class)
 
 # %% ../nbs/09a_own.ipynb #54321249
 def own_sets(
-    folder, # train/CLASS/* and test/CLASS/*, or CLASS/*
+    folder, # as for `own_files`
     preparation: Preparation = Preparation(),
     *,
     seed: int = 0, # which images go where

@@ -141,3 +141,16 @@ def test_a_dry_run_plans_the_directions_that_were_asked_for(place, capsys, tmp_p
         assert main(["operate", *flags(place), "--directions", directions, "--iterations", "2", "--dry-run", "--json", "--out", str(tmp_path/"no")]) == 0
         p = json.loads(capsys.readouterr().out)
         assert (p["products"] > 0) == searched and p["spikes"] == 2 and p["seconds"] > 0 and not (tmp_path/"no").exists()
+
+
+def test_spectrum_compares_training_with_test_images(place, capsys):
+    f = flags(place)
+    net, rest, data = f[:f.index("--data")], f[f.index("--data") + 2:], f[f.index("--data") + 1]
+    both = ["--train", f"{data}/train", "--test", f"{data}/test"]
+    assert main(["spectrum", *net, *rest, *both, "--spikes", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["generalisation"]
+    assert told["verdict"] in ("plausible", "doubtful", "open", "not applicable") and [c["limit"] for c in told["checks"]] == ["> -0.6", "< 1.5", "< 1.2"]
+    assert main(["spectrum", *net, *rest, *both, "--spikes", "2"]) == 0 and told["text"] in capsys.readouterr().out
+    for wrong in (both[:2], both[2:], [*both, "--data", data], []):
+        assert main(["spectrum", *net, *rest, *wrong]) == 2 and "give --data, or both of the others" in capsys.readouterr().err
+    assert main(["spectrum", *net, *rest, *both[:3], f"{data}/nowhere"]) == 2 and "nowhere is not" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_relative_links_exist():
 
 def test_two_commands():
     first, second = readme.commands(README.read_text(encoding="utf-8"))
-    assert first.endswith("hessian-surgery demo --out demo") and second.endswith("pytest -q -n 2 tests")
+    assert first.endswith("hessian-surgery demo --out demo") and second.endswith("pytest -q -n 2 --dist worksteal tests")
 
 
 @pytest.mark.parametrize("blocks", [[], ["pip install . && hessian-surgery demo --out demo"], ["a", "b"], ["a", "b", "c"]])
