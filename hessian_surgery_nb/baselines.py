@@ -127,11 +127,12 @@ def tune_scales(
 
 # %% ../nbs/05a_baselines.ipynb #18c0d51c
 def _resampled(a, b, y, draws, rng): # (draws, C, 2): class accuracies of both methods on images drawn anew within each class
-    cells = []
+    out = []
     for c in y.unique().tolist():
-        pair = torch.stack([a[y == c], b[y == c]], 1).numpy().astype(float)
-        cells.append(rng.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=draws) @ pair / len(pair))
-    return np.stack(cells, 1)
+        n, kinds = int((y == c).sum()), np.bincount(2 * a[y == c].int() + b[y == c].int(), minlength=4) # of images: neither is right, b, a, both
+        drawn = rng.multinomial(n, kinds / n, size=draws) / n
+        out.append(np.stack([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]], 1))
+    return np.stack(out, 1)
 
 def paired_interval(
     correct_a: torch.Tensor, correct_b: torch.Tensor, # (N,) bool, the same images
