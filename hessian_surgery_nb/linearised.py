@@ -194,7 +194,7 @@ class _Path:
         self.tolerance = max(tolerance, 2 / op.now.counts.min().item() / len(op.now.counts) ** .5) # two images may always be off
         self.start, self.base, self.now, self.promised, self.off = {k: p.detach().clone() for k, p in op.params().items()}, op.now, op.now, op.now.sigma, 0.
         self.base_alpha = self.alpha = torch.zeros(op.num_spikes, dtype=torch.float64)
-        self.passes, self.radius = 1, None
+        self.passes, self.radius, self.labels = 1, None, None # labels: of the held-out images
         self.look()
 
     def look(self):
@@ -290,19 +290,16 @@ def linearised_operate(
     for price in tqdm(prices, desc="prices", leave=False, disable=not progress or team().rank > 0):
         path.pay(start.overall - price)
         points.append(_point(path, price, path.now, held_out))
-        LOG.info("price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s", 100 * price, 100 * path.now.sigma, 100 * path.now.overall, path.passes, points[-1].point.seconds)
-    labels = None if held_out is None else points[0].held_out_labels
-    return Front(tuple(p.point for p in points), op.pairs, copy.deepcopy(model), config.params, labels, op.pairs.num_matvecs)
+        LOG.info("price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s", 100 * price, 100 * path.now.sigma, 100 * path.now.overall, path.passes, points[-1].seconds)
+    return Front(tuple(points), op.pairs, copy.deepcopy(model), config.params, path.labels, op.pairs.num_matvecs)
 
 # %% ../nbs/05b_linearised.ipynb #985fc349
-@dataclass(frozen=True)
-class _Measured: point: Point; held_out_labels: torch.Tensor | None
-
-def _point(path: _Path, price: float, report: ClassReport, held_out) -> _Measured:
+def _point(path: _Path, price: float, report: ClassReport, held_out) -> Point:
     found = dict(price=price, alpha=path.alpha.clone(), sensitivity=report, promised=path.promised, off=path.off, passes=path.passes, seconds=time.perf_counter() - path.begin)
-    if held_out is None: return _Measured(Point(**found), None)
+    if held_out is None: return Point(**found)
     z, y = path.logits(path.alpha, held_out)
-    return _Measured(Point(**found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu()), y.cpu())
+    path.labels = y.cpu()
+    return Point(**found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu())
 
 # %% ../nbs/05b_linearised.ipynb #29ac4d2d
 @patch
