@@ -83,6 +83,7 @@ def compare(
     from tqdm.auto import tqdm
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     if steps < 2 or draws < 1: raise InputError(f"steps must be at least 2, draws at least 1. Got {steps} and {draws}.")
+    if not 0 <= price <= 1: raise InputError(f"price must be a fraction of the global accuracy, in 0..1. Got {price}; half a point is 0.005.")
     C = predict(model, sensitivity_data, forward=forward)[0].shape[1]
     if counts is not None and len(counts) != C: raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
     def run(c): return operate(model, loss_fn, hessian_data, sensitivity_data, held_out=held_out, config=c, names=names, forward=forward, check_overlap=False, progress=progress)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .hvp import InputError, as_operator, free_memory, length
-from .lanczos import Eigenpairs, combine, lanczos_tridiag, orthogonalise
+from .hvp import InputError, as_operator, free_memory
+from .lanczos import Eigenpairs, combine, extent, lanczos_tridiag, orthogonalise
+from .ranks import team
 
 # %% auto #0
 __all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
@@ -46,7 +47,7 @@ class SpectralDensity:
 class _Known:
     "Certified eigenpairs that later probes leave out."
     def __init__(self, op, spikes, limit):
-        self.values, self.rows, self.limit, self.op = torch.zeros(0, dtype=torch.float64), torch.empty(0, op.shape[0], dtype=op.dtype, device=op.device), limit, op
+        self.values, self.rows, self.limit, self.op = torch.zeros(0, dtype=torch.float64), torch.empty(0, team().here(op.shape[0]), dtype=op.dtype, device=op.device), limit, op
         if spikes is not None: self.add(spikes.values[spikes.converged], spikes.vectors.T[spikes.converged.to(spikes.vectors.device)])
 
     def add(self, values, rows):
@@ -55,12 +56,12 @@ class _Known:
         for i, row in enumerate(rows, len(self.values)):
             new[i] = row
             if i: orthogonalise(new[i], new[:i])
-            new[i] /= length(new[i]).to(new)
+            new[i] /= extent(new[i]).to(new)
         self.values, self.rows = torch.cat([self.values, values]), new
 
     def learn(self, tri, tol):
         "Keep the certified Ritz pairs that stand farthest out."
-        theta, U = torch.linalg.eigh(tri.T)
+        theta, U = map(team().same, torch.linalg.eigh(tri.T))
         sure = (tri.beta[-1] * U[-1].abs() <= tol * theta.abs().max()).nonzero().flatten()
         far = sure[(theta[sure] - (theta * U[0] ** 2).sum()).abs().argsort(descending=True)][:max(self.limit - len(self.values), 0)]
         if tri.basis is None or not len(far): return
@@ -85,7 +86,7 @@ def spectral_density(
     if num_probes < 1 or num_matvecs < 1: raise InputError(f"num_probes and num_matvecs must be at least 1. Got {num_probes} and {num_matvecs}.")
     op = as_operator(op)
     n = op.shape[0]
-    if reorthogonalise is None: reorthogonalise = (num_matvecs + 3 * max_known) * n * op.dtype.itemsize < max(free_memory(op.device) / 2, 2**28)
+    if reorthogonalise is None: reorthogonalise = not team().any((num_matvecs + 3 * max_known) * team().here(n) * op.dtype.itemsize >= max(free_memory(op.device) / 2, 2**28))
     known, runs = _Known(op, spikes, max_known), []
     seeds = torch.randint(2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)).tolist()
     for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):

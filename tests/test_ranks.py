@@ -26,6 +26,8 @@ from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, lanczos_tridiag, top_eigenpairs
 from hessian_surgery_nb.models import digits_net
 from hessian_surgery_nb.ranks import together
+from hessian_surgery_nb.slq import spectral_density
+from hessian_surgery_nb.spectrum_type import spectrum_type
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.train import train
 torch.set_num_threads(1)
@@ -61,7 +63,12 @@ with together() as t:
         assert pairs.vectors.untyped_storage().nbytes() <= pairs.vectors.element_size() * t.here(op.shape[0]) * (2 * how["k"] + 20) # the basis may have become the result; nothing whole is kept
         if "basis_dtype" not in how: found[f"values {how}"], found[f"vectors {how}"] = pairs.values, t.whole(pairs.vectors, op.shape[0]).contiguous()
     for full in (True, False): found[f"tridiagonal {full}"] = lanczos_tridiag(op, 12, reorthogonalise=full, seed=1).T
-    for directions in ("spikes", "class_means", "random"):
+    for name, known in (("from nothing", None), ("from pairs", top_eigenpairs(op, 4, tol=1e-8))):
+        sd = spectral_density(op, num_probes=3, num_matvecs=12, spikes=known)
+        found |= {f"nodes {name}": sd.nodes, f"weights {name}": sd.weights}
+    kind = spectrum_type(op)
+    found["type"] = torch.tensor([kind.C_t, kind.K_H05, kind.K_error, kind.products])
+    for directions in ("spikes", "class_means", "gradients", "random"):
         r = operate(net, nn.CrossEntropyLoss(), ragged(splits.hessian), ragged(splits.sensitivity), held_out=ragged(splits.held_out), config=SurgeryConfig(iterations=3, directions=directions, tol=1e-8), progress=False)
         found[f"alpha {directions}"] = torch.tensor([h.alpha for h in r.history], dtype=torch.float64)
         for mine in (*r.model.state_dict().values(), found[f"alpha {directions}"]): assert torch.equal(mine, t.same(mine.clone())) # the same bits on every rank
