@@ -71,9 +71,9 @@ def class_subspace(
     values, U = map(team().same, torch.linalg.eigh((V.T @ V).double()))
     values, U = values.flip(0), U.flip(1)
     rank = int((values > 1e-10 * values[0]).sum()) if values[0] > 0 else 0
-    C = V.shape[1] if not cross else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)
+    C = V.shape[1] if not cross or loss_fn is not None else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)
     k = min(C - 1, rank) if k is None else k
-    if not 1 <= k <= rank: raise InputError(f"k must lie in 1..{rank}, the rank of the class means. Got {k}; ask for fewer, or give cross=True.")
+    if not 1 <= k <= rank: raise InputError(f"k must lie in 1..{rank}, the rank of the class means. Got {k}; ask for fewer{'' if cross or loss_fn else ', or give cross=True'}.")
     Q, R = torch.linalg.qr(V @ (U[:, :k] / values[:k].sqrt()).to(V)) # orthonormal to the last digit
     like, nothing = next(iter(select_params(model, params).values())), torch.full((k,), math.nan, dtype=torch.float64)
     return Eigenpairs(values[:k], team().mine((Q * R.diagonal().sign()).to(like)), nothing, 0, torch.zeros(k, dtype=torch.bool))

@@ -194,6 +194,7 @@ def _timed(f, repeats: int = 1): # seconds, what came of it
 def plan(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, # as for `operate`
     config: SurgeryConfig = SurgeryConfig(),
+    searches: int | None = None, # iterations that search for directions; None: all
 ) -> Plan:
     "Search once, time one pass, and count."
     X, y = next(iter(sensitivity_data))
@@ -203,7 +204,7 @@ def plan(
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, None, None)
     search, K, v = _timed(lambda: op.draw(0))[0], op.num_spikes, op.pairs.vectors
     passes, first = (K if config.scheme == "forward" else 2 * K) + 1, 0 if config.eps else 2 * K
-    seconds = config.iterations * (passes * images / n * batch + search) + first * images / n * batch
+    seconds = config.iterations * passes * images / n * batch + (config.iterations if searches is None else searches) * search + first * images / n * batch
     return Plan(sum(p.numel() for p in op.params().values()), K, config.iterations, passes, op.pairs.num_matvecs, seconds, peak_memory(v.device) + v.element_size() * (v.numel() + num_params(model)), str(v.device))
 
 # %% ../nbs/09c_commands.ipynb #63764025
@@ -339,7 +340,10 @@ def compare_own(args: argparse.Namespace) -> int:
     config, out = surgery_config(args), own_out(args, COMPARED)
     net, sets = ready(args)
     loss_fn, command, (learned, unseen) = nn.CrossEntropyLoss(), shlex.join(["hessian-surgery", *args.argv]), own_files(args.data)
-    if args.dry_run: return _say_plan(plan(net, loss_fn, sets.hessian, sets.sensitivity, replace(config, iterations=config.iterations * (2 if args.no_controls else 2 + controls_of(args.draws)))), sets, args)
+    if args.dry_run: # besides surgery along spikes only the head alone, or spikes as a control, search at each step
+        own, runs = config.directions == "spikes", 2 if args.no_controls else 2 + controls_of(args.draws)
+        searches = config.iterations * (own + (not args.no_controls)) + own
+        return _say_plan(plan(net, loss_fn, sets.hessian, sets.sensitivity, replace(config, directions="spikes" if searches else config.directions, iterations=runs * config.iterations), searches), sets, args)
     counts = None if learned is unseen else [len(f) for f in learned.values()]
     c = compare(net, loss_fn, sets.hessian, sets.sensitivity, sets.held_out, config=config, counts=counts, names=sets.classes, controls=not args.no_controls, draws=args.draws, price=args.max_global_drop / 100, progress=sys.stderr.isatty() and not args.verbose)
     header, rows = comparison_rows(c)
@@ -405,11 +409,15 @@ def two_folders(args: argparse.Namespace) -> bool: # --train and --test? then ar
     if args.train: args.data = args.train, args.test
     return bool(args.train)
 
-def verdict_of(net, sets: OwnSets, op: HessianOperator, args: argparse.Namespace) -> Verdict:
+def verdict_of(net, sets: OwnSets, args: argparse.Namespace) -> tuple[Verdict, int]: # and the images on either side
     "The spectrum on training images beside that on as many test images."
-    rows = torch.randperm(len(sets.held_out.y), generator=torch.Generator().manual_seed(args.seed))[:len(sets.hessian.y)]
-    unseen = HessianOperator(net, nn.CrossEntropyLoss(), replace(sets.held_out, x=sets.held_out.x[rows], y=sets.held_out.y[rows]), params=args.params, **products(args))
-    return generalisation(*(spectrum_type(o, seed=args.seed, progress=sys.stderr.isatty()) for o in (op, unseen)))
+    a, b, c = sets.hessian, sets.sensitivity, sets.held_out
+    unseen = replace(b, x=torch.cat([b.x, c.x]), y=torch.cat([b.y, c.y])) # nothing is tuned here: all test images serve
+    n, g = min(len(a.y), len(unseen.y)), torch.Generator().manual_seed(args.seed)
+    def kind(part):
+        rows = torch.randperm(len(part.y), generator=g)[:n]
+        return spectrum_type(HessianOperator(net, nn.CrossEntropyLoss(), replace(part, x=part.x[rows], y=part.y[rows]), params=args.params, **products(args)), seed=args.seed, progress=sys.stderr.isatty())
+    return generalisation(kind(a), kind(unseen)), n
 
 def verdict_rows(v: Verdict) -> tuple[list[str], list[list[str]]]: # header, rows
     "Each number of the verdict, with its limit."
@@ -421,12 +429,12 @@ def spectrum_own(args: argparse.Namespace) -> int:
     net, sets = ready(args)
     op = HessianOperator(net, nn.CrossEntropyLoss(), sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(op, args.spikes or len(sets.classes) + 3, tol=1e-3, seed=args.seed, progress=sys.stderr.isatty())
-    told = verdict_of(net, sets, op, args) if compared else None
-    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0]) | (dict(generalisation=told.to_dict()) if told else {})
+    told, n = verdict_of(net, sets, args) if compared else (None, 0)
+    facts = dict(values=pairs.values.tolist(), residuals=pairs.residuals.tolist(), certified=pairs.converged.tolist(), products=pairs.num_matvecs, parameters=op.shape[0]) | (dict(generalisation=told.to_dict() | dict(images=n)) if told else {})
     if args.json: print(json.dumps(facts, indent=1)); return 0
     print(text_table(["rank", "eigenvalue", "residual"], [[str(i + 1), f"{v:.4g}", f"{e:.1g}"] for i, (v, e) in enumerate(zip(facts["values"], facts["residuals"]))]))
     print(f"\n{pairs.num_matvecs} Hessian-vector products over {len(sets.hessian.y)} images, {op.shape[0]:,} parameters; {len(sets.classes)} classes, so {len(sets.classes) - 1} spikes are expected")
-    if told: print(f"\n{text_table(*verdict_rows(told))}\n\nThe training spectrum is {told.train.kind.replace('-', ' ')}. {told.text}")
+    if told: print(f"\n{text_table(*verdict_rows(told))}\n\n{n} images on either side. The training spectrum is {told.train.kind.replace('-', ' ')}. {told.text}")
     return 0
 
 # %% ../nbs/09c_commands.ipynb #6d1b3ad5

@@ -284,6 +284,7 @@ def linearised_operate(
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     if folds > op.now.counts.min(): raise InputError(f"every fold needs an image of every class. {int(op.now.counts.min())} images of the smallest class are too few for {folds} folds; give fewer.")
     if directions is None: op.draw(0)
+    elif len(directions.vectors) != (n := team().here(sum(p.numel() for p in op.params().values()))): raise InputError(f"directions must have a row for each of the {n} parameters that may move here. Got {len(directions.vectors)}; see config.params.")
     else: op.pairs, op.num_spikes = directions, len(directions)
     start, path, points = op.now, _Path(op, folds, tolerance, rounds, progress), []
     points.append(_point(path, 0., start, held_out))

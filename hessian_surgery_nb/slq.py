@@ -93,7 +93,7 @@ def spectral_density(
         K = len(known.values)
         if K == n: runs.append((known.values, torch.full((n,), 1 / n, dtype=torch.float64), 0., torch.zeros(2), known.values)); continue
         tri = lanczos_tridiag(op, min(num_matvecs, n - K), seed=s, outside=known.rows if K else None, reorthogonalise=reorthogonalise)
-        theta, U = torch.linalg.eigh(tri.T)
+        theta, U = map(team().same, torch.linalg.eigh(tri.T))
         w, share = U[0] ** 2, (n - K) / n
         gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
         runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),

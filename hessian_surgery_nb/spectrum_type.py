@@ -44,6 +44,7 @@ class SpectrumType:
     @property
     def C_error(self) -> float: # |C_t| can be off by so much
         a, b = self.residuals
+        if self.lambda_min > a: return 0. # nothing on the left, for sure
         return _ratio(a + self.r_e * b, self.lambda_max - b) if math.isfinite(self.C_t) and self.lambda_max > b else math.inf if max(a, b) else 0.
     @property
     def kind(self) -> str: # eq. (2), as lambda_min > -0.6 lambda_max, which needs no division
@@ -121,10 +122,11 @@ def _quotient(a: float, a_error: float, b: float, b_error: float) -> tuple[float
     if not math.isfinite(q): return q, math.nan
     return q, math.hypot(a_error, q * b_error) / b if b else max(a_error, b_error)
 
-def _answer(value: float, doubt: float, limit: float) -> str: # "yes": below the limit
-    if math.isnan(value): return "open"
-    doubt = doubt if math.isfinite(doubt) else 0.
-    return "yes" if value + doubt < limit else "open" if value - doubt < limit else "no"
+def _answer(a: float, a_error: float, b: float, b_error: float, limit: float) -> str: # is a / b below the limit? Asked without dividing
+    if not a == a_error == b == b_error == 0.: # nothing from nothing, and that for sure, is no change
+        if a == math.inf > b: return "no"
+        return "yes" if a + a_error < limit * (b - b_error) else "no" if a - a_error >= limit * (b + b_error) else "open"
+    return "yes"
 
 # %% ../nbs/03b_spectrum_type.ipynb #2fe5dd4f
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class Verdict:
         asked = a.kind == "mainly-positive"
         first = {"mainly-positive": "yes", "mainly-negative": "no"}.get(a.kind, "open")
         return (dict(what="C_t (train)", train=a.C_t, test=b.C_t, value=a.C_t, error=a.C_error, limit=f"> {TYPE_LIMIT}", answer=first),
-                dict(what="r_e (test / train)", train=a.r_e, test=b.r_e, value=r, error=r_error, limit=f"< {R_LIMIT}", answer=_answer(r, r_error, R_LIMIT) if asked else "not asked"),
-                dict(what="K_H05 (test / train)", train=a.K_H05, test=b.K_H05, value=K, error=K_error, limit=f"< {K_LIMIT}", answer=_answer(K, 2 * K_error, K_LIMIT) if asked else "not asked"))
+                dict(what="r_e (test / train)", train=a.r_e, test=b.r_e, value=r, error=r_error, limit=f"< {R_LIMIT}", answer=_answer(b.r_e, b.C_error, a.r_e, a.C_error, R_LIMIT) if asked else "not asked"),
+                dict(what="K_H05 (test / train)", train=a.K_H05, test=b.K_H05, value=K, error=K_error, limit=f"< {K_LIMIT}", answer=_answer(b.K_H05, 2 * b.K_error, a.K_H05, 2 * a.K_error, K_LIMIT) if asked else "not asked"))
     @property
     def verdict(self) -> str: # "plausible", "doubtful", "open" or "not applicable"
         kind, *rest = [c["answer"] for c in self.checks]

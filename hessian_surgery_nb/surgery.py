@@ -362,7 +362,7 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
 @patch
 def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
     c, box = self.config, None
-    if c.box and c.directions != "random": # random directions have no eigenvalues: the ball for them
+    if c.box and c.directions not in ("gradients", "random"): # these have no eigenvalues: the ball for them
         lam = self.pairs.values
         box = spike_box(lam.clamp(min=1e-3 * lam.abs().max().item()), self.control.eps)
     return solve_coefficients(S, self.now.accuracy, self.control.eps, p=self.p, tau=c.tau, max_drop=c.max_drop, box=box)

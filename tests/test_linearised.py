@@ -64,6 +64,15 @@ def test_a_front_is_what_it_says(digits):
             assert torch.equal((z.argmax(1) == y).cpu(), q.correct)
 
 
+def test_directions_of_ones_own(digits):
+    net, s = digits
+    sets, how = (net, nn.CrossEntropyLoss(), s.hessian.pair, s.sensitivity.pair), dict(prices=(.01,), rounds=1, progress=False)
+    found = top_eigenpairs(HessianOperator(net, nn.CrossEntropyLoss(), s.hessian.pair), 9, tol=1e-2)
+    own, default = linearised_operate(*sets, directions=found, **how), linearised_operate(*sets, **how)
+    assert torch.equal(own.points[-1].alpha, default.points[-1].alpha) and own.points[-1].alpha.norm() > 0
+    with pytest.raises(InputError, match="a row for each of the"): linearised_operate(*sets, directions=found, config=SurgeryConfig(params="*.weight"), **how)
+
+
 def test_the_command(lay_out, tmp_path, capsys):
     place = lay_out("front", train=40, test=40)
     flags = ["front", "--model", f"{place}/mine.py:net", "--weights", str(place/"w.safetensors"), "--data", str(place/"toys"), "--hessian", "60", "--rounds", "1", "--folds", "2", "--device", "cpu", "--out", str(tmp_path/"out")]
