@@ -16,7 +16,7 @@ from .data import check_disjoint
 from .hvp import InputError, as_batches, split_batch
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head
-from .surgery import SurgeryConfig, SurgeryResult, operate, report_dict
+from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict
 from .train import predict
 
 # %% auto #0
@@ -66,6 +66,7 @@ def _at_price(model, loss_fn, sets, held_out, price, config, names, forward, pro
     b = tuned_to_price(Zs, ys, price, count=folds, seed=config.seed).alpha.to(Zs)
     yield rival("biases at that price", Zh + b, yh, Zs + b, ys, names, f"price {100 * price:g} pp, within +-{b.abs().max():.1f}", 1)
 
+# %% ../nbs/05c_comparison.ipynb #fcba7c2e
 def compare(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, held_out, # as for `operate`
     *,
@@ -94,8 +95,9 @@ def compare(
     if controls:
         for name, c in tqdm(list(_controls(config, C, model, surgery.history[0].eps, draws)), desc="controls", leave=False, disable=not progress):
             try: rivals.append(_operated(name, run(c)))
-            except InputError:
-                if c.directions not in ("class_means", "gradients"): raise # fewer classes among these images than directions are wanted: left out
+            except InputError as e: # fewer classes among these images than directions are wanted?
+                if c.directions not in ("class_means", "gradients"): raise
+                LOG.info("%s left out: %s", name, e)
     curved = sum(len(split_batch(b)[1]) for b in as_batches(hessian_data))
     return Comparison((untouched, _operated("surgery", surgery), *rivals), surgery.labels, surgery, curved / surgery.sensitivity_after.counts.sum().item())
 

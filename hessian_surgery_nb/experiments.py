@@ -382,6 +382,7 @@ def _front(study: Study, folder: Path, prices, rounds: int, directions: str = "s
                            correct=pack_bits(p.correct), then_biases=dict(held_out=report_dict(class_report_of(then, yh, s.train.classes)), correct=pack_bits(then.argmax(1) == yh))))
     return dict(points=points, matvecs=f.num_matvecs, weights_length=math.sqrt(sum(q.detach().double().square().sum().item() for q in net.parameters())))
 
+# %% ../nbs/08a_experiments.ipynb #ab35dec2
 def _register_fronts():
     for name, fixed in dict(spikes={}, class_means=dict(directions="class_means"), random=dict(directions="random"), head=dict(head=True)).items():
         def make(study, folder, **settings): return _front(study, folder, **settings)
@@ -394,6 +395,7 @@ def _register_fronts():
 
 _register_fronts()
 
+# %% ../nbs/08a_experiments.ipynb #c20031b3
 @experiment(price=.005, steps=5)
 def front_steps(study: Study, folder: Path, price, steps) -> dict:
     "What half a point buys: in five steps, each along spikes of the weights that the last one left."
