@@ -17,12 +17,14 @@ from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
 from .models import named_part, read_tensors, write_tensors
 from .ranks import team
 from .runs import out_dir
+from .sensitivity import Sensitivity
 from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude
-from .train import ClassReport
+from .train import ClassReport, class_means
 
 # %% auto #0
 __all__ = ['DeflatedOperator', 'SpikeStore', 'deflated_eigenpairs', 'check_phases', 'phase_amplitude', 'PhaseRecord',
-           'DeflatedResult', 'deflated_operate', 'phase_frame', 'decile_frame', 'plot_phases']
+           'DeflatedResult', 'deflated_operate', 'phase_frame', 'decile_frame', 'plot_phases', 'shrunk', 'left_out',
+           'agreed']
 
 # %% ../nbs/06_deflation.ipynb #8ff787e2
 class DeflatedOperator:
@@ -272,3 +274,33 @@ def plot_phases(
         ax.plot(x, [100 * s for s in [result.before.sigma] + [r.held_out_sigma for r in result.phases]], "o-", ms=4, color=COLOURS["red"], label="held-out")
     ax.set_ylim(bottom=0); ax.legend(frameon=False, fontsize=8)
     return ax
+
+# %% ../nbs/06_deflation.ipynb #ce9c8e1e
+def shrunk(S: Sensitivity) -> Sensitivity:
+    "Entries pulled towards zero as far as the signal of their spike allows."
+    signal = (S.matrix ** 2 - S.noise ** 2).mean(0).clamp(min=0)
+    return replace(S, matrix=S.matrix * signal / (signal + S.noise ** 2))
+
+def left_out(
+    S: Sensitivity,
+    least: float = 1.5, # |column| over |its noise| of a spike that stays
+) -> Sensitivity:
+    "Zeros for spikes that are mostly noise; the clearest always stays."
+    ratio = S.matrix.norm(dim=0) / S.noise.norm(dim=0)
+    return replace(S, matrix=S.matrix * (ratio >= ratio.max().clamp(max=least)))
+
+def agreed(
+    S: Sensitivity, solve, # solve(Sensitivity) -> alpha (K,)
+    draws: int = 4, # ways to cut the images in two
+) -> torch.Tensor: # alpha (K,)
+    "The step of all images, as far as halves that had no say in it would go."
+    C, shares, sigma = len(S.counts), torch.linspace(0, 1, 21, dtype=torch.float64), 0.
+    for draw in range(draws):
+        g, mine = torch.Generator().manual_seed(draw), torch.zeros(len(S.labels), dtype=torch.bool)
+        for c in range(C):
+            rows = (S.labels == c).nonzero().flatten()
+            mine[rows[torch.randperm(len(rows), generator=g)[:(len(rows) + 1) // 2]]] = True
+        half = [class_means(S.per_image[m], S.labels[m], C) for m in (mine, ~mine)]
+        for chose, judges in (half, half[::-1]):
+            sigma = sigma + (S.accuracy + shares[:, None] * (judges @ solve(replace(S, matrix=chose)))).std(1, correction=0)
+    return shares[sigma.argmin()] * solve(S)

@@ -20,27 +20,27 @@ from torch import nn
 from .baselines import class_accuracies, post_hoc
 from .class_structure import class_subspace, subspace_overlap
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
-from .deflation import decile_frame, deflated_operate
+from .deflation import agreed, decile_frame, deflated_operate, left_out, shrunk
 from .effective_rank import look_at
 from .hvp import HessianOperator, InputError, select_params
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
 from .lanczos import Eigenpairs, top_eigenpairs
-from .linearised import linearised_operate, margins, tuned_to_price
+from .linearised import best_step, cross_fitted, half_unit, linearised_operate, margins, tuned_to_price
 from .models import find_head, load_weights, num_params, resnet20, resnet50, weights_bytes, write_atomic
 from .runs import RunStore, pack_bits
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
-from .surgery import SurgeryConfig, amplitude_control, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
+from .surgery import SurgeryConfig, amplitude_control, choose_exponent, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
 from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'STARTS', 'BOXED', 'ABLATION', 'Scale', 'Study',
-           'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network', 'curved_images',
-           'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
-           'linearisation', 'first_order', 'figures', 'played', 'limits', 'lever', 'front_steps', 'front_biases',
-           'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'focal_start', 'balanced_start',
-           'ablation', 'feeding']
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'CALM', 'STARTS', 'BOXED', 'ABLATION', 'Scale',
+           'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network',
+           'curved_images', 'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look',
+           'sensitivity', 'linearisation', 'first_order', 'figures', 'asked_forward', 'played', 'limits', 'lever',
+           'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth',
+           'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start', 'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -313,14 +313,18 @@ def figures(j: LogitJacobian, alpha) -> dict: # predicted, for JSON
     r = ClassReport(j.accuracy(alpha), torch.bincount(j.labels), (), "")
     return dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
 
-def played(m: LogitJacobian, c: SurgeryConfig) -> torch.Tensor: # alpha (K,)
-    "Algorithm 2 on predicted logits, forward differences: where it ends."
+def asked_forward(m: LogitJacobian, alpha, eps: float, solve) -> torch.Tensor: # alpha (K,)
+    "The next step from S by forward differences, as Algorithm 2 takes it."
+    now = m.accuracy(alpha)
+    return solve(torch.stack([m.accuracy(alpha + eps * e) - now for e in torch.eye(len(alpha), dtype=torch.float64)], 1) / eps)
+
+def played(m: LogitJacobian, c: SurgeryConfig, ask=asked_forward) -> torch.Tensor: # alpha (K,)
+    "Algorithm 2 on predicted logits: where it ends."
     alpha = torch.zeros(c.num_spikes or len(m), dtype=torch.float64)
     now = m.accuracy(alpha)
     control, best = amplitude_control(c, c.eps, now.std(correction=0).item()), (now.std(correction=0).item(), alpha)
     for _ in range(c.iterations):
-        S = torch.stack([m.accuracy(alpha + control.eps * e) - now for e in torch.eye(len(alpha), dtype=torch.float64)], 1) / control.eps
-        step = solve_coefficients(S, now, control.eps, p=c.p, tau=c.tau, max_drop=c.max_drop)
+        step = ask(m, alpha, control.eps, lambda S: solve_coefficients(S, now, control.eps, p=c.p, tau=c.tau, max_drop=c.max_drop))
         after = m.accuracy(alpha + step)
         accepted, gain, _ = judge(now, after, c)
         control.update(after.std(correction=0).item(), gain, accepted)
@@ -382,12 +386,12 @@ def _front(study: Study, folder: Path, prices, rounds: int, directions: str = "s
                            correct=pack_bits(p.correct), then_biases=dict(held_out=report_dict(class_report_of(then, yh, s.train.classes)), correct=pack_bits(then.argmax(1) == yh))))
     return dict(points=points, matvecs=f.num_matvecs, weights_length=math.sqrt(sum(q.detach().double().square().sum().item() for q in net.parameters())))
 
-# %% ../nbs/08a_experiments.ipynb #ab35dec2
+# %% ../nbs/08a_experiments.ipynb #1f3d5a37
 def _register_fronts():
     for name, fixed in dict(spikes={}, class_means=dict(directions="class_means"), random=dict(directions="random"), head=dict(head=True)).items():
         def make(study, folder, **settings): return _front(study, folder, **settings)
         make.__doc__ = f"What each price in global accuracy buys: {name}."
-        experiment(name=f"front_{name}", prices=(.0025, .005, .01), rounds=1, **fixed)(make)
+        experiment(name=f"front_{name}", on=("few", "many"), prices=(.0025, .005, .01), rounds=1, **fixed)(make)
     for name, says in LEVERS.items():
         def make(study, folder, **settings): return _front(study, folder, **settings)
         make.__doc__ = f"What half a point buys: {says}."
@@ -395,7 +399,7 @@ def _register_fronts():
 
 _register_fronts()
 
-# %% ../nbs/08a_experiments.ipynb #c20031b3
+# %% ../nbs/08a_experiments.ipynb #5261a7aa
 @experiment(price=.005, steps=5)
 def front_steps(study: Study, folder: Path, price, steps) -> dict:
     "What half a point buys: in five steps, each along spikes of the weights that the last one left."
@@ -411,7 +415,7 @@ def front_steps(study: Study, folder: Path, price, steps) -> dict:
         rows.append(dict(price=price * (i + 1) / steps, moved=far, off=p.off, passes=p.passes, matvecs=f.num_matvecs, seconds=p.seconds, sensitivity=report_dict(p.sensitivity), held_out=report_dict(p.held_out), correct=pack_bits(p.correct)))
     return dict(points=rows)
 
-@experiment(prices=(0., .0025, .005, .01, .02))
+@experiment(on=("few", "many"), prices=(0., .0025, .005, .01, .02))
 def front_biases(study: Study, folder: Path, prices) -> dict:
     "What each price in global accuracy buys: biases, tuned on the same images by the same solver."
     net, s = model_of(study, "network"), study.splits
@@ -422,7 +426,7 @@ def front_biases(study: Study, folder: Path, prices) -> dict:
         points.append(dict(price=price, biases=b.tolist(), sensitivity=report_dict(class_report_of(z + b.to(z), y, s.train.classes, "sensitivity")), held_out=report_dict(class_report_of(moved, yh, s.train.classes)), correct=pack_bits(moved.argmax(1) == yh)))
     return dict(points=points)
 
-# %% ../nbs/08a_experiments.ipynb #5261a7aa
+# %% ../nbs/08a_experiments.ipynb #00e0c6f0
 FINETUNE = dict(lr=1e-4, batch_size=128, weight_decay=0., optimizer="adam", schedule="constant", shift=4)
 
 def _finetuned(study: Study, folder: Path, losses: dict) -> dict:
@@ -457,7 +461,7 @@ def rivals(study: Study, folder: Path, steps, start: str = "network") -> dict:
     found = post_hoc(model_of(study, start), study.batches(s.sensitivity), study.batches(s.held_out), s.train.counts, s.train.classes, steps=steps)
     return {r.name: dict(setting=r.setting, passes=r.passes, held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report), correct=pack_bits(r.correct)) for r in found}
 
-# %% ../nbs/08a_experiments.ipynb #00e0c6f0
+# %% ../nbs/08a_experiments.ipynb #39ad7849
 def _after_surgery(study: Study, folder: Path, within: str) -> dict:
     net, s, rows = model_of(study, "surgery_gamma_p2"), study.splits, []
     def spikes(model): return top_eigenpairs(curvature(study, model), len(s.train.classes) - 1, tol=1e-2, seed=study.seed).vectors
@@ -472,7 +476,7 @@ for _within, _name in (("bulk", "bulk_finetune"), ("anywhere", "classic_finetune
     _make.__doc__ = f"Fine-tuning after surgery, gradients {'kept out of the spikes' if _within == 'bulk' else 'as they are'}."
     experiment("Table 9", name=_name, needs=("surgery_gamma_p2",), settings=lambda s: dict(FINETUNE, epochs=s.scale.finetune_epochs), within=_within)(_make)
 
-# %% ../nbs/08a_experiments.ipynb #39ad7849
+# %% ../nbs/08a_experiments.ipynb #5d606e9e
 def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (spikes // each) + ((spikes % each,) if spikes % each else ())
 
 def _deflated(study: Study, folder: Path, metric: str) -> dict:
@@ -495,7 +499,46 @@ def deflated_smooth(study: Study, folder: Path, metric) -> dict:
     "The same with S measured by the probability of the true class: less noise from as many images."
     return _deflated(study, folder, metric)
 
-# %% ../nbs/08a_experiments.ipynb #5d606e9e
+# %% ../nbs/08a_experiments.ipynb #a244e368
+CALM = dict(accuracy={}, shrunk=dict(calm=shrunk), left_out=dict(calm=left_out), agreed=dict(calm=agreed), probability=dict(metric="probability")) # and "solved", "cross_fitted"
+
+def asked_calmly(m: LogitJacobian, alpha, eps: float, solve, *, calm=None, metric: str = "accuracy") -> torch.Tensor: # alpha (K,)
+    "The next step from S by central differences, with its noise taken account of."
+    S = replace(m, logits=m.at(alpha)).sensitivity(eps, metric=metric)
+    if calm is agreed: return agreed(S, solve)
+    return solve(calm(S) if calm else S)
+
+def calmed(m: LogitJacobian, how: str, c: SurgeryConfig, slack: float) -> torch.Tensor: # alpha (K,)
+    "Where one way of dealing with noise ends: the loop, or the solver at a price."
+    if how in CALM: return played(m, c, functools.partial(asked_calmly, **CALM[how]))
+    radius = half_unit(m)
+    alpha = best_step(m, slack, radius)
+    return alpha if how == "solved" else cross_fitted(m, alpha, slack, radius, seed=c.seed).alpha
+
+def few_of(m: LogitJacobian, n: int, seed: int = 0) -> LogitJacobian: # n images of every class
+    "Fewer images, drawn by seed."
+    g, y = torch.Generator().manual_seed(seed), m.labels.cpu()
+    rows = torch.cat([r[torch.randperm(len(r), generator=g)[:n]] for r in ((y == c).nonzero().flatten() for c in range(m.logits.shape[1]))])
+    return m if len(rows) == len(y) else m[rows.sort().values.to(m.labels.device)]
+
+@experiment("Table 12", on=("many",), settings=lambda s: dict(iterations=s.scale.iterations, tau=s.tau), spikes=(5, 15, 30, 45, 60, 75, 99), images=(10, 20, 30, 40, 50), slack=.005)
+def noise(study: Study, folder: Path, spikes, images, slack) -> dict:
+    "Surgery played on linearised logits with more and more spikes, and more and more images, each with its noise dealt with in seven ways."
+    net, s, K = model_of(study, "network"), study.splits, len(study.splits.train.classes) - 1
+    eps, pairs = amplitude(study, net), top_eigenpairs(curvature(study, net), K, tol=1e-2, seed=study.seed)
+    sens, held = (first_order(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
+    c = SurgeryConfig(eps=eps, iterations=study.scale.iterations, p=choose_exponent(sens.accuracy(torch.zeros(K))), tau=study.tau, seed=study.seed)
+    each, rows = int(torch.bincount(sens.labels).min()), []
+    plans = dict.fromkeys([(min(k, K), each) for k in spikes] + [(K, min(n, each)) for n in images])
+    for (k, n), how in itertools.product(plans, (*CALM, "solved", "cross_fitted")):
+        alpha = calmed(few_of(sens, n, study.seed).first(k), how, c, slack)
+        rows.append(dict(how=how, spikes=k, images=n, moved=alpha.norm().item(), sensitivity=figures(sens, alpha), held_out=figures(held, alpha)))
+        if (k, n) != (K, each): continue
+        z, y = predict(net, study.batches(s.held_out), state=moved_state(select_params(net), pairs.vectors @ alpha.to(pairs.vectors)))
+        rows[-1] |= dict(true=report_dict(class_report_of(z, y, s.train.classes)), correct=pack_bits(z.argmax(1) == y))
+    return dict(eps=eps, p=c.p, values=pairs.values.tolist(), start=measured(study, net), rows=rows)
+
+# %% ../nbs/08a_experiments.ipynb #79282c6f
 STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)
 
 def _start_settings(s: Study): return dict(STARTS, epochs=s.scale.start_epochs)
@@ -517,7 +560,7 @@ def balanced_start(study: Study, folder: Path, beta) -> dict:
         train(net, s.train.pair, loss_fn=effective_number_loss(s.train.counts, beta).to(study.device), epochs=n, seed=study.seed, run_dir=folder/name, progress=study.progress, **STARTS)
     return dict(weights=keep(study, folder, net), **measured(study, net))
 
-# %% ../nbs/08a_experiments.ipynb #375da104
+# %% ../nbs/08a_experiments.ipynb #381015ad
 BOXED = dict(box=True, p=.5, schedule="adam") # section 9.2
 
 def _on_start(label: str, start: str):
@@ -541,7 +584,7 @@ def ablation(study: Study, folder: Path, grid) -> dict:
         rows.append(dict(setting=c, **{k: r[k] for k in ("before", "after", "sensitivity_before", "sensitivity_after", "correct")}, turned_back=sum(not h["accepted"] for h in r["history"])))
     return dict(rows=rows)
 
-# %% ../nbs/08a_experiments.ipynb #74db4a73
+# %% ../nbs/08a_experiments.ipynb #61032dcf
 def feeding(
     *wanted: str, # "Table 4", "Figure 1", ...; none: everything
     kind: str = "few", # of dataset, as `Study.kind` has it

@@ -24,8 +24,8 @@ from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
 from .train import ClassReport, class_report_of, predict
 
 # %% auto #0
-__all__ = ['SHRINK', 'PRICES', 'margins', 'class_shares', 'soft_accuracies', 'best_step', 'folds', 'Step', 'cross_fitted',
-           'bias_jacobian', 'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
+__all__ = ['SHRINK', 'PRICES', 'margins', 'class_shares', 'soft_accuracies', 'half_unit', 'best_step', 'folds', 'Step',
+           'cross_fitted', 'bias_jacobian', 'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
 
 # %% ../nbs/05b_linearised.ipynb #e5f11d12
 def margins(
@@ -68,6 +68,10 @@ class _Soft:
             a, slope = (t.numpy() for t in soft_accuracies(self.j, torch.as_tensor(x), self.temperature, self.shares))
             self.x, (self.variance, self.d_variance), (self.overall, self.d_overall) = x.copy(), (a.var(), 2 * (a - a.mean()) @ slope / len(a)), (self.share @ a, self.share @ slope)
         return self
+
+def half_unit(j: LogitJacobian) -> float:
+    "A step along one spike that moves the logits by half a unit, rms."
+    return .5 / max(j.jacobian.double().square().sum(-1).mean().sqrt().item() / len(j) ** .5, 1e-12)
 
 def best_step(
     j: LogitJacobian,
@@ -191,7 +195,7 @@ class _Path:
     "Where the search for a front stands: the weights that the Jacobian belongs to, and the best point so far."
     def __init__(self, op: SurgeryOperation, folds: int, tolerance: float, rounds: int, progress: bool):
         self.op, self.folds, self.rounds, self.progress, self.begin = op, folds, rounds, progress, time.perf_counter()
-        self.tolerance = max(tolerance, 2 / op.now.counts.min().item() / len(op.now.counts) ** .5) # two images may always be off
+        self.tolerance = max(tolerance, max(2 / len(op.now.counts) ** .5, .5) / op.now.counts.min().item()) # two images may always be off, and half an image a class
         self.start, self.base, self.now, self.promised, self.off = {k: p.detach().clone() for k, p in op.params().items()}, op.now, op.now, op.now.sigma, 0.
         self.base_alpha = self.alpha = torch.zeros(op.num_spikes, dtype=torch.float64)
         self.passes, self.radius, self.labels = 1, None, None # labels: of the held-out images
@@ -201,8 +205,7 @@ class _Path:
         "The Jacobian of the weights as they are; the first radius moves logits by half a unit."
         self.j = logit_jacobian(self.op.model, self.op.pairs, self.op.data, params=self.op.config.params, forward=self.op.forward, progress=self.progress)
         self.passes += self.j.num_passes
-        rms = self.j.jacobian.double().square().sum(-1).mean().sqrt().item() / len(self.j) ** .5
-        self.radius = self.radius or .5 / max(rms, 1e-12)
+        self.radius = self.radius or half_unit(self.j)
 
     def logits(self, alpha, data): # alpha from the start; (N, C) logits, (N,) labels
         return predict(self.op.model, data, state=moved_state(self.start, self.op.pairs.vectors @ alpha.to(self.op.pairs.vectors)), forward=self.op.forward)

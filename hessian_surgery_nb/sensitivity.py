@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,11 +155,16 @@ class LogitJacobian:
     def __getitem__(self, rows): # which images
         return LogitJacobian(self.logits[rows], self.jacobian[rows], None if self.curvature is None else self.curvature[rows], self.labels[rows], self.eps, self.scheme, self.num_passes)
 
+    def first(self, k: int): return replace(self, jacobian=self.jacobian[..., :k], curvature=None if self.curvature is None else self.curvature[..., :k]) # the leading spikes alone
     def at(self, alpha: torch.Tensor) -> torch.Tensor: # (K,) -> logits (N, C)
         "Predicted logits after a step of these coefficients; later spikes stay where they are if there are fewer."
         a, k = alpha.to(self.jacobian), len(alpha)
         z = self.logits + self.jacobian[..., :k] @ a
         return z if self.curvature is None else z + self.curvature[..., :k] @ a.square() / 2
+    def along(self, k: int, step: float) -> torch.Tensor: # logits (N, C)
+        "Predicted logits after a step along one spike."
+        z = self.logits + step * self.jacobian[..., k]
+        return z if self.curvature is None else z + step ** 2 / 2 * self.curvature[..., k]
     def accuracy(self, alpha: torch.Tensor) -> torch.Tensor: # (C,) float64
         "Predicted accuracy of each class."
         return class_means(self.at(alpha).argmax(1) == self.labels, self.labels, self.logits.shape[1])
@@ -167,9 +172,8 @@ class LogitJacobian:
     def sensitivity(self, eps: float, *, metric: str = "accuracy") -> Sensitivity:
         "The paper's S for any step, predicted: no pass."
         y, C, n = self.labels, self.logits.shape[1], torch.bincount(self.labels, minlength=self.logits.shape[1])
-        E = eps * torch.eye(len(self), dtype=torch.float64)
-        D = torch.stack([_scores(self.at(e), y, metric) - _scores(self.at(-e), y, metric) for e in E], 1)
-        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (_paired_noise(D, y, C) / (2 * eps)).cpu(), self.accuracy(E[0] * 0).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
+        D = torch.stack([_scores(self.along(k, eps), y, metric) - _scores(self.along(k, -eps), y, metric) for k in range(len(self))], 1)
+        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (_paired_noise(D, y, C) / (2 * eps)).cpu(), class_means(self.logits.argmax(1) == y, y, C).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #61614b97
 def logit_jacobian(
