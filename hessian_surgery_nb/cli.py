@@ -239,9 +239,9 @@ def _side_by_side(chains, known, jobs):
 # %% ../nbs/10_cli.ipynb #bf7fea43
 def reproduce(args: argparse.Namespace) -> int:
     "The `reproduce` command."
-    held_back = args.held_back if args.held_back is not None else 50 if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else 0
+    kept_back = args.held_back if args.held_back is not None else [50] if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else [0]
     asked = _asked(args)
-    if held_back < 0: raise InputError(f"--held-back must be 0 or more. Got {held_back}.")
+    if min(kept_back) < 0 or len(kept_back) > 2: raise InputError(f"--held-back takes one number or two, 0 or more. Got {' '.join(map(str, kept_back))}.")
     low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
     if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
     device = str(pick_device(args.device))
@@ -250,7 +250,7 @@ def reproduce(args: argparse.Namespace) -> int:
     out = check_out(args.out)
     store = RunStore(out, Path(args.work) if args.work else out/"work")
     tau = (.85 if Path(args.dataset).name == "cifar10" else None) if args.tau is None else args.tau or None
-    studies = [Study(store, seed, args.dataset, args.network, _scale(args), tau, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, held_back, device, sys.stderr.isatty())
+    studies = [Study(store, seed, args.dataset, args.network, _scale(args), tau, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, *(*kept_back, 0)[:2], device, sys.stderr.isatty())
                for seed in range(args.seed, args.seed + args.seeds)]
     if studies[0].kind == "isic" and not args.hessian and not args.quick: studies = [replace(s, scale=replace(s.scale, hessian=256)) for s in studies] # the paper's
     known, todo, say = {}, [], functools.partial(print, file=sys.stderr, flush=True)
@@ -275,11 +275,11 @@ def show_results(r: Results, out: Path, asked: list[str], command: str, as_json:
     matplotlib.use("Agg")
     tables = TABLES | (ISIC_TABLES if r.lesions else {})
     body, numbers = [f"<h1>{html.escape(r.label.replace('_', ', '))}</h1>"], {}
-    for w in asked or [*tables, *FIGURES]:
-        make, needs = (tables | FIGURES).get(w, (None, ("nothing",)))
+    for w, (make, needs) in (tables | FIGURES).items():
+        if asked and w.split(",")[0] not in asked: continue
         if not r.seeds(*needs): continue
         caption = f"{w}. {make.__doc__} {r.caption(*needs)}"
-        stem = out/f"{r.label}_{w.lower().replace(' ', '_')}"
+        stem = out/f"{r.label}_{w.lower().replace(',', '').replace(' ', '_')}"
         try: made = make(r)
         except InputError as e: print(f"{w} is left out: {e}", file=sys.stderr); continue
         if w in tables:
@@ -373,7 +373,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
     r.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds to run side by side, sharing the cores evenly")
     r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")
-    r.add_argument("--held-back", type=int, metavar="N", help="training images a class that are kept from training to tune on, and all test images report; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, else 0")
+    r.add_argument("--held-back", type=int, nargs="+", metavar="N", help="training images a class that are kept from training to tune on, and all test images report; a second number: so many more to report on, and the test images apart, where they are of another kind; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, else 0")
     r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")
     r.add_argument("--tau", type=float, help="classes at least this accurate are protected (a fraction); 0: those above the mean. Default: 0.85, the paper's, for cifar10, else 0")
     r.add_argument("--epochs", type=int, help="of training; default 10")

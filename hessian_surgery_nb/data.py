@@ -21,7 +21,7 @@ from .hvp import InputError, as_batches, split_batch, tensors_in
 __all__ = ['IMAGES', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
            'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'decoded', 'read_images', 'class_files',
            'image_folder', 'write_toy_images', 'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder',
-           'check_same_classes', 'read_dataset', 'normalised', 'image_splits', 'held_back_splits']
+           'check_same_classes', 'read_dataset', 'normalised', 'image_splits', 'sharpness', 'held_back_splits']
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -132,9 +132,11 @@ class Splits:
     sensitivity: Samples # what the method tunes on
     held_out: Samples # what is reported
     seed: int
+    other: Samples | None = None # reported too, apart: test images of another kind
 
     def __post_init__(self):
-        check_disjoint(train=self.train.pair, sensitivity=self.sensitivity.pair, held_out=self.held_out.pair)
+        other = None if self.other is None else self.other.pair
+        check_disjoint(train=self.train.pair, sensitivity=self.sensitivity.pair, held_out=self.held_out.pair, other=other)
         check_disjoint(hessian=self.hessian.pair, sensitivity=self.sensitivity.pair, held_out=self.held_out.pair)
 
     def __repr__(self):
@@ -401,22 +403,30 @@ def image_splits(
     return Splits(train, train[some], *(test[torch.cat(p).sort().values] for p in parts), seed)
 
 # %% ../nbs/02a_data.ipynb #8f5daa49
+def sharpness(samples: Samples) -> float: # uint8; in grey levels
+    "Mean second difference along the rows of up to 2,000 images, evenly chosen."
+    return samples.x[::max(1, len(samples) // 2000)].float().diff(n=2, dim=-1).abs().mean().item()
+
 def held_back_splits(
     train: Samples, test: Samples, # uint8, what `read_dataset` gives
     *,
     seed: int = 0, # which training images are held back, and which show the curvature
     per_class: int = 50, # training images a class for the sensitivity set
+    report: int = 0, # training images a class to report on, and the test images apart; 0: the test images report
     hessian: int = 128, # training images for the curvature
 ) -> Splits:
     "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
-    g, back, train = torch.Generator().manual_seed(seed), [], _first_seen(train, set(input_digests(test.pair)))
+    g, train = torch.Generator().manual_seed(seed), _first_seen(train, set(input_digests(test.pair)))
+    job = torch.zeros(len(train), dtype=torch.int64) # 0: to learn from, 1: to tune on, 2: to report
     for c in range(len(train.classes)):
         mine = (train.y == c).nonzero().flatten()
-        if len(mine) <= per_class: raise InputError(f"every class needs more than {per_class} training images. {train.classes[c]} has {len(mine)}; lower per_class.")
-        back.append(mine[torch.randperm(len(mine), generator=g)[:per_class]])
-    chosen = torch.zeros(len(train), dtype=torch.bool)
-    chosen[torch.cat(back)] = True
-    learn, tune = train[~chosen], train[chosen]
-    some = torch.randperm(len(learn), generator=g)[:hessian]
-    learn, tune, report = normalised(learn, learn), normalised(tune, learn), normalised(test, learn)
-    return Splits(learn, learn[some], tune, report, seed)
+        if len(mine) <= per_class + report: raise InputError(f"every class needs more than {per_class + report} training images. {train.classes[c]} has {len(mine)}; lower per_class.")
+        kept = mine[torch.randperm(len(mine), generator=g)[:per_class + report]]
+        job[kept[:per_class]], job[kept[per_class:]] = 1, 2
+    sharp = [sharpness(s) for s in (train, test)]
+    if not report and not .8 < sharp[1] / max(sharp[0], 1e-9) < 1.25:
+        warnings.warn(f"test images should be of the same kind as training images. Their sharpness is {sharp[1]:.1f} grey levels, that of training images {sharp[0]:.1f}: scaled in another way? Keep more training images back to report on (report, or --held-back N M).", stacklevel=2)
+    learn = train[job == 0]
+    some, (tune, told, test) = torch.randperm(len(learn), generator=g)[:hessian], (normalised(s, learn) for s in (train[job == 1], train[job == 2], test))
+    learn = normalised(learn, learn)
+    return Splits(learn, learn[some], tune, told, seed, test) if report else Splits(learn, learn[some], tune, test, seed)

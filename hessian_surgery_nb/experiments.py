@@ -36,11 +36,12 @@ from .train import ClassReport, FocalLoss, class_report_of, effective_number_los
 
 # %% auto #0
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'CALM', 'STARTS', 'BOXED', 'ABLATION', 'Scale',
-           'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'network',
-           'curved_images', 'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look',
-           'sensitivity', 'linearisation', 'first_order', 'figures', 'asked_forward', 'played', 'limits', 'lever',
-           'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth',
-           'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start', 'ablation', 'feeding']
+           'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'model_of', 'measured', 'on_others',
+           'network', 'curved_images', 'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude',
+           'first_look', 'sensitivity', 'linearisation', 'first_order', 'figures', 'asked_forward', 'played', 'limits',
+           'lever', 'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated',
+           'deflated_smooth', 'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start', 'ablation',
+           'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Study:
     root: Path | None = None # where datasets lie
     download: bool = False # let torchvision fetch them
     held_back: int = 0 # training images a class for the sensitivity set, where the test set is small; 0: half of the test images
+    reported_back: int = 0 # and so many more to report on, where test images are of another kind; 0: the test images
     device: str = "cpu"
     progress: bool = True
 
@@ -99,7 +101,7 @@ class Study:
     @property
     def splits(self) -> Splits:
         if self.kind == "isic": return _lesion_splits(_folder(self.dataset, self.root), self.scale.pixels, self.seed, self.scale.hessian, self.progress)
-        return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.held_back, self.progress)
+        return _splits(self.dataset, self.root, self.download, self.seed, self.scale.hessian, self.held_back, self.reported_back, self.progress)
     def batches(self, part: Samples):
         "Images in pieces that suit the device."
         return part.batches(250 if torch.device(self.device).type == "cpu" else 1000)
@@ -120,9 +122,9 @@ def _lesions(folder, pixels, progress): return read_isic(folder, size=pixels, pr
 def _lesion_splits(folder, pixels, seed, hessian, progress): return lesion_splits(_lesions(folder, pixels, progress), seed=seed, hessian=hessian)
 
 @functools.lru_cache(1)
-def _splits(dataset, root, download, seed, hessian, held_back, progress):
+def _splits(dataset, root, download, seed, hessian, held_back, reported_back, progress):
     images = _images(dataset, root, download, progress)
-    return held_back_splits(*images, seed=seed, per_class=held_back, hessian=hessian) if held_back else image_splits(*images, seed=seed, hessian=hessian)
+    return held_back_splits(*images, seed=seed, per_class=held_back, report=reported_back, hessian=hessian) if held_back else image_splits(*images, seed=seed, hessian=hessian)
 
 # %% ../nbs/08a_experiments.ipynb #c6c06190
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def perform(
     e = EXPERIMENTS[name]
     for other in e.needs: perform(study, other)
     if study.kind not in e.on: raise InputError(f"{name} suits {', '.join(e.on)}. {study.dataset} is {study.kind}.")
-    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | (dict(held_back=study.held_back) if study.held_back else {}) | (dict(pixels=study.scale.pixels) if study.kind == "isic" else {})
+    kept = {k: v for k in ("held_back", "reported_back") if (v := getattr(study, k))}
+    config = dict(experiment=name, dataset=Path(study.dataset).name, network=study.network, seed=study.seed, start="given weights" if study.weights else "trained", hessian=study.scale.hessian) | kept | (dict(pixels=study.scale.pixels) if study.kind == "isic" else {})
     return study.store.run(f"{study.label}_{name}", config | e.settings(study), functools.partial(e.make, study), device=study.device, seeds=[study.seed])
 
 # %% ../nbs/08a_experiments.ipynb #1c8d6a47
@@ -181,12 +184,18 @@ def model_of(study: Study, name: str) -> nn.Module:
     return load_weights(build(study), path).eval()
 
 def measured(study: Study, model: nn.Module) -> dict:
-    "Both sets, and which held-out images were right."
+    "Both sets, which held-out images were right, and images of another kind where there are some."
     s, out = study.splits, {}
     for on, part in (("sensitivity", s.sensitivity), ("held_out", s.held_out)):
         z, y = predict(model, study.batches(part))
         out[on] = report_dict(class_report_of(z, y, s.train.classes, on))
-    return out | dict(correct=pack_bits(z.argmax(1) == y))
+    return out | dict(correct=pack_bits(z.argmax(1) == y)) | on_others(study, model)
+
+def on_others(study: Study, model: nn.Module) -> dict:
+    "What the model does on images of another kind; nothing where there are none."
+    if (other := study.splits.other) is None: return {}
+    z, y = predict(model, study.batches(other))
+    return dict(other=dict(report=report_dict(class_report_of(z, y, other.classes, "other")), correct=pack_bits(z.argmax(1) == y), labels=y.tolist()))
 
 # %% ../nbs/08a_experiments.ipynb #ffd72f2f
 RECIPE = dict(lr=.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4)
@@ -485,7 +494,7 @@ def _deflated(study: Study, folder: Path, metric: str) -> dict:
     config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", metric=metric, seed=study.seed)
     r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, study.scale.phase), config=config,
                          names=s.train.classes, run_dir=folder/"phases", progress=study.progress)
-    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]),
+    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]), **on_others(study, r.model),
                 phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"))
 
 def _phases_settings(s: Study): return dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau)

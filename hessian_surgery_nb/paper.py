@@ -5,6 +5,7 @@
 # %% ../nbs/09_paper.ipynb #4aeec5a4
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from .slq import SpectralDensity, plot_density
 from .train import wilson_interval
 
 # %% auto #0
-__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES', 'FIGURES', 'LOOKS',
-           'Results', 'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2', 'table_4', 'table_5',
-           'table_6', 'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10', 'table_11', 'table_12',
-           'limits_frame', 'plot_front', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic',
-           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'beforehand', 'rank_correlation',
-           'foretold', 'plot_beforehand']
+__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'FRONTS', 'NOISE', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES',
+           'FIGURES', 'LOOKS', 'Results', 'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2',
+           'table_4', 'table_5', 'table_6', 'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10',
+           'table_11', 'table_12', 'limits_frame', 'plot_front', 'at_price', 'prices_frame', 'noise_frame',
+           'plot_noise', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic', 'figure_1',
+           'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'beforehand', 'rank_correlation', 'foretold',
+           'plot_beforehand']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -108,10 +110,13 @@ def over(values, digits: int = 1) -> str:
     return shown(mean_interval(values), digits) if len(values) > 2 else " / ".join(f"{v:.{digits}f}" for v in values)
 
 def _correct(run): return run["correct"]
+def _labels(run): return run["labels"]
+def _correct_others(run): return run["other"]["correct"]
+def _labels_of_others(run): return run["other"]["labels"]
 
-def changes(r: Results, name: str, figure: str = "sigma", base: str = "network", pick=_correct, pick_base=_correct) -> tuple[float, float, float]: # pp
+def changes(r: Results, name: str, figure: str = "sigma", base: str = "network", pick=_correct, pick_base=_correct, labels=_labels) -> tuple[float, float, float]: # pp
     "Held-out change against another run, with its interval over seeds and images."
-    pairs = [(unpack_bits(pick_base(b)), unpack_bits(pick(a)), torch.tensor(n["labels"])) for b, a, n in zip(r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name))]
+    pairs = [(unpack_bits(pick_base(b)), unpack_bits(pick(a)), torch.tensor(labels(n))) for b, a, n in zip(r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name))]
     return tuple(100 * v for v in pooled_interval(pairs, figure))
 
 def interval(triple, digits: int = 1) -> str: return f"{triple[0]:+.{digits}f} [{triple[1]:+.{digits}f}, {triple[2]:+.{digits}f}]"
@@ -296,11 +301,14 @@ def table_12(r: Results):
     "What it all brings, held-out."
     import pandas as pd
     rows = {}
+    def row(runs, b, a, change): return {"spikes used": f"{runs[0]['phases'][-1]['spikes']}", "sigma, before (pp)": over([x["sigma_pp"] for x in b], 2), "sigma, after (pp)": over([x["sigma_pp"] for x in a], 2),
+                                         "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]), "change of sigma (pp)": interval(change("sigma"), 2), "change of global (pp)": interval(change("global"), 2)}
     for label, name in (("ours", "deflated"), ("ours, S from probabilities", "deflated_smooth")):
         if not (runs := r.of(name, "network") if name in r else []): continue
-        b, a = ([x[k] for x in runs] for k in ("before", "after"))
-        rows[label] = {"spikes used": f"{runs[0]['phases'][-1]['spikes']}", "sigma, before (pp)": over([x["sigma_pp"] for x in b], 2), "sigma, after (pp)": over([x["sigma_pp"] for x in a], 2),
-                       "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]), "change of sigma (pp)": interval(changes(r, name), 2), "change of global (pp)": interval(changes(r, name, "global"), 2)}
+        rows[label] = row(runs, [x["before"] for x in runs], [x["after"] for x in runs], lambda figure: changes(r, name, figure))
+        if "other" not in runs[0]: continue
+        starts = r.of("network", name)
+        rows[f"{label}, on test images of another kind"] = row(runs, [x["other"]["report"] for x in starts], [x["other"]["report"] for x in runs], lambda figure: changes(r, name, figure, pick=_correct_others, pick_base=_correct_others, labels=_labels_of_others))
     frame = pd.DataFrame(rows).T
     for name, values in PAPER["Table 12"].items(): frame.loc[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
     return frame.astype(object).fillna("")
@@ -345,6 +353,59 @@ def plot_front(r: Results, ax=None):
     return ax
 
 # %% ../nbs/09_paper.ipynb #ef80e084
+FRONTS = dict(biases="biases", spikes="spikes", class_means="class means", random="a random subspace", head="spikes of the head alone")
+
+def at_price(run: dict, price: float, then: bool = False) -> dict: # of a front_*; then: with biases on top
+    point = [p for p in run["points"] if abs(p["price"] - price) < 1e-9][-1]
+    return point["then_biases"] if then else point
+
+def prices_frame(r: Results):
+    "What each allowed fall of global accuracy buys, along each kind of direction: held-out changes with intervals over seeds and images."
+    import pandas as pd
+    rows = []
+    for price, (name, what), then in itertools.product((.0025, .005, .01), FRONTS.items(), (False, True)):
+        if f"front_{name}" not in r or then and name == "biases": continue
+        def pick(run): return at_price(run, price, then)["correct"]
+        def pick_biases(run): return at_price(run, price)["correct"]
+        rows.append({"price (pp)": 100 * price, "method": what + (", then biases" if then else ""), "seeds": len(r.seeds(f"front_{name}")), **{f"{f} (pp)": interval(changes(r, f"front_{name}", f, pick=pick), 2) for f in ("sigma", "global")},
+                     "sigma, less that of biases (pp)": "" if name == "biases" else interval(changes(r, f"front_{name}", base="front_biases", pick=pick, pick_base=pick_biases), 2)})
+    return pd.DataFrame(rows).set_index(["price (pp)", "method"])
+
+# %% ../nbs/09_paper.ipynb #7b20f347
+NOISE = dict(accuracy="S from accuracies", shrunk="S shrunk by its noise", left_out="noisy spikes left out", agreed="as far as halves agree", probability="S from probabilities", solved="solver", cross_fitted="solver, cross-fitted")
+
+def noise_frame(r: Results):
+    "Surgery along all spikes at once, with its noise dealt with in seven ways: change of sigma in pp on the images it was tuned on, predicted and measured on held-out ones."
+    import pandas as pd
+    runs, rows = r.of("noise", "network"), {}
+    whole = max(row["spikes"] for row in runs[0]["rows"])
+    for how, what in NOISE.items():
+        found = [[row for row in run["rows"] if row["how"] == how and "true" in row][0] for run in runs]
+        def change(on): return over([row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row, run in zip(found, runs)], 2)
+        def pick(run): return [row for row in run["rows"] if row["how"] == how and "true" in row][0]["correct"]
+        rows[what] = {"spikes": whole, "moved": over([row["moved"] for row in found], 3), "tuned on": change("sensitivity"), "held-out, predicted": change("held_out"), "held-out": interval(changes(r, "noise", pick=pick), 2),
+                      "global": interval(changes(r, "noise", "global", pick=pick), 2)}
+    return pd.DataFrame(rows).T
+
+def plot_noise(r: Results, axes=None):
+    "Change of sigma that the linear model predicts: on the images it was tuned on and held-out, with more spikes; held-out with more images."
+    import matplotlib.pyplot as plt
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    if axes is None: axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")[1]
+    runs = r.of("noise", "network")
+    most = {k: max(row[k] for row in runs[0]["rows"]) for k in ("spikes", "images")}
+    for ax, x, on, title in zip(axes, ("spikes", "spikes", "images"), ("sensitivity", "held_out", "held_out"), ("Tuned on", "Held-out", f"Held-out, {most['spikes']} spikes")):
+        other = "images" if x == "spikes" else "spikes"
+        new_axes(ax, title=title, xlabel=x if x == "spikes" else "sensitivity images a class", ylabel="change of sigma (pp)" if ax is axes[0] else "")
+        for (how, what), colour in zip(NOISE.items(), ("red", "orange", "purple", "sky", "blue", "grey", "green")):
+            rows = [[row for row in run["rows"] if row["how"] == how and row[other] == most[other]] for run in runs]
+            seen = np.mean([[row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row in part] for part, run in zip(rows, runs)], 0)
+            order = np.argsort(at := [row[x] for row in rows[0]])
+            ax.plot(np.array(at)[order], seen[order], "o-", ms=3, lw=1, color=COLOURS[colour], label=what)
+    axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
+    return axes
+
+# %% ../nbs/09_paper.ipynb #34fb3363
 STARTS_13 = dict(zip(("cross-entropy", "focal", "class-balanced"), (("network", "ce_surgery", "rivals"), ("fl_start", "fl_surgery", "fl_rivals"), ("cb_start", "cb_surgery", "cb_rivals"))))
 
 def isic_methods(r: Results) -> dict: # method -> (experiment, how to find its held-out report, how to find which images were right)
@@ -371,7 +432,7 @@ def table_13(r: Results):
     columns = [f"{c['name']} ({n:.0f})" for c, n in zip(first["classes"], counts)] + ["global (%)", "balanced (%)", "sigma (pp)"]
     return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
 
-# %% ../nbs/09_paper.ipynb #7606ae55
+# %% ../nbs/09_paper.ipynb #bb071c23
 CLAIMS_13 = ( # what section 9.4 says: of what, against what, in which figure, and where the change should lie (pp)
     ("surgery lowers sigma from cross-entropy", "cross-entropy, surgery", "cross-entropy", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "cross-entropy, surgery", "cross-entropy", "balanced", (0, math.inf)),
     ("surgery lowers sigma from focal loss", "focal, surgery", "focal", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "focal, surgery", "focal", "balanced", (0, math.inf)),
@@ -396,7 +457,7 @@ def claims_13(r: Results):
         rows.append({"claim": claim, "figure": figure, "change (pp)": interval(change), "on our data": verdict(change, where)})
     return pd.DataFrame(rows).set_index("claim")
 
-# %% ../nbs/09_paper.ipynb #0d917c3d
+# %% ../nbs/09_paper.ipynb #a42f5670
 def table_14(r: Results):
     "The strongest singular values of S at the start, and its effective rank; means over seeds."
     import pandas as pd
@@ -420,16 +481,16 @@ def table_8_isic(r: Results):
                      "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
     return _own(pd.DataFrame(rows).set_index(["bounds", "batch", "p"]))
 
-# %% ../nbs/09_paper.ipynb #34fb3363
-def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1])))
+# %% ../nbs/09_paper.ipynb #affb0f44
+def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1].strip(","))))
 
-TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
+TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")), "Table 8, its limits": (limits_frame, ("limits",)), "Table 12, noise": (noise_frame, ("network", "noise")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
           "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")), "Table 14": (table_14, ("sensitivity",)),
           **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
                                                                           (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
 ISIC_TABLES = {"Table 8": (table_8_isic, ("network", "ablation")), "Table 13": (table_13, ("network",)), "Claims of section 9.4": (claims_13, ("network", "ce_surgery")), "Table 14": (table_14, ("sensitivity",))}
 
-# %% ../nbs/09_paper.ipynb #767034a4
+# %% ../nbs/09_paper.ipynb #3accbf24
 def figure_1(r: Results, ax=None):
     "Spectral density of the first seed."
     run = r.of("spectrum")[0]
@@ -443,7 +504,7 @@ def figure_2(r: Results, ax=None):
     run = r.of("sensitivity")[0]
     return plot_sensitivity(SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"])), r.of("network")[0]["classes"], ax)
 
-# %% ../nbs/09_paper.ipynb #a42f5670
+# %% ../nbs/09_paper.ipynb #fe636591
 def linear_fits(r: Results) -> dict:
     "Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a power law, both fitted to relative accuracy over the two decades (choice)."
     from scipy.optimize import curve_fit
@@ -459,7 +520,7 @@ def linear_fits(r: Results) -> dict:
                         additive_r2=r2(np.log(error), np.log(c0 + c1 * (e / e.max()) ** q)), power=b, power_r2=r2(np.log(error), np.log(a * (e / e.max()) ** b))))
     return {k: [o[k] for o in out] for k in out[0]}
 
-# %% ../nbs/09_paper.ipynb #affb0f44
+# %% ../nbs/09_paper.ipynb #01f1bbcb
 def figure_4(r: Results, ax=None):
     "Predicted and measured change of the class accuracies over amplitude, first seed."
     from hessian_surgery_nb.testbed import COLOURS, new_axes
@@ -492,9 +553,9 @@ def figure_3(r: Results, ax=None):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
+FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 3, noise": (plot_noise, ("network", "noise")), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
 
-# %% ../nbs/09_paper.ipynb #4bfa48eb
+# %% ../nbs/09_paper.ipynb #bb0aff56
 LOOKS = {"surgery_gamma_p2": "sensitivity", "ce_surgery": "sensitivity", "fl_surgery": "fl_sensitivity", "cb_surgery": "cb_sensitivity"} # operation -> look
 
 def beforehand(
@@ -525,7 +586,7 @@ def foretold(frame): # of `beforehand`
     known, gained = ("effective rank", "signal / noise", "promised (%)", "promised (pp)", "sigma (pp)"), ("obtained (%)", "obtained (pp)")
     return pd.DataFrame({g: {k: interval(rank_correlation(frame[k], frame[g]), 2) for k in known} for g in gained})
 
-# %% ../nbs/09_paper.ipynb #0cc1f0d5
+# %% ../nbs/09_paper.ipynb #1057d739
 def plot_beforehand(frame, axes=None): # of `beforehand`
     "Reduction obtained against the rank and against the promise."
     import matplotlib.pyplot as plt
