@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -297,8 +298,12 @@ def _surgery(study: Study, folder: Path, start: str = "network", images: Samples
     net, s = model_of(study, start), study.splits
     images, eps = images or s.hessian, settings.pop("eps", None) or amplitude(study, net, images)
     config = SurgeryConfig(eps=None if eps == "own" else eps, tau=study.tau, scheme="forward", seed=study.seed, **settings)
-    r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, progress=study.progress)
-    return dict(r.to_dict(), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]))
+    what = f"{config}{images.fingerprint}".encode()
+    state = folder/f"state_{hashlib.sha256(what).hexdigest()[:8]}" # a run that was cut off goes on from its last iteration
+    r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, run_dir=state, progress=study.progress)
+    found = dict(r.to_dict(), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]))
+    shutil.rmtree(state)
+    return found
 
 def _register_surgeries():
     for schedule, p in itertools.product(("gamma", "adam"), (2., 1., .5, 0.)):
