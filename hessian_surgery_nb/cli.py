@@ -198,7 +198,7 @@ def demo_dict(
     def one(r):
         surgery = r.comparison.surgery.to_dict()
         timing = dict(surgery.pop("timing"), total_seconds=r.seconds)
-        sets = {k: dict(images=len(x), fingerprint=x.fingerprint, classes=x.counts.tolist()) for k, x in vars(r.splits).items() if k != "seed"}
+        sets = {k: dict(images=len(x), fingerprint=x.fingerprint, classes=x.counts.tolist()) for k, x in vars(r.splits).items() if hasattr(x, "fingerprint")}
         training = dict(loss=r.training.loss[-1], accuracy_percent=100 * r.training.accuracy[-1])
         return dict(seed=r.seed, parameters=r.parameters, sets=sets, training=training, screening=look_at(r.comparison.surgery.sensitivity, seed=r.seed).to_dict(), surgery=surgery, methods=r.comparison.to_dict(), timing=timing)
     summary = [{k: v if k == "method" else dict(zip(("mean", "low95", "high95"), v)) for k, v in row.items()} for row in method_rows(runs)]
