@@ -241,7 +241,7 @@ def reproduce(args: argparse.Namespace) -> int:
     "The `reproduce` command."
     kept_back = args.held_back if args.held_back is not None else [50] if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else [0]
     asked = _asked(args)
-    if min(kept_back) < 0 or len(kept_back) > 2: raise InputError(f"--held-back takes one number or two, 0 or more. Got {' '.join(map(str, kept_back))}.")
+    if min(kept_back) < 0 or len(kept_back) > 2 or not kept_back[0] and any(kept_back): raise InputError(f"--held-back takes one number or two, 0 or more, and nothing to report on where there is nothing to tune on. Got {' '.join(map(str, kept_back))}.")
     low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
     if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
     device = str(pick_device(args.device))

@@ -122,11 +122,17 @@ def test_seeds_side_by_side_give_the_same_numbers(place, whole):
 def test_many_classes_hold_training_images_back(place):
     env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
     out = place/"many"
-    p = subprocess.run([*COMMAND, "toys", "--held-back", "10", "--quick", "--seeds", "1", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
+    p = subprocess.run([*COMMAND, "toys", "--held-back", "10", "5", "--quick", "--seeds", "1", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr
-    assert all(f"Table {t}" in p.stdout for t in (10, 11, 12)) and (out/"toys_resnet20_figure_3.png").exists()
-    run = json.loads((out/"toys_resnet20_s0_network.json").read_text())
-    assert run["results"]["training_images"] == 90 and sum(c["images"] for c in run["results"]["sensitivity"]["classes"]) == 30 and len(run["results"]["labels"]) == 48
+    assert all(f"Table {t}" in p.stdout for t in (10, 11, "12.", "12, noise", "7, by price")) and all((out/f"toys_resnet20_{f}.png").exists() for f in ("figure_3", "figure_3_noise"))
+    run = json.loads((out/"toys_resnet20_s0_network.json").read_text())["results"]
+    assert run["training_images"] == 75 and sum(c["images"] for c in run["sensitivity"]["classes"]) == 30 and len(run["labels"]) == 15
+    assert len(run["other"]["labels"]) == 48 and "on test images of another kind" in p.stdout # reported apart
+
+
+def test_nothing_to_report_without_something_to_tune_on(place):
+    p = subprocess.run([*COMMAND, "toys", "--held-back", "0", "5", "--out", str(place/"none")], env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place)), capture_output=True, text=True, timeout=100)
+    assert p.returncode == 2 and "--held-back takes one number or two" in p.stderr and not (place/"none").exists()
 
 
 def test_lesions_have_their_own_experiments(place):
