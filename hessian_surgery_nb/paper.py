@@ -482,7 +482,7 @@ def table_8_isic(r: Results):
     return _own(pd.DataFrame(rows).set_index(["bounds", "batch", "p"]))
 
 # %% ../nbs/09_paper.ipynb #affb0f44
-def _by_number(d): return dict(sorted(d.items(), key=lambda item: int(item[0].split()[1].strip(","))))
+def _by_number(d): return dict(sorted(d.items(), key=lambda item: (int(item[0].split()[1].strip(",")), item[0])))
 
 TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")), "Table 8, its limits": (limits_frame, ("limits",)), "Table 12, noise": (noise_frame, ("network", "noise")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
           "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")), "Table 14": (table_14, ("sensitivity",)),
