@@ -544,7 +544,7 @@ def noise(study: Study, folder: Path, spikes, images, slack) -> dict:
     sens, held = (first_order(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
     c = SurgeryConfig(eps=eps, iterations=study.scale.iterations, p=choose_exponent(sens.accuracy(torch.zeros(K))), tau=study.tau, seed=study.seed)
     each, rows = int(torch.bincount(sens.labels).min()), []
-    plans = dict.fromkeys([(min(k, K), each) for k in spikes] + [(K, min(n, each)) for n in images])
+    plans = dict.fromkeys([(min(k, K), each) for k in spikes] + [(K, min(n, each)) for n in (*images, each)])
     for (k, n), how in itertools.product(plans, (*CALM, "solved", "cross_fitted")):
         alpha = calmed(few_of(sens, n, study.seed).first(k), how, c, slack)
         rows.append(dict(how=how, spikes=k, images=n, moved=alpha.norm().item(), sensitivity=figures(sens, alpha), held_out=figures(held, alpha)))
