@@ -114,10 +114,11 @@ def write_atomic(
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
     return path
 
-def weights_bytes(model: nn.Module, **facts) -> bytes: # facts: go into the file's metadata
+def weights_bytes(model: nn.Module, *, half: bool = False, **facts) -> bytes: # half: matrices in half precision; facts: go into the file's metadata
     "A model's state as safetensors: same keys, same types; tied weights under each of their names."
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    if half: state = {k: v.half() if v.ndim > 1 else v for k, v in state.items()}
     return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
 # %% ../nbs/02b_models.ipynb #e1961e83
