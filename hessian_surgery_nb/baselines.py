@@ -16,8 +16,9 @@ from .models import find_head
 from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
-__all__ = ['class_accuracies', 'best_of', 'tau_norm_state', 'Biased', 'logit_adjustment', 'tune_biases', 'tune_scales',
-           'paired_interval', 'mean_interval', 'shown', 'pooled_interval', 'Rival', 'rival', 'post_hoc']
+__all__ = ['class_accuracies', 'best_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep', 'Biased', 'logit_adjustment',
+           'tune_biases', 'tune_scales', 'paired_interval', 'mean_interval', 'shown', 'pooled_interval', 'Rival',
+           'rival', 'post_hoc']
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
@@ -46,6 +47,33 @@ def tau_norm_state(
     name, head = find_head(model, classes)
     W = head.weight.detach()
     return {f"{name}.weight" if name else "weight": W / W.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau}
+
+@torch.no_grad()
+def head_inputs(
+    model: nn.Module, data,
+    logits: torch.Tensor, # (N, C) of the model on these data
+    forward=None,
+) -> torch.Tensor | None: # (N, d)
+    "What the head sees, in one pass. None where logits are more than what the head makes of it."
+    _, head = find_head(model, logits.shape[1])
+    hook = head.register_forward_hook(lambda head, x, z: torch.cat([z, x[0]], -1))
+    try: x = predict(model, data, forward=forward)[0][:, logits.shape[1]:]
+    except InputError: return None # something after the head wants its output as it was
+    finally: hook.remove()
+    same = x.shape[1] == head.in_features and torch.allclose(head(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+    return x if same else None
+
+@torch.no_grad()
+def tau_norm_sweep(
+    model: nn.Module, data, logits: torch.Tensor, # as for `head_inputs`
+    taus: list[float],
+    forward=None,
+) -> tuple[list[torch.Tensor], int]: # logits (N, C) for each tau, and passes over the data
+    "Tau-normalisation in many strengths: the network runs once, the head for each."
+    states, x = [tau_norm_state(model, logits.shape[1], t) for t in taus], head_inputs(model, data, logits, forward)
+    if x is None: return [predict(model, data, state=s, forward=forward)[0] for s in states], len(taus)
+    bias = find_head(model, logits.shape[1])[1].bias
+    return [nn.functional.linear(x, *s.values(), bias) for s in states], 1
 
 # %% ../nbs/05a_baselines.ipynb #afc9e623
 class Biased(nn.Module):
@@ -222,9 +250,9 @@ def post_hoc(
         yield rival("tuned biases and scales", Zh * a + b, yh, Zs * a + b, ys, names, f"scales in {a.min():.2f}..{a.max():.2f}", 1)
     taus = [2 * i / (steps - 1) for i in range(steps)]
     try:
-        sweep = [run(sensitivity_data, tau_norm_state(model, C, t))[0] for t in taus]
+        sweep, passes = tau_norm_sweep(model, sensitivity_data, Zs, taus, forward)
         t = taus[best_of(sweep, ys)]
-        yield rival("tau-norm", run(held_out, tau_norm_state(model, C, t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", steps)
+        yield rival("tau-norm", run(held_out, tau_norm_state(model, C, t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", passes)
     except InputError: pass # no linear head: nothing to rescale
     if counts is not None:
         t = taus[best_of([Zs + logit_adjustment(counts, t).to(Zs) for t in taus], ys)]

@@ -43,7 +43,7 @@ from .train import TrainLog, train
 # %% auto #0
 __all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
            'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
-           'show_results', 'demo', 'Parser', 'parser', 'main']
+           'show_results', 'demo', 'Help', 'Parser', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -325,13 +325,17 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/10_cli.ipynb #e98cbeba
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    "Names the defaults of flags that have one."
+    def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other fault."
     def error(self, message): raise InputError(f"{message}; see {self.prog} --help.")
 
 def parser() -> Parser:
     "The command line."
-    wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=100)
+    wide = lambda prog: Help(prog, max_help_position=28, width=100)
     p = Parser(
         "hessian-surgery", formatter_class=wide,
         description="Rebalance the per-class accuracy of a trained classifier after training, by moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
