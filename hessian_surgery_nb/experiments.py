@@ -319,6 +319,7 @@ def _register_surgeries():
     for schedule, p in itertools.product(("gamma", "adam"), (2., 1., .5, 0.)):
         feeds = {("gamma", 2.): ("Table 4", "Table 5", "Table 9"), ("adam", 2.): ("Table 7",)}.get((schedule, p), ())
         _register_surgery(f"surgery_{schedule}_p{p:g}", ("Table 8", "Table 3", *feeds), schedule=schedule, p=p)
+    _register_surgery("surgery_paper_eps", ("Table 7",), schedule="gamma", p=2., eps=.02) # the paper's own amplitude, whatever lambda_1 is
     _register_surgery("focal_surgery", ("Table 7",), start="focal", schedule="adam", p=2.)
     _register_surgery("random_same", ("Table 7",), schedule="gamma", p=2., directions="random")
     _register_surgery("random_own", ("Table 7",), schedule="gamma", p=2., directions="random", eps="own")

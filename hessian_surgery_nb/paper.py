@@ -195,7 +195,7 @@ def table_6(r: Results):
 
 # %% ../nbs/09_paper.ipynb #5c188ccd
 ROWS_7 = [("focal loss fine-tuning", "focal", None), ("class-balanced fine-tuning", "balanced", None), ("focal loss, a point allowed", "focal", "at_price"), ("class-balanced, a point allowed", "balanced", "at_price"), ("tau-norm", "rivals", "tau-norm"), ("logit adjustment", "rivals", "logit adjustment"), ("tuned biases", "rivals", "tuned biases"),
-          ("surgery", "surgery_adam_p2", None), ("surgery, gamma schedule", "surgery_gamma_p2", None), ("focal loss, then surgery", "focal_surgery", None), ("random subspace, same norm", "random_same", None),
+          ("surgery", "surgery_adam_p2", None), ("surgery, gamma schedule", "surgery_gamma_p2", None), ("surgery, gamma, amplitude 0.02", "surgery_paper_eps", None), ("focal loss, then surgery", "focal_surgery", None), ("random subspace, same norm", "random_same", None),
           ("random subspace, own amplitude", "random_own", None)]
 
 def table_7(r: Results):
