@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from .hvp import Forward, InputError, check_inputs, check_mode, flatten, functional_logits, my_batches, select_params, split_batch, to_device
+from .hvp import Forward, InputError, check_inputs, check_mode, flatten, functional_logits, inner, my_batches, select_params, split_batch, to_device
 from .lanczos import Eigenpairs
 from .ranks import team
 
@@ -68,7 +68,7 @@ def class_subspace(
     "The leading directions of the averaged gradients, without one Hessian-vector product."
     V = class_gradients(model, data, cross=cross, loss_fn=loss_fn, params=params, forward=forward)
     V = V.double() if V.shape[0] < 1_000_000 else V
-    values, U = map(team().same, torch.linalg.eigh((V.T @ V).double()))
+    values, U = map(team().same, torch.linalg.eigh(inner(V, V)))
     values, U = values.flip(0), U.flip(1)
     rank = int((values > 1e-10 * values[0]).sum()) if values[0] > 0 else 0
     C = V.shape[1] if not cross or loss_fn is not None else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)
@@ -82,4 +82,4 @@ def subspace_overlap(
     A: torch.Tensor, B: torch.Tensor, # (n, k) and (n, j), orthonormal columns
 ) -> float: # 1: the smaller lies in the larger; k j / (n min(k, j)) in the mean for random ones
     "Mean squared cosine between two spaces."
-    return (A.T @ B).square().sum().item() / min(A.shape[1], B.shape[1])
+    return inner(A, B).square().sum().item() / min(A.shape[1], B.shape[1])

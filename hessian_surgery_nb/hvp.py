@@ -28,7 +28,7 @@ from .layers import LeanLayers
 from .ranks import Team, team
 
 # %% auto #0
-__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'length', 'as_batches', 'to_device',
+__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'length', 'inner', 'as_batches', 'to_device',
            'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'as_loss_module',
            'known_reduction', 'call_loss', 'loss_denominator', 'infer_reduction', 'backward_through',
            'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs',
@@ -111,6 +111,13 @@ def length(
     if len(v) < 1 << 16 or v.device.type != "cpu" or v.dtype == torch.float64: return v.norm().double()
     n = len(v) // 4096 * 4096
     return torch.hypot(v[:n].reshape(-1, 4096).norm(dim=1).double().norm(), v[n:].norm().double())
+
+def inner(
+    a: torch.Tensor, b: torch.Tensor, # (n,) or (n, k) each
+) -> torch.Tensor: # float64: a number, or of shape (k,), (j, k)
+    "a'b, likewise: pieces of the sum, added in double precision."
+    piece = 1 << 12 if a.device.type == "cpu" else len(a)
+    return sum(torch.tensordot(x, y, ([0], [0])).double() for x, y in zip(a.split(piece), b.split(piece)))
 
 # %% ../nbs/00_hvp.ipynb #dee16269
 def as_batches(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .hvp import InputError, as_operator, free_memory, length
+from .hvp import InputError, as_operator, free_memory, inner, length
 from .ranks import share, team
 
 # %% auto #0
@@ -40,13 +40,9 @@ def times(op, piece: torch.Tensor) -> torch.Tensor:
     return op @ piece if t.size == 1 else t.mine(op @ t.whole(piece, op.shape[0]))
 
 def _remove(w, basis):
-    if basis.dtype == w.dtype:
-        c = team().add(basis @ w)
-        w.addmv_(basis.T, c, alpha=-1)
-        return c.double().cpu()
-    c = team().add(sum((basis[:, s].to(w.dtype) @ w[s] for s in slabs(basis)), torch.zeros(len(basis), dtype=w.dtype, device=w.device)))
-    for s in slabs(basis): w[s].addmv_(basis[:, s].to(w.dtype).T, c, alpha=-1)
-    return c.double().cpu()
+    c = team().add(sum(((basis[:, s].to(w.dtype) @ w[s]).double() for s in slabs(basis)), torch.zeros(len(basis), dtype=torch.float64, device=w.device)))
+    for s in slabs(basis): w[s].addmv_(basis[:, s].to(w.dtype).T, c.to(w.dtype), alpha=-1)
+    return c.cpu()
 
 def orthogonalise(
     w: torch.Tensor, # (n,), changed in place
@@ -109,7 +105,7 @@ def lanczos_tridiag(
             basis[j] = q
             alpha.append(orthogonalise(w, basis[:j + 1], near=slice(max(j - 1, 0), j + 1))[j].item())
         else:
-            alpha.append(team().add(w @ q).item())
+            alpha.append(team().add(inner(w, q)).item())
             w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
             last = q
         beta.append(_finite(extent(w).item(), j + 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .hvp import HessianOperator, InputError, as_batches, length, select_params, split_batch, unflatten
+from .hvp import HessianOperator, InputError, as_batches, inner, length, select_params, split_batch, unflatten
 from .lanczos import top_eigenpairs
 from .train import class_report
 
@@ -101,7 +101,7 @@ def spike_agreement(
 ) -> Agreement:
     "Compare two sets of eigenvectors."
     if V.shape != reference.shape: raise InputError(f"two sets of directions must have one shape. Got {tuple(V.shape)} and {tuple(reference.shape)}.")
-    M = (reference.T @ V).double().cpu()
+    M = inner(reference, V).cpu()
     cos, matched = M.abs().clone(), torch.zeros(len(M), dtype=torch.float64)
     for _ in range(len(M)):
         i, j = divmod(int(cos.argmax()), len(M))
@@ -194,17 +194,19 @@ class Walk:
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g).to(like)
-    part = V @ (V.T @ d) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
+    part = _along(d, V) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
     if not part.norm() > 1e-4 * d.norm():
         raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
                          f"{len(archive)} archived directions; use fewer spikes.")
     return part / length(part).to(part)
 
+def _along(d, V): return V @ inner(V, d).to(V)
+
 def _bulk_part(d, V, archive):
     "What of d lies outside the spikes and the archived directions."
     for _ in range(2):
-        d = d - V @ (V.T @ d)
-        for a in archive: d = d - a * (a @ d)
+        d = d - _along(d, V)
+        for a in archive: d = d - a * inner(a, d).to(a)
     return d
 
 # %% ../nbs/03_spike_validation.ipynb #3aa78051
@@ -229,13 +231,13 @@ def bulk_walk(
         spikes = top_eigenpairs(op, num_spikes, tol=tol, seed=seed, v0=spikes) # from those of the step before, a third fewer products
         V = spikes.vectors
         if d is not None and within != "anywhere":
-            kept = V @ (V.T @ d) if within == "spikes" else _bulk_part(d, V, archive)
+            kept = _along(d, V) if within == "spikes" else _bulk_part(d, V, archive)
             if kept.norm() < wall: archive, d, walls = [*archive, d], None, walls + 1
             else: d = kept / length(kept).to(kept)
         if d is None: d = _new_direction(g, V, archive, within, V)
         first = d if first is None else first
         report = class_report(walker, data, names=names, measured_on="walk", forward=forward)
-        rows.append((t * step, op.gradient()[0], report, spikes.values[0].item(), (V.T @ d).abs().max().item(), (first @ d).item()))
+        rows.append((t * step, op.gradient()[0], report, spikes.values[0].item(), inner(V, d).abs().max().item(), inner(first, d).item()))
         if t == steps: break
         with torch.no_grad():
             for p, part in zip(chosen.values(), unflatten(step * d, chosen.values())): p.add_(part)

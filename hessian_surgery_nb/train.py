@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, rows_of, split_batch, to_device, unflatten
+from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, to_device, unflatten
 from .models import named_part, read_tensors, write_tensors
 from .ranks import Team, team
 from .testbed import seeded
@@ -136,7 +136,7 @@ def _step(model, loss_fn, opt, x, y, precision, V) -> tuple[float, int]: # loss,
     if V is not None:
         params = [p for p in model.parameters() if p.requires_grad]
         g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-        for p, part in zip(params, unflatten(g - V @ (V.T @ g), params)): p.grad = part.clone()
+        for p, part in zip(params, unflatten(g - V @ inner(V, g).to(V), params)): p.grad = part.clone()
     opt.step()
     return loss.item(), (z.argmax(1) == y).sum().item()
 
