@@ -8,8 +8,9 @@ from torch import nn
 
 from hessian_surgery_nb.deflation import SpikeStore
 from hessian_surgery_nb.hvp import HessianOperator, InputError
-from hessian_surgery_nb.lanczos import eigen_residuals, random_unit, top_eigenpairs
+from hessian_surgery_nb.lanczos import eigen_residuals, orthogonalise, random_unit, top_eigenpairs
 from hessian_surgery_nb.slq import spectral_density
+from hessian_surgery_nb.spike_validation import spike_agreement
 from hessian_surgery_nb.testbed import dense_hessian, planted_matrix, relative_error, seeded, tiny_data, tiny_mlp
 
 
@@ -447,3 +448,16 @@ def test_directions_with_millions_of_entries_have_length_one():
     assert (G - torch.eye(2).double()).abs().max() < 1e-6
     v = random_unit(n, torch.Generator().manual_seed(1), store.all)
     assert abs(v.double().norm() - 1) < 1e-6
+
+
+def test_a_space_with_millions_of_dimensions_is_itself():
+    "A float32 product of two such matrices is off by up to some per cent, which would be several degrees."
+    n = 12_000_000
+    V = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    V = V / V.double().norm(dim=0).float()
+    V[:, 1] -= V[:, 0] * (V[:, 0].double() @ V[:, 1].double()).float()
+    found = spike_agreement(V, V)
+    assert (found.indexed - 1).abs().max() < 1e-6 and found.angles.max() < .2 # degrees; 0.2 is what an error of 5e-6 would make
+    w = V[:, 0] + V[:, 1]
+    h = orthogonalise(w, V.T.contiguous())
+    assert (h - 1).abs().max() < 1e-6 and w.norm() < 1e-5
