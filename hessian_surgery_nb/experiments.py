@@ -174,7 +174,7 @@ def keep(study: Study, folder: Path, model: nn.Module) -> str: # a digest of the
     write_atomic(folder/"weights.safetensors", data)
     return hashlib.sha256(data).hexdigest()[:12]
 
-def beside(study: Study, name: str) -> Path: return study.store.directory/f"{study.label}_{name}.safetensors"
+def beside(study: Study, name: str) -> Path: return study.store.directory/f"{study.label}_{name}.safetensors" # where a starting point lies
 
 def keep_beside(study: Study, name: str, model: nn.Module) -> nn.Module: # the same model, its matrices rounded to half precision
     "Store weights next to the run, exactly and in half the space: another machine, which would train another network, can go on with this one."
@@ -192,6 +192,7 @@ def model_of(study: Study, name: str) -> nn.Module:
                          f"Remove the runs of {study.label} in {study.store.directory} to make them all again.")
     return load_weights(build(study), path).eval()
 
+# %% ../nbs/08a_experiments.ipynb #7be41c05
 def measured(study: Study, model: nn.Module) -> dict:
     "Both sets, which held-out images were right, and images of another kind where there are some."
     s, out = study.splits, {}
