@@ -115,7 +115,7 @@ def length(
 def inner(
     a: torch.Tensor, b: torch.Tensor, # (n,) or (n, k) each
 ) -> torch.Tensor: # float64: a number, or of shape (k,), (j, k)
-    "a'b, likewise: pieces of the sum, added in double precision."
+    "a'b to the precision of the entries however many they are: pieces of the sum, added in double precision."
     piece = 1 << 12 if a.device.type == "cpu" else len(a)
     return sum(torch.tensordot(x, y, ([0], [0])).double() for x, y in zip(a.split(piece), b.split(piece)))
 
