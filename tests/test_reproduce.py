@@ -131,8 +131,8 @@ def test_many_classes_hold_training_images_back(place):
 
 
 def test_nothing_to_report_without_something_to_tune_on(place):
-    p = subprocess.run([*COMMAND, "toys", "--held-back", "0", "5", "--out", str(place/"none")], env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place)), capture_output=True, text=True, timeout=100)
-    assert p.returncode == 2 and "--held-back takes one number or two" in p.stderr and not (place/"none").exists()
+    p = subprocess.run([*COMMAND, "toys", "--held-back", "0", "5", "--out", str(place/"refused")], env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place)), capture_output=True, text=True, timeout=100)
+    assert p.returncode == 2 and "--held-back takes one number or two" in p.stderr and not (place/"refused").exists()
 
 
 def test_lesions_have_their_own_experiments(place):
