@@ -201,7 +201,7 @@ ROWS_7 = [("focal loss fine-tuning", "focal", None), ("class-balanced fine-tunin
 def table_7(r: Results):
     "Every method on the same splits, held-out, with intervals over seeds and images."
     import pandas as pd
-    start = [n["held_out"] for n in r.of("network")]
+    start = [n["held_out"] for n in r.of("network", "rivals")]
     def paper(m): return dict(zip(("paper, global (%)", "paper, sigma (pp)"), r.paper("Table 7").get(m, (None, None))))
     rows = [{"method": "no change", "seeds": len(start), "global (%)": over([h["global_percent"] for h in start]), "sigma (pp)": over([h["sigma_pp"] for h in start], 2), **paper("no change")}]
     for method, name, part in ROWS_7:
