@@ -14,8 +14,11 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -217,24 +220,41 @@ def _scale(args) -> Scale:
     chosen = {k: v for k, v in dict(epochs=args.epochs, pixels=args.pixels, hessian=args.hessian).items() if v is not None}
     return Scale(**quick | chosen) if args.quick else Scale(precision=args.precision, **chosen)
 
-def _time_left(todo, known) -> str: # todo: (study, name) still to run
+def _time_left(todo, known, jobs=1) -> str: # todo: (study, name) still to run, so many at a time
     timed = [np.mean(known[n]) for _, n in todo if n in known]
     new = len(todo) - len(timed)
-    return (f"about {duration(sum(timed))} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
-def _work(todo, known, threads=None):
-    "Run experiments one after the other, and say how far it is."
-    if threads: torch.set_num_threads(threads)
-    for i, (study, name) in enumerate(todo):
-        print(f"[{i + 1}/{len(todo)}] seed {study.seed}: {name} begins; {_time_left(todo[i:], known)}", file=sys.stderr, flush=True)
-        known.setdefault(name, []).append(perform(study, name)["seconds"])
+    return (f"about {duration(sum(timed) / jobs)} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
 
-def _side_by_side(chains, known, jobs):
-    "A process a seed, so many at a time, sharing the processor's cores evenly."
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for done in [pool.submit(_work, chain, known, threads) for chain in chains if chain]: done.result()
+# %% ../nbs/10_cli.ipynb #65a982e0
+def _follow(parent: int):
+    "A helper process ends with the one that started it, however that one ended."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _run(study, name, threads: int) -> float: # seconds
+    torch.set_num_threads(threads)
+    return perform(study, name)["seconds"]
+
+def _work(todo, known, jobs=1):
+    "Run experiments, so many at a time, each when those that it starts from are there; say how far it is."
+    threads, waiting, running = max(1, torch.get_num_threads() // jobs), list(todo), {}
+    def begin(job):
+        left = _time_left([*running.values(), *waiting], known, jobs)
+        waiting.remove(job)
+        print(f"[{len(todo) - len(waiting)}/{len(todo)}] seed {job[0].seed}: {job[1]} begins; {left}", file=sys.stderr, flush=True)
+        return job
+    def ready(job): return not any((job[0], n) in [*waiting, *running.values()] for n in EXPERIMENTS[job[1]].needs)
+    if jobs == 1:
+        while waiting:
+            study, name = begin(waiting[0])
+            known.setdefault(name, []).append(_run(study, name, threads))
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_follow, initargs=(os.getpid(),)) as pool:
+        while waiting or running:
+            for job in [j for j in waiting if ready(j)][:jobs - len(running)]: running[pool.submit(_run, *begin(job), threads)] = job
+            for done in wait(running, return_when=FIRST_COMPLETED).done: known.setdefault(running.pop(done)[1], []).append(done.result())
 
 # %% ../nbs/10_cli.ipynb #bf7fea43
 def reproduce(args: argparse.Namespace) -> int:
@@ -259,12 +279,11 @@ def reproduce(args: argparse.Namespace) -> int:
             path = store.directory/f"{study.label}_{name}.json"
             if path.exists(): perform(study, name); known.setdefault(name, []).append(json.loads(path.read_text())["seconds"])
             else: todo.append((study, name))
-    say(f"{len(studies) * len(feeding(*asked, kind=studies[0].kind)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known)}")
+    say(f"{len(studies) * len(feeding(*asked, kind=studies[0].kind)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known, args.jobs)}")
     if args.dry_run:
         for study, name in todo: print(f"{study.label}  {name:18} {EXPERIMENTS[name].says}")
         return 0
-    if args.jobs == 1: _work(todo, known)
-    else: _side_by_side([[job for job in todo if job[0] is study] for study in studies], known, args.jobs)
+    _work(todo, known, args.jobs)
     show_results(read_results(store.directory, args.dataset, args.network), out, asked, shlex.join(["hessian-surgery", *args.argv]), args.json)
     return 0
 
@@ -375,7 +394,7 @@ def _add_reproduce(sub, wide):
     r.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of products in training")
     r.add_argument("--seed", type=int, default=0, help="the first seed: initial weights, order of batches, split of the test images")
     r.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds")
-    r.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds to run side by side, sharing the cores evenly")
+    r.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, sharing the cores evenly")
     r.add_argument("--data", metavar="DIR", help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data")
     r.add_argument("--held-back", type=int, nargs="+", metavar="N", help="training images a class that are kept from training to tune on, and all test images report; a second number: so many more to report on, and the test images apart, where they are of another kind; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, else 0")
     r.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR into --data")

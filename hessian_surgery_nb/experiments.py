@@ -184,8 +184,9 @@ def keep_beside(study: Study, name: str, model: nn.Module) -> nn.Module: # the s
 def model_of(study: Study, name: str) -> nn.Module:
     "The network that an experiment left. Made again if its weights are gone."
     path, stored = study.store.folder(f"{study.label}_{name}")/"weights.safetensors", perform(study, name)
-    if not path.exists() and beside(study, name).exists(): keep(study, path.parent, load_weights(build(study), beside(study, name)))
-    if not path.exists(): EXPERIMENTS[name].make(study, path.parent)
+    with study.store.alone(f"{study.label}_{name}"):
+        if not path.exists() and beside(study, name).exists(): keep(study, path.parent, load_weights(build(study), beside(study, name)))
+        if not path.exists(): EXPERIMENTS[name].make(study, path.parent)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     if digest != stored["results"]["weights"]:
         raise InputError(f"weights must be those of the stored run. {path} is {digest}, the run {study.label}_{name} had {stored['results']['weights']}: made on another machine or with another number of threads? "

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from . import __file__ as init_file
 from . import __version__
@@ -107,6 +108,10 @@ class RunStore:
         "Where a run may keep files."
         return out_dir(self.work/name)
 
+    def alone(self, name: str) -> FileLock:
+        "Held while a run, or what it left, is made; other processes wait. The system lets go of it when a process is killed."
+        return FileLock(self.folder(name)/"lock")
+
     def read(self, name: str, config: dict) -> dict | None:
         "A stored run, if there is one and it was asked for in the same way."
         path = self.directory/f"{name}.json"
@@ -123,8 +128,11 @@ class RunStore:
         stored = self.read(name, config)
         if stored is not None: return stored
         out_dir(self.directory)
-        start = time.perf_counter()
-        results = make(self.folder(name))
-        run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results)
-        write_atomic(self.directory/f"{name}.json", json_bytes(run))
+        with self.alone(name):
+            stored = self.read(name, config) # another process may have made it meanwhile
+            if stored is not None: return stored
+            start = time.perf_counter()
+            results = make(self.folder(name))
+            run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results)
+            write_atomic(self.directory/f"{name}.json", json_bytes(run))
         return json.loads(json_bytes(run))

@@ -110,13 +110,29 @@ def test_a_corrupt_image_is_named(place):
     assert p.returncode == 2 and "002.png is not" in p.stderr and "Traceback" not in p.stderr
 
 
-def test_seeds_side_by_side_give_the_same_numbers(place, whole):
+def helpers(of):
+    "The processes that a command began."
+    import psutil
+    return [c for c in psutil.Process(of).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
+
+
+def test_side_by_side_and_killed_it_ends_in_the_same_numbers(place, whole):
+    "Runs of one seed in two processes; when the command is killed its helpers end too, and two commands at once share the work."
+    import psutil
     out = place/"both"
-    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
-    p = subprocess.run([*COMMAND, "toys", "--table", "1", "--quick", "--tau", "0", "--seeds", "2", "--jobs", "2", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
-    assert p.returncode == 0, p.stderr
-    runs = numbers(out)
-    assert len(runs) == 2 and runs["toys_resnet20_s0_network.json"] == whole[2]["toys_resnet20_s0_network.json"]
+    p = start(place, out, "--jobs", "2")
+    assert any("surgery_gamma_p2 begins" in line for line in p.stderr)
+    until = time.monotonic() + 30
+    while len(under_way := helpers(p.pid)) < 2 and time.monotonic() < until: time.sleep(.01)
+    assert len(under_way) == 2
+    p.kill(); p.wait()
+    assert not psutil.wait_procs(under_way, timeout=20)[1]
+    assert len(list(out.glob("*.json"))) < len(whole[2])
+    two = [start(place, out, "--jobs", "2") for _ in range(2)]
+    for p in two:
+        _, errors = p.communicate(timeout=300)
+        assert p.returncode == 0, errors
+    assert numbers(out) == whole[2]
 
 
 def test_many_classes_hold_training_images_back(place):
