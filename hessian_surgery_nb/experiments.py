@@ -306,13 +306,17 @@ def linearisation(study: Study, folder: Path) -> dict:
     return dict(eps=eps, sweep=rows)
 
 # %% ../nbs/08a_experiments.ipynb #c43dda66
+@functools.lru_cache(1)
+def _looks(*data) -> dict: return {} # of all surgeries on the same data, in this process
+
 def _surgery(study: Study, folder: Path, start: str = "network", images: Samples | None = None, **settings) -> dict:
     net, s = model_of(study, start), study.splits
     images, eps = images or s.hessian, settings.pop("eps", None) or amplitude(study, net, images)
     config = SurgeryConfig(eps=None if eps == "own" else eps, tau=study.tau, scheme="forward", seed=study.seed, **settings)
     what = f"{config}{images.fingerprint}".encode()
     state = folder/f"state_{hashlib.sha256(what).hexdigest()[:8]}" # a run that was cut off goes on from its last iteration
-    r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, run_dir=state, progress=study.progress)
+    r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, run_dir=state,
+                looks=_looks(images.fingerprint, s.sensitivity.fingerprint), progress=study.progress)
     found = dict(r.to_dict(), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]))
     shutil.rmtree(state)
     return found

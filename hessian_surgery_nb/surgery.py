@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import numbers
@@ -316,11 +317,19 @@ class SurgeryOperation:
         if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
         self.num_spikes = config.num_spikes or C - 1
         self.p = choose_exponent(self.now.accuracy) if config.p == "auto" else config.p
-        self.control = self.pairs = self.first = None
+        self.control = self.pairs = self.first = self.looks = None
         self.fixed, self.over, self.drawn = False, False, 0 # keep the directions after a step; nothing is left to try; when directions were drawn
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
-    def draw(self, when: int): self.pairs, self.drawn = _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward), when
+    def draw(self, when: int): self.pairs, self.drawn = self.once("spikes", when, lambda: _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward)), when
+    def once(self, *what): # the last: makes it
+        "Made anew, unless an operation that shares `looks` made it at the same start."
+        *what, make = what
+        if self.looks is None or self.now is not self.start: return make()
+        c, weights = self.config, hashlib.sha256(weights_bytes(self.model)).digest()
+        key = (weights, c.directions, self.num_spikes, c.params, c.tol, c.seed, *c.product_options.values(), *what)
+        if key not in self.looks: self.looks[key] = make()
+        return self.looks[key]
     def params(self): return select_params(self.model, self.config.params)
     def weights(self): return copy.deepcopy(self.model.state_dict())
     def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
@@ -353,8 +362,8 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
     if self.control is None: S, passes = self.begin()
     probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
     if S is None or (S.eps, S.scheme, S.metric) != (probe, c.scheme, c.metric):
-        S = sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen,
-                               params=c.params, forward=self.forward, names=self.names)
+        S = self.once("S", probe, c.scheme, c.metric, lambda: sensitivity_matrix(
+            self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen, params=c.params, forward=self.forward, names=self.names))
         passes += S.num_passes
     self.first = self.first or (self.pairs, S)
     return S, matvecs, passes
@@ -410,6 +419,7 @@ def operate(
     check_overlap: bool = True, # compare the sets' images first
     run_dir=None, # keep the state there after every step; an interrupted run goes on
     stop=None, # called after every step; true ends the run there
+    looks: dict | None = None, # {}, the same for several operations on the same data: what one finds before its first step, the others need not look for
     progress: bool = True, # a bar
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
@@ -418,6 +428,7 @@ def operate(
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
+    op.looks = looks
     (before, labels, was), kept = op.reported(held_out), _State(op, run_dir)
     kept.load()
     for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress or team().rank > 0)):
