@@ -221,9 +221,9 @@ def _scale(args) -> Scale:
     return Scale(**quick | chosen) if args.quick else Scale(precision=args.precision, **chosen)
 
 def _time_left(todo, known, jobs=1) -> str: # todo: (study, name) still to run, so many at a time
-    timed = [np.mean(known[n]) for _, n in todo if n in known]
-    new = len(todo) - len(timed)
-    return (f"about {duration(sum(timed) / jobs)} left" if timed else "time left not known yet") + (f", and {new} run{'s' if new > 1 else ''} of a kind not timed yet" if new and timed else "")
+    if not known: return "time left not known yet"
+    typical, new = np.mean([t for times in known.values() for t in times]), sum(n not in known for _, n in todo)
+    return f"about {duration(sum(np.mean(known.get(n, typical)) for _, n in todo) / jobs)} left" + (f", {new} of {len(todo)} runs guessed from the others" if new else "")
 
 # %% ../nbs/10_cli.ipynb #65a982e0
 def _follow(parent: int):

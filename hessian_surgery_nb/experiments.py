@@ -39,10 +39,10 @@ from .train import ClassReport, FocalLoss, class_report_of, effective_number_los
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'CALM', 'STARTS', 'BOXED', 'ABLATION', 'Scale',
            'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'beside', 'keep_beside', 'model_of',
            'measured', 'on_others', 'network', 'curved_images', 'curvature', 'structure', 'spectrum', 'batch_stability',
-           'walk', 'amplitude', 'first_look', 'sensitivity', 'linearisation', 'first_order', 'figures', 'asked_forward',
-           'played', 'limits', 'lever', 'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes',
-           'deflated', 'deflated_smooth', 'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start',
-           'ablation', 'feeding']
+           'walk', 'amplitude', 'first_look', 'sensitivity', 'linearisation', 'first_order', 'figures', 'ends',
+           'asked_forward', 'played', 'limits', 'limits_batch', 'lever', 'front_steps', 'front_biases', 'focal',
+           'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'asked_calmly', 'calmed', 'few_of',
+           'noise', 'focal_start', 'balanced_start', 'ablation', 'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -344,6 +344,9 @@ def figures(j: LogitJacobian, alpha) -> dict: # predicted, for JSON
     r = ClassReport(j.accuracy(alpha), torch.bincount(j.labels), (), "")
     return dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
 
+def ends(sens: LogitJacobian, held: LogitJacobian, alpha=torch.zeros(1, dtype=torch.float64)) -> dict: # predicted on both sets, for JSON; the default: where it starts
+    return dict(sensitivity=figures(sens, alpha), held_out=figures(held, alpha))
+
 def asked_forward(m: LogitJacobian, alpha, eps: float, solve) -> torch.Tensor: # alpha (K,)
     "The next step from S by forward differences, as Algorithm 2 takes it."
     now = m.accuracy(alpha)
@@ -378,9 +381,21 @@ def limits(study: Study, folder: Path, sweep) -> dict:
     for setting in varied:
         setting["spikes"] = min(setting["spikes"], 2 * K)
         alpha = played(sens, SurgeryConfig(eps=eps * setting["amplitude"], num_spikes=setting["spikes"], **{k: v for k, v in setting.items() if k not in ("amplitude", "spikes")}))
-        rows.append(dict(setting=setting, moved=alpha.norm().item(), sensitivity=figures(sens, alpha), held_out=figures(held, alpha)))
-    nothing = torch.zeros(1, dtype=torch.float64)
-    return dict(eps=eps, start=dict(sensitivity=figures(sens, nothing), held_out=figures(held, nothing)), rows=rows)
+        rows.append(dict(setting=setting, moved=alpha.norm().item(), **ends(sens, held, alpha)))
+    return dict(eps=eps, start=ends(sens, held), rows=rows)
+
+@experiment("Table 8", settings=lambda s: dict(iterations=s.scale.iterations, tau=s.tau), images=(32, 512, 2048))
+def limits_batch(study: Study, folder: Path, images) -> dict:
+    "The loop played along the spikes of smaller and larger batches, each with the amplitude that goes with its largest eigenvalue."
+    net, s, K, rows = model_of(study, "network"), study.splits, len(study.splits.train.classes) - 1, []
+    order = torch.randperm(len(s.train), generator=torch.Generator().manual_seed(study.seed))
+    for n in dict.fromkeys(min(n, len(order)) for n in images):
+        pairs = top_eigenpairs(curvature(study, net, s.train[order[:n]]), K, tol=1e-2, seed=study.seed)
+        eps = paper_amplitude(pairs.values[0].item())
+        sens, held = (first_order(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
+        alpha = played(sens, SurgeryConfig(eps=eps, num_spikes=K, p=2., tau=study.tau, iterations=study.scale.iterations))
+        rows.append(dict(images=n, eps=eps, moved=alpha.norm().item(), **ends(sens, held, alpha)))
+    return dict(start=ends(sens, held), rows=rows)
 
 # %% ../nbs/08a_experiments.ipynb #37cde996
 LEVERS = dict(more="three times as many spikes", cross="class means, wrong labels apart, three times as many", margins="gradients of soft class accuracies over training images",
@@ -564,7 +579,7 @@ def noise(study: Study, folder: Path, spikes, images, slack) -> dict:
     plans = dict.fromkeys([(min(k, K), each) for k in spikes] + [(K, min(n, each)) for n in (*images, each)])
     for (k, n), how in itertools.product(plans, (*CALM, "solved", "cross_fitted")):
         alpha = calmed(few_of(sens, n, study.seed).first(k), how, c, slack)
-        rows.append(dict(how=how, spikes=k, images=n, moved=alpha.norm().item(), sensitivity=figures(sens, alpha), held_out=figures(held, alpha)))
+        rows.append(dict(how=how, spikes=k, images=n, moved=alpha.norm().item(), **ends(sens, held, alpha)))
         if (k, n) != (K, each): continue
         z, y = predict(net, study.batches(s.held_out), state=moved_state(select_params(net), pairs.vectors @ alpha.to(pairs.vectors)))
         rows[-1] |= dict(true=report_dict(class_report_of(z, y, s.train.classes)), correct=pack_bits(z.argmax(1) == y))

@@ -184,7 +184,7 @@ def table_6(r: Results):
     for within in ("bulk", "spikes", "anywhere"):
         w = [run[within] for run in r.of("walk")]
         mean = lambda run, i: 100 * float(np.dot(run["accuracy"][i], run["counts"]) / np.sum(run["counts"]))
-        rows.append({"walk": within, "length": w[0]["displacement"][-1], "loss, start": over([x["loss"][0] for x in w], 4), "loss, end": over([x["loss"][-1] for x in w], 4),
+        rows.append({"walk": within, "length": w[0]["displacement"][-1], "loss, start": over([x["loss"][0] for x in w], 4), "loss, end": over([x["loss"][-1] for x in w], 4 if max(x["loss"][-1] for x in w) < 100 else 0),
                      "global, start (%)": over([mean(x, 0) for x in w], 2), "global, end (%)": over([mean(x, -1) for x in w], 2), "lambda_1, start": over([x["lambda_1"][0] for x in w]),
                      "lambda_1, end": over([x["lambda_1"][-1] for x in w]), "overlap with spikes": max(max(x["overlap"]) for x in w), "cosine": over([x["cosine"][-1] for x in w], 4),
                      "largest class change (pp)": over([100 * x["largest_change"] for x in w]), "in standard errors": over([x["change_in_noise"] for x in w])})
@@ -324,13 +324,17 @@ def limits_frame(r: Results):
     "The loop played on linearised logits, one setting varied at a time: held-out change of global accuracy and of sigma."
     import pandas as pd
     runs, rows = r.of("limits"), []
+    def add(setting, found, starts): # one of each run
+        pick = [(row["held_out"], run["start"]["held_out"]) for row, run in zip(found, starts)]
+        rows.append({"setting": setting, "seeds": len(pick), "global (pp)": over([a["global_percent"] - b["global_percent"] for a, b in pick], 2),
+                     "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2), "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick])})
     base = runs[0]["rows"][0]["setting"] | dict(amplitude=1., p=2.)
     for i, row in enumerate(runs[0]["rows"]):
         odd = {k: v for k, v in row["setting"].items() if v != base[k]}
         if len(odd) > 1 or odd and "iterations" in odd: continue
-        pick = [(run["rows"][i]["held_out"], run["start"]["held_out"]) for run in runs]
-        rows.append({"setting": ", ".join(f"{k} = {'the mean' if k == 'tau' and v is None else v}" for k, v in odd.items()) or "the paper's", "global (pp)": over([a["global_percent"] - b["global_percent"] for a, b in pick], 2),
-                     "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2), "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick])})
+        add(", ".join(f"{k} = {'the mean' if k == 'tau' and v is None else v}" for k, v in odd.items()) or "the paper's", [run["rows"][i] for run in runs], runs)
+    batches = r.of("limits_batch")
+    for i, row in enumerate(batches[0]["rows"] if batches else ()): add(f"spikes of {row['images']} images", [run["rows"][i] for run in batches], batches)
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
 
 # %% ../nbs/09_paper.ipynb #338b0adb

@@ -202,7 +202,7 @@ def plot_density(
     ax.plot(u, phi.clamp(min=floor), color=COLOURS["blue"], lw=1.2, label="estimate")
     if len(sd.nodes) > 1: ax.fill_between(u, (phi - 2 * err).clamp(min=floor), (phi + 2 * err).clamp(min=floor), color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
     if spikes is not None and len(spikes):
-        ax.plot(to(torch.as_tensor(spikes)).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spikes (Lanczos)", clip_on=False)
+        ax.plot(to(torch.as_tensor(spikes)).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spike{'s' if len(spikes) > 1 else ''} (Lanczos)", clip_on=False)
     if log:
         powers = [p for p in range(-12, 13) if decades_from < .9 * 10. ** p]
         ticks = [(sign * 10. ** p) for p in powers for sign in (-1, 1) if lo - .5 <= to(sign * 10. ** p) <= hi + .5] + [0.]
