@@ -78,6 +78,8 @@ class Results:
         return any("pixels" in run["config"] for seeds in self.runs.values() for run in seeds.values())
     def seeds(self, *names) -> list[int]: # that have all of these experiments
         return sorted(set.intersection(*(set(self.runs.get(n, {})) for n in names)))
+    def only(self, seeds) -> Results: # of what has been run with some of them
+        return Results(self.label, {n: kept for n, runs in self.runs.items() if (kept := {s: run for s, run in runs.items() if s in seeds})})
     def of(self, name, *others) -> list[dict]: # results of an experiment, for the seeds that have the others too
         return [self.runs[name][s]["results"] for s in self.seeds(name, *others)]
     def __repr__(self): return f"Results({self.label}: {', '.join(f'{n} x {len(r)}' for n, r in self.runs.items())})"
