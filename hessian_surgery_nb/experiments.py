@@ -307,7 +307,7 @@ def linearisation(study: Study, folder: Path) -> dict:
 
 # %% ../nbs/08a_experiments.ipynb #c43dda66
 @functools.lru_cache(1)
-def _looks(*data) -> dict: return {} # of all surgeries on the same data, in this process
+def _looks(*of) -> dict: return {} # of the surgeries from one start along one kind of directions, in this process; only the last is kept, since directions are large
 
 def _surgery(study: Study, folder: Path, start: str = "network", images: Samples | None = None, **settings) -> dict:
     net, s = model_of(study, start), study.splits
@@ -316,7 +316,7 @@ def _surgery(study: Study, folder: Path, start: str = "network", images: Samples
     what = f"{config}{images.fingerprint}".encode()
     state = folder/f"state_{hashlib.sha256(what).hexdigest()[:8]}" # a run that was cut off goes on from its last iteration
     r = operate(net, nn.CrossEntropyLoss(), images.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), config=config, names=s.train.classes, run_dir=state,
-                looks=_looks(images.fingerprint, s.sensitivity.fingerprint), progress=study.progress)
+                looks=_looks(study.label, start, config.directions, images.fingerprint, s.sensitivity.fingerprint), progress=study.progress)
     found = dict(r.to_dict(), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]))
     shutil.rmtree(state)
     return found

@@ -321,15 +321,6 @@ class SurgeryOperation:
         self.fixed, self.over, self.drawn = False, False, 0 # keep the directions after a step; nothing is left to try; when directions were drawn
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
-    def draw(self, when: int): self.pairs, self.drawn = self.once("spikes", when, lambda: _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward)), when
-    def once(self, *what): # the last: makes it
-        "Made anew, unless an operation that shares `looks` made it at the same start."
-        *what, make = what
-        if self.looks is None or self.now is not self.start: return make()
-        c, weights = self.config, hashlib.sha256(weights_bytes(self.model)).digest()
-        key = (weights, c.directions, self.num_spikes, c.params, c.tol, c.seed, *c.product_options.values(), *what)
-        if key not in self.looks: self.looks[key] = make()
-        return self.looks[key]
     def params(self): return select_params(self.model, self.config.params)
     def weights(self): return copy.deepcopy(self.model.state_dict())
     def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
@@ -354,6 +345,20 @@ class SurgeryOperation:
 
 # %% ../nbs/05_surgery.ipynb #a222c12a
 @patch
+def once(self: SurgeryOperation, make, *what): # what: tells it from other things that are made along the same directions
+    "Make something, unless an operation that shares `looks` made it at the same start."
+    if self.looks is None or self.now is not self.start: return make()
+    c, weights = self.config, hashlib.sha256(weights_bytes(self.model)).digest()
+    key = (weights, c.directions, self.num_spikes, c.params, c.tol, c.seed, *c.product_options.values(), *what)
+    if key not in self.looks: self.looks[key] = make()
+    return self.looks[key]
+
+@patch
+def draw(self: SurgeryOperation, when: int):
+    def found(): return _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward)
+    self.pairs, self.drawn = self.once(found, "directions", when), when
+
+@patch
 def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
     c, matvecs, passes, S = self.config, 0, 0, None
     if self.pairs is None:
@@ -362,8 +367,8 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
     if self.control is None: S, passes = self.begin()
     probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
     if S is None or (S.eps, S.scheme, S.metric) != (probe, c.scheme, c.metric):
-        S = self.once("S", probe, c.scheme, c.metric, lambda: sensitivity_matrix(
-            self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen, params=c.params, forward=self.forward, names=self.names))
+        def measured(): return sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen, params=c.params, forward=self.forward, names=self.names)
+        S = self.once(measured, "sensitivity", probe, c.scheme, c.metric)
         passes += S.num_passes
     self.first = self.first or (self.pairs, S)
     return S, matvecs, passes
@@ -419,7 +424,7 @@ def operate(
     check_overlap: bool = True, # compare the sets' images first
     run_dir=None, # keep the state there after every step; an interrupted run goes on
     stop=None, # called after every step; true ends the run there
-    looks: dict | None = None, # {}, the same for several operations on the same data: what one finds before its first step, the others need not look for
+    looks: dict | None = None, # {}, the same for several operations with the same data, loss and forward: what one finds before its first step, the others need not look for
     progress: bool = True, # a bar
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."

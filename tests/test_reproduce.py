@@ -110,6 +110,15 @@ def test_a_corrupt_image_is_named(place):
     assert p.returncode == 2 and "002.png is not" in p.stderr and "Traceback" not in p.stderr
 
 
+def test_seeds_side_by_side_give_the_same_numbers(place, whole):
+    out = place/"seeds"
+    env = os.environ | dict(HESSIAN_SURGERY_CACHE=str(place/"cache"), HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1")
+    p = subprocess.run([*COMMAND, "toys", "--table", "1", "--quick", "--tau", "0", "--seeds", "2", "--jobs", "2", "--out", str(out)], env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    runs = numbers(out)
+    assert len(runs) == 2 and runs["toys_resnet20_s0_network.json"] == whole[2]["toys_resnet20_s0_network.json"]
+
+
 def helpers(of):
     "The processes that a command began."
     import psutil
