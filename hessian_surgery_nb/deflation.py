@@ -50,7 +50,7 @@ class DeflatedOperator:
     def num_matvecs(self) -> int: return self.op.num_matvecs
     def project(self, v: torch.Tensor) -> torch.Tensor: # changed in place
         "What of a vector lies outside the basis."
-        if len(self.rows): orthogonalise(v, self.rows)
+        if len(self.rows): orthogonalise(v, self.rows, near=slice(0) if self.rows.dtype == self.dtype else None) # slice(0): once
         return v
     def __matmul__(self, v: torch.Tensor): # (n,) or (n, k)
         if v.ndim == 2: return torch.stack([self @ column for column in v.T], 1)
@@ -118,12 +118,12 @@ def check_phases(phases, n: int) -> tuple[int, ...]:
 
 # %% ../nbs/06_deflation.ipynb #131ec31c
 def phase_amplitude(
-    eps: float, # of the first phase
-    first: float, now: float, # the largest eigenvalue of the first phase and of this one
+    eps: float, # of an earlier phase
+    then: float, now: float, # the largest eigenvalue of that phase and of this one
 ) -> float:
     "Eq. (10)."
-    if not (eps > 0 and first > 0 and now > 0): raise InputError(f"amplitudes need a positive eps and positive eigenvalues. Got {eps}, {first} and {now}; ask for fewer spikes.")
-    return eps * math.sqrt(first / now)
+    if not (eps > 0 and then > 0 and now > 0): raise InputError(f"amplitudes need a positive eps and positive eigenvalues. Got {eps}, {then} and {now}; ask for fewer spikes.")
+    return eps * math.sqrt(then / now)
 
 # %% ../nbs/06_deflation.ipynb #d7e542ed
 @dataclass(frozen=True)
@@ -189,15 +189,15 @@ class _Phases:
 def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     "Directions and amplitude of the next phase, handed to the operation."
     op, c = state.op, state.op.config
-    H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward)
+    H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options)
     op.pairs, op.fixed, eps, past = top_eigenpairs(DeflatedOperator(H, state.kept.vectors), size, tol=c.tol, seed=c.seed), True, c.eps, state.records
-    if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
+    if past: eps = phase_amplitude(past[-1].steps[-1].eps_next, past[-1].largest, op.pairs.values[0].item())
     elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
     op.control = amplitude_control(c, eps, op.now.sigma)
     return eps
 
 def _end_phase(state: _Phases, eps: float, steps):
-    "Back to the best weights so far; the directions join those before; all is written down."
+    "Back to the best weights so far; the directions join those before."
     op, pairs = state.op, state.op.pairs
     op.model.load_state_dict(op.best[1])
     op.now, op.seen = op.measure(op.data)
@@ -205,7 +205,7 @@ def _end_phase(state: _Phases, eps: float, steps):
     held = None if state.held_out is None else op.measure(state.held_out, "held_out")[0]
     state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(pairs.converged.all()), pairs.num_matvecs,
                                      op.now.sigma, op.now.overall, held and held.sigma, held and held.overall, tuple(steps)))
-    state.save()
+    op.pairs = op.first = None # large, and in the store by now
 
 # %% ../nbs/06_deflation.ipynb #658c3067
 def deflated_operate(
@@ -218,7 +218,7 @@ def deflated_operate(
     names=None, forward=None, check_overlap: bool = True, # as for `operate`
     basis_dtype: torch.dtype | None = None, # in which directions are kept; torch.bfloat16 halves the memory
     run_dir=None, # keep directions and state there; an interrupted run goes on after its last complete phase
-    after_phase=None, # called with each PhaseRecord
+    after_phase=None, # called with each PhaseRecord and the network as it is then, before the phase is written down
     progress: bool = True,
 ) -> DeflatedResult:
     "Sequential surgery over many spikes (section 8.2). Each phase ends at the best weights so far (choice)."
@@ -235,7 +235,8 @@ def deflated_operate(
         for _ in range(config.iterations):
             if not op.iterate(): break
         _end_phase(state, eps, op.history[first:])
-        if after_phase: after_phase(state.records[-1])
+        if after_phase: after_phase(state.records[-1], op.model)
+        state.save()
         bar.set_postfix_str(f"{state.kept.count} spikes, sigma {100 * op.now.sigma:.2f} pp")
     after, _, now = op.reported(held_out)
     return DeflatedResult(op.model, before, after, op.start, op.now, state.records, labels, (was, now))

@@ -21,7 +21,7 @@ from torch import nn
 from .baselines import class_accuracies, post_hoc
 from .class_structure import class_subspace, subspace_overlap
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
-from .deflation import agreed, decile_frame, deflated_operate, left_out, shrunk
+from .deflation import agreed, decile_frame, deflated_eigenpairs, deflated_operate, left_out, shrunk
 from .effective_rank import look_at
 from .hvp import HessianOperator, InputError, select_params
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
@@ -32,17 +32,18 @@ from .runs import RunStore, pack_bits
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state, sensitivity_matrix
 from .slq import spectral_density
 from .spike_validation import bulk_walk, count_spikes, stability
-from .surgery import SurgeryConfig, amplitude_control, choose_exponent, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
+from .surgery import SurgeryConfig, amplitude_control, change_errors, judge, operate, paper_amplitude, report_dict, report_dicts, solve_coefficients
 from .train import ClassReport, FocalLoss, class_report_of, effective_number_loss, predict, train
 
 # %% auto #0
-__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'CALM', 'STARTS', 'BOXED', 'ABLATION', 'Scale',
-           'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'beside', 'keep_beside', 'model_of',
-           'measured', 'on_others', 'network', 'curved_images', 'curvature', 'structure', 'spectrum', 'batch_stability',
-           'walk', 'amplitude', 'first_look', 'sensitivity', 'linearisation', 'first_order', 'figures', 'ends',
-           'asked_forward', 'played', 'limits', 'limits_batch', 'lever', 'front_steps', 'front_biases', 'focal',
-           'balanced', 'rivals', 'phase_sizes', 'deflated', 'deflated_smooth', 'asked_calmly', 'calmed', 'few_of',
-           'noise', 'focal_start', 'balanced_start', 'ablation', 'feeding']
+__all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'FEW', 'TRACE', 'CALM', 'STARTS', 'BOXED',
+           'ABLATION', 'Scale', 'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'beside',
+           'keep_beside', 'model_of', 'measured', 'briefly', 'on_others', 'network', 'curved_images', 'curvature',
+           'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
+           'linearisation', 'first_order', 'figures', 'ends', 'asked_forward', 'played', 'limits', 'limits_batch',
+           'lever', 'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated',
+           'deflated_smooth', 'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start', 'ablation',
+           'feeding']
 
 # %% ../nbs/08a_experiments.ipynb #1ac72478
 @dataclass(frozen=True)
@@ -202,6 +203,16 @@ def measured(study: Study, model: nn.Module) -> dict:
         out[on] = report_dict(class_report_of(z, y, s.train.classes, on))
     return out | dict(correct=pack_bits(z.argmax(1) == y)) | on_others(study, model)
 
+def briefly(study: Study, model: nn.Module, state=None) -> dict: # state: other weights for it
+    "Spread and accuracy on every set, and which of its images are right."
+    s, out, right = study.splits, {}, {}
+    for on, part in dict(sensitivity=s.sensitivity, held_out=s.held_out, other=s.other).items():
+        if part is None: continue
+        z, y = predict(model, study.batches(part), state=state)
+        r, right[on] = class_report_of(z, y, part.classes, on), pack_bits(z.argmax(1) == y)
+        out[on] = dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
+    return dict(out, correct=right)
+
 def on_others(study: Study, model: nn.Module) -> dict:
     "What the model does on images of another kind; nothing where there are none."
     if (other := study.splits.other) is None: return {}
@@ -360,7 +371,7 @@ def played(m: LogitJacobian, c: SurgeryConfig, ask=asked_forward) -> torch.Tenso
     for _ in range(c.iterations):
         step = ask(m, alpha, control.eps, lambda S: solve_coefficients(S, now, control.eps, p=c.p, tau=c.tau, max_drop=c.max_drop))
         after = m.accuracy(alpha + step)
-        accepted, gain, _ = judge(now, after, c)
+        accepted, gain, _ = judge(now, after, c, change_errors((m.at(alpha), m.labels), (m.at(alpha + step), m.labels)))
         control.update(after.std(correction=0).item(), gain, accepted)
         if not accepted: continue
         alpha, now = alpha + step, after
@@ -528,13 +539,17 @@ def phase_sizes(spikes: int, each: int) -> tuple[int, ...]: return (each,) * (sp
 
 def _deflated(study: Study, folder: Path, metric: str) -> dict:
     net, s = model_of(study, "network"), study.splits
-    config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), p="auto", tau=study.tau, scheme="forward", metric=metric, seed=study.seed)
+    config = SurgeryConfig(iterations=study.scale.phase_iterations, eps=amplitude(study, net), tau=study.tau, scheme="forward", metric=metric, seed=study.seed, **FEW)
+    def left(phase): return folder/f"phase{phase}.safetensors" # its weights
     r = deflated_operate(net, nn.CrossEntropyLoss(), s.hessian.pair, study.batches(s.sensitivity), held_out=study.batches(s.held_out), phases=phase_sizes(len(s.train.classes) - 1, study.scale.phase), config=config,
-                         names=s.train.classes, run_dir=folder/"phases", progress=study.progress)
-    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]), **on_others(study, r.model),
-                phases=[{k: v for k, v in asdict(p).items() if k != "steps"} | dict(passes=sum(t.passes for t in p.steps)) for p in r.phases], deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"))
+                         names=s.train.classes, run_dir=folder/"phases", after_phase=lambda record, model: write_atomic(left(record.phase), weights_bytes(model)), progress=study.progress)
+    phases = [{k: v for k, v in asdict(p).items() if k != "steps"} | dict(steps=[{k: getattr(t, k) for k in TRACE} for t in p.steps], measured=briefly(study, load_weights(build(study), left(p.phase)).eval())) for p in r.phases]
+    shutil.rmtree(folder/"phases")
+    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]), **on_others(study, r.model), phases=phases, deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"))
 
-def _phases_settings(s: Study): return dict(phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau)
+FEW = dict(p=2., rollback_errors=2.) # where a class has a few dozen images; p as in Table 4
+TRACE = "accepted", "eps", "eps_next", "sigma", "overall", "largest_drop", "predicted_sigma", "moved", "passes"
+def _phases_settings(s: Study): return dict(FEW, phase=s.scale.phase, iterations=s.scale.phase_iterations, tau=s.tau)
 
 @experiment("Table 10", "Table 11", "Table 12", "Figure 3", on=("many",), settings=_phases_settings)
 def deflated(study: Study, folder: Path) -> dict:
@@ -555,12 +570,11 @@ def asked_calmly(m: LogitJacobian, alpha, eps: float, solve, *, calm=None, metri
     if calm is agreed: return agreed(S, solve)
     return solve(calm(S) if calm else S)
 
-def calmed(m: LogitJacobian, how: str, c: SurgeryConfig, slack: float) -> torch.Tensor: # alpha (K,)
-    "Where one way of dealing with noise ends: the loop, or the solver at a price."
-    if how in CALM: return played(m, c, functools.partial(asked_calmly, **CALM[how]))
-    radius = half_unit(m)
-    alpha = best_step(m, slack, radius)
-    return alpha if how == "solved" else cross_fitted(m, alpha, slack, radius, seed=c.seed).alpha
+def calmed(m: LogitJacobian, c: SurgeryConfig, slack: float) -> dict[str, torch.Tensor]: # name -> alpha (K,)
+    "Where each way of dealing with noise ends: the loop, or the solver at a price."
+    loops, radius = {how: played(m, c, functools.partial(asked_calmly, **CALM[how])) for how in CALM}, half_unit(m)
+    whole = best_step(m, slack, radius)
+    return dict(loops, solved=whole, cross_fitted=cross_fitted(m, whole, slack, radius, seed=c.seed).alpha)
 
 def few_of(m: LogitJacobian, n: int, seed: int = 0) -> LogitJacobian: # n images of every class
     "Fewer images, drawn by seed."
@@ -568,22 +582,21 @@ def few_of(m: LogitJacobian, n: int, seed: int = 0) -> LogitJacobian: # n images
     rows = torch.cat([r[torch.randperm(len(r), generator=g)[:n]] for r in ((y == c).nonzero().flatten() for c in range(m.logits.shape[1]))])
     return m if len(rows) == len(y) else m[rows.sort().values.to(m.labels.device)]
 
-@experiment("Table 12", on=("many",), settings=lambda s: dict(iterations=s.scale.iterations, tau=s.tau), spikes=(5, 15, 30, 45, 60, 75, 99), images=(10, 20, 30, 40, 50), slack=.005)
+@experiment("Table 12", on=("many",), settings=lambda s: dict(FEW, iterations=s.scale.iterations, tau=s.tau), spikes=(5, 15, 30, 60, 99), images=(10, 25, 50), slack=.005)
 def noise(study: Study, folder: Path, spikes, images, slack) -> dict:
-    "Surgery played on linearised logits with more and more spikes, and more and more images, each with its noise dealt with in seven ways."
+    "Surgery played on linearised logits with more and more spikes, and more and more images, its noise dealt with in seven ways; each end is moved to and measured."
     net, s, K = model_of(study, "network"), study.splits, len(study.splits.train.classes) - 1
-    eps, pairs = amplitude(study, net), top_eigenpairs(curvature(study, net), K, tol=1e-2, seed=study.seed)
-    sens, held = (first_order(net, pairs, study.batches(part), .2 * eps, study.progress) for part in (s.sensitivity, s.held_out))
-    c = SurgeryConfig(eps=eps, iterations=study.scale.iterations, p=choose_exponent(sens.accuracy(torch.zeros(K))), tau=study.tau, seed=study.seed)
+    eps, (pairs, _) = amplitude(study, net), deflated_eigenpairs(curvature(study, net), phase_sizes(K, study.scale.phase), tol=1e-2, seed=study.seed, progress=study.progress) # the last are a hundredth of the first
+    sens = first_order(net, pairs, study.batches(s.sensitivity), .2 * eps, study.progress)
+    c = SurgeryConfig(eps=eps, iterations=study.scale.iterations, tau=study.tau, seed=study.seed, **FEW)
     each, rows = int(torch.bincount(sens.labels).min()), []
     plans = dict.fromkeys([(min(k, K), each) for k in spikes] + [(K, min(n, each)) for n in (*images, each)])
-    for (k, n), how in itertools.product(plans, (*CALM, "solved", "cross_fitted")):
-        alpha = calmed(few_of(sens, n, study.seed).first(k), how, c, slack)
-        rows.append(dict(how=how, spikes=k, images=n, moved=alpha.norm().item(), **ends(sens, held, alpha)))
-        if (k, n) != (K, each): continue
-        z, y = predict(net, study.batches(s.held_out), state=moved_state(select_params(net), pairs.vectors @ alpha.to(pairs.vectors)))
-        rows[-1] |= dict(true=report_dict(class_report_of(z, y, s.train.classes)), correct=pack_bits(z.argmax(1) == y))
-    return dict(eps=eps, p=c.p, values=pairs.values.tolist(), start=measured(study, net), rows=rows)
+    for k, n in plans:
+        for how, alpha in calmed(few := few_of(sens, n, study.seed).first(k), c, slack).items():
+            m = briefly(study, net, moved_state(select_params(net), pairs.vectors[:, :k] @ alpha.to(pairs.vectors)))
+            rows.append(dict(m, how=how, spikes=k, images=n, moved=alpha.norm().item(), tuned_on=figures(few, alpha), predicted=figures(sens, alpha), correct=m["correct"]["held_out"]))
+    clear = {metric: (S.matrix.norm(dim=0) / S.noise.norm(dim=0)).tolist() for metric in ("accuracy", "probability") for S in [sens.sensitivity(eps, metric=metric)]}
+    return dict(eps=eps, values=pairs.values.tolist(), signal_to_noise=clear, start=briefly(study, net), rows=rows)
 
 # %% ../nbs/08a_experiments.ipynb #79282c6f
 STARTS = dict(lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4)

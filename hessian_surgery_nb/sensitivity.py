@@ -22,8 +22,8 @@ from .ranks import team
 from .train import class_means, predict
 
 # %% auto #0
-__all__ = ['moved_state', 'Sensitivity', 'sensitivity_matrix', 'plot_sensitivity', 'LogitJacobian', 'logit_jacobian',
-           'keep_jacobian', 'kept_jacobian']
+__all__ = ['moved_state', 'Sensitivity', 'paired_noise', 'sensitivity_matrix', 'plot_sensitivity', 'LogitJacobian',
+           'logit_jacobian', 'keep_jacobian', 'kept_jacobian']
 
 # %% ../nbs/04_sensitivity.ipynb #bbaa0240
 def moved_state(
@@ -62,7 +62,11 @@ def _scores(z: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor: # (N
     if metric == "accuracy": return (z.argmax(1) == y).double()
     return z.double().softmax(1).gather(1, y[:, None])[:, 0]
 
-def _paired_noise(D: torch.Tensor, y: torch.Tensor, C: int) -> torch.Tensor: # (N, K) -> (C, K)
+def paired_noise(
+    D: torch.Tensor, # (N, K) change of each image's score
+    y: torch.Tensor, C: int, # (N,) labels, and how many classes there are
+) -> torch.Tensor: # (C, K)
+    "Standard error of the mean change of each class; at least that of one image."
     n = torch.bincount(y, minlength=C)[:, None].double()
     var = (class_means(D**2, y, C) - class_means(D, y, C) ** 2).clamp(min=0)
     return torch.maximum(var / (n - 1).clamp(min=1), (var == 0) / n**2).sqrt()
@@ -99,7 +103,7 @@ def sensitivity_matrix(
         minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
-    S, noise, n = class_means(D, y, C) / width, _paired_noise(D, y, C) / width, torch.bincount(y, minlength=C)
+    S, noise, n = class_means(D, y, C) / width, paired_noise(D, y, C) / width, torch.bincount(y, minlength=C)
     passes = (centre is None) + V.shape[1] * (2 if scheme == "central" else 1)
     return Sensitivity(S.cpu(), noise.cpu(), accuracy.cpu(), n.cpu(), eps, scheme, metric, passes, (D / width).float().cpu(), y.cpu())
 
@@ -173,7 +177,7 @@ class LogitJacobian:
         "The paper's S for any step, predicted: no pass."
         y, C, n = self.labels, self.logits.shape[1], torch.bincount(self.labels, minlength=self.logits.shape[1])
         D = torch.stack([_scores(self.along(k, eps), y, metric) - _scores(self.along(k, -eps), y, metric) for k in range(len(self))], 1)
-        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (_paired_noise(D, y, C) / (2 * eps)).cpu(), class_means(self.logits.argmax(1) == y, y, C).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
+        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (paired_noise(D, y, C) / (2 * eps)).cpu(), class_means(self.logits.argmax(1) == y, y, C).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #61614b97
 def logit_jacobian(

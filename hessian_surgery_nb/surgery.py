@@ -26,14 +26,14 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .models import named_part, read_tensors, weights_bytes, write_atomic, write_tensors
 from .ranks import team
 from .runs import check_out, json_bytes, out_dir
-from .sensitivity import Sensitivity, moved_state, sensitivity_matrix
+from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
 from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
            'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
-           'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate', 'as_steps',
-           'plot_before_after', 'plot_history', 'report_dict', 'report_dicts']
+           'change_errors', 'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
+           'as_steps', 'plot_before_after', 'plot_history', 'report_dict', 'report_dicts']
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -175,6 +175,7 @@ class SurgeryConfig:
     schedule: str = "gamma" # amplitude: "gamma" (Table 5, the paper's main run) or "adam" (eq. 7)
     rollback_sigma: float = .005 # turn back when sigma rose by more: 0.5 pp
     rollback_drop: float = .07 # or when a class fell by more: 7 pp
+    rollback_errors: float = 0. # and by so many standard errors more (choice); 2 suits a few dozen images a class
     scheme: str = "central" # of the sensitivity matrix
     metric: str = "accuracy" # or "probability"
     directions: str = "spikes" # or "class_means": averaged gradients in their place, no Lanczos run; the sceptic's controls: "gradients" of the loss over single classes, "random": a subspace of the same dimension
@@ -190,7 +191,7 @@ class SurgeryConfig:
 # %% ../nbs/05_surgery.ipynb #681b2e3c
 def check_config(c: SurgeryConfig):
     "Refuse settings that make no sense."
-    for name in ("iterations", "num_spikes", "seed", "eps", "probe_eps", "tau", "max_drop", "rollback_sigma", "rollback_drop", "tol"):
+    for name in ("iterations", "num_spikes", "seed", "eps", "probe_eps", "tau", "max_drop", "rollback_sigma", "rollback_drop", "rollback_errors", "tol"):
         kind, v = (int, "a whole number") if name in ("iterations", "num_spikes", "seed") else (numbers.Real, "a number"), getattr(c, name)
         if v is not None and (not isinstance(v, kind[0]) or isinstance(v, bool)): raise InputError(f"{name} must be {kind[1]}. Got {v!r}.")
     rules = [("iterations", c.iterations >= 1, "at least 1"), ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
@@ -199,7 +200,7 @@ def check_config(c: SurgeryConfig):
              ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in DIRECTIONS, ", ".join(map(repr, DIRECTIONS))),
              ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
              ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"), ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
-             ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
+             ("rollback_errors", c.rollback_errors >= 0, "0 or positive"), ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
              ("scheme", c.scheme in ("central", "forward"), "'central' or 'forward'"), ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'")]
     for name, ok, rule in rules:
         if not ok: raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
@@ -231,11 +232,18 @@ def choose_amplitude(
 def judge(
     before, after, # (C,) accuracies in [0, 1], on the sensitivity set
     c: SurgeryConfig,
+    errors: torch.Tensor | float = 0., # (C,) standard errors of the changes, for `rollback_errors`
 ) -> tuple[bool, float, float]: # accepted; eq. (13): relative fall of sigma, or minus the damage; the largest drop of a class
     "A step is taken back when sigma rose by more than 0.5 pp or a class fell by more than 7 pp."
-    s, t, drop = before.std(correction=0).item(), after.std(correction=0).item(), max(0., (before - after).max().item())
-    accepted = t <= s + c.rollback_sigma + 1e-9 and drop <= c.rollback_drop + 1e-9
+    s, t, fell = before.std(correction=0).item(), after.std(correction=0).item(), before - after
+    drop, surely = max(0., fell.max().item()), (fell - c.rollback_errors * errors).max().item()
+    accepted = t <= s + c.rollback_sigma + 1e-9 and surely <= c.rollback_drop + 1e-9
     return accepted, (s - t) / max(s, 1e-12) if accepted else -max(drop, t - s), drop
+
+def change_errors(before, after) -> torch.Tensor: # each (logits (N, C), labels (N,)), of the same images -> (C,)
+    "Standard error of the change of each class's accuracy, image by image."
+    (z, y), (moved, _) = before, after
+    return paired_noise(((moved.argmax(1) == y).double() - (z.argmax(1) == y).double())[:, None], y, z.shape[1])[:, 0].cpu()
 
 def amplitude_control(c: SurgeryConfig, eps: float, sigma: float):
     "The schedule that the settings name, at its start."
@@ -389,7 +397,7 @@ def iterate(self: SurgeryOperation) -> bool: # whether anything is left to try
     alpha, pairs, eps, saved = team().same(self.decide(S)), self.pairs, self.control.eps, self.weights()
     self.move(pairs.vectors @ alpha.to(pairs.vectors))
     after, seen = self.measure(self.data)
-    accepted, gain, drop = judge(now.accuracy, after.accuracy, self.config)
+    accepted, gain, drop = judge(now.accuracy, after.accuracy, self.config, change_errors(self.seen, seen))
     self.control.update(after.sigma, gain, accepted)
     self.history.append(StepRecord(
         len(self.history) + 1, accepted, eps, self.control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
