@@ -66,7 +66,7 @@ def gradient_seconds(net, X, y, repeats: int = 5) -> float:
 
 def peak_gb() -> float:
     "Largest resident memory of this process so far."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if platform.system() != "Darwin" else 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if platform.system() != "Darwin" else 1) / 1e9
 
 
 def about(args, **more) -> dict:

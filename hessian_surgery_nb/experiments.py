@@ -21,7 +21,7 @@ from torch import nn
 from .baselines import class_accuracies, post_hoc
 from .class_structure import class_subspace, subspace_overlap
 from .data import Samples, Splits, dataset_folder, held_back_splits, image_splits, read_dataset
-from .deflation import agreed, decile_frame, deflated_eigenpairs, deflated_operate, left_out, shrunk
+from .deflation import agreed, deflated_eigenpairs, deflated_operate, left_out, shrunk
 from .effective_rank import look_at
 from .hvp import HessianOperator, InputError, select_params
 from .isic import hessian_images, is_isic, lesion_splits, read_isic
@@ -545,7 +545,7 @@ def _deflated(study: Study, folder: Path, metric: str) -> dict:
                          names=s.train.classes, run_dir=folder/"phases", after_phase=lambda record, model: write_atomic(left(record.phase), weights_bytes(model)), progress=study.progress)
     phases = [{k: v for k, v in asdict(p).items() if k != "steps"} | dict(steps=[{k: getattr(t, k) for k in TRACE} for t in p.steps], measured=briefly(study, load_weights(build(study), left(p.phase)).eval())) for p in r.phases]
     shutil.rmtree(folder/"phases")
-    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]), **on_others(study, r.model), phases=phases, deciles=decile_frame(r.before, r.after, min(10, len(s.train.classes))).to_dict("split"))
+    return dict(report_dicts(r), weights=keep(study, folder, r.model), correct=pack_bits(r.correct[1]), **on_others(study, r.model), phases=phases)
 
 FEW = dict(p=2., rollback_errors=2.) # where a class has a few dozen images; p as in Table 4
 TRACE = "accepted", "eps", "eps_next", "sigma", "overall", "largest_drop", "predicted_sigma", "moved", "passes"

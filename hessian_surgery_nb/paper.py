@@ -27,9 +27,9 @@ __all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'FRONTS', 'NOISE', 'START
            'FIGURES', 'LOOKS', 'Results', 'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2',
            'table_4', 'table_5', 'table_6', 'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10',
            'table_11', 'table_12', 'limits_frame', 'plot_front', 'at_price', 'prices_frame', 'noise_frame',
-           'plot_noise', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic', 'figure_1',
-           'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'beforehand', 'rank_correlation', 'foretold',
-           'plot_beforehand']
+           'spikes_frame', 'plot_noise', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic',
+           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'plot_spikes', 'beforehand',
+           'rank_correlation', 'foretold', 'plot_beforehand']
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -273,29 +273,37 @@ def table_15(r: Results, table: int = 15):
     return pd.DataFrame(rows).T.rename_axis("images").round(3 if table == 16 else 1 if table != 18 else 2)
 
 # %% ../nbs/09_paper.ipynb #df3cc95c
+def _after_phase(i: int, on: str = "held_out"): # which of these images were right then
+    return lambda run: run["phases"][i]["measured"]["correct"][on]
+
 def table_10(r: Results):
-    "Deflated surgery, phase by phase: means over seeds on the sensitivity set, and held-out."
+    "Deflated surgery, phase by phase: means over seeds on the sensitivity set, changes on held-out images."
     import pandas as pd
-    runs, first = r.of("deflated"), 1
+    runs, first, p = r.of("deflated", "network"), 1, r.paper("Table 10")
     rows = [{"phase": "before", "global (%)": over([x["sensitivity_before"]["global_percent"] for x in runs]), "sigma (pp)": over([x["sensitivity_before"]["sigma_pp"] for x in runs], 2),
-             "held-out sigma (pp)": over([x["before"]["sigma_pp"] for x in runs], 2), "paper, global (%)": r.paper("Table 10").get(0, (None,))[0], "paper, sigma (pp)": r.paper("Table 10").get(0, (None, None))[1]}]
-    for i, p in enumerate(runs[0]["phases"]):
-        mean = lambda key, digits=1, scale=1.: over([scale * x["phases"][i][key] for x in runs], digits)
-        paper = r.paper("Table 10").get(i + 1, (None,) * 4)
-        rows.append({"phase": i + 1, "spikes": f"{first}-{p['spikes']}", "largest eigenvalue": mean("largest"), "eps": mean("eps", 3), "overlap with earlier": f"{max(x['phases'][i]['overlap'] for x in runs):.1g}",
-                     "global (%)": mean("overall", 1, 100), "sigma (pp)": mean("sigma", 2, 100), "held-out sigma (pp)": mean("held_out_sigma", 2, 100), "paper, largest eigenvalue": paper[2:3] and paper[2], "paper, eps": paper[3:] and paper[3],
-                     "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
-        first = p["spikes"] + 1
+             "paper, global (%)": p.get(0, (None,))[0], "paper, sigma (pp)": p.get(0, (None, None))[1]}]
+    for i, phase in enumerate(runs[0]["phases"]):
+        def mean(key, digits=1, scale=1., i=i): return over([scale * x["phases"][i][key] for x in runs], digits)
+        paper = p.get(i + 1, (None,) * 4)
+        rows.append({"phase": i + 1, "spikes": f"{first}-{phase['spikes']}", "largest eigenvalue": mean("largest"), "eps": mean("eps", 3), "steps kept": "/".join(str(sum(t["accepted"] for t in x["phases"][i]["steps"])) for x in runs),
+                     "overlap with earlier": f"{max(x['phases'][i]['overlap'] for x in runs):.1g}", "global (%)": mean("overall", 1, 100), "sigma (pp)": mean("sigma", 2, 100), "held-out, sigma (pp)": interval(changes(r, "deflated", pick=_after_phase(i)), 2),
+                     "held-out, global (pp)": interval(changes(r, "deflated", "global", pick=_after_phase(i)), 2), "paper, largest eigenvalue": paper[2], "paper, eps": paper[3], "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+        first = phase["spikes"] + 1
     return _own(pd.DataFrame(rows).set_index("phase"))
 
 # %% ../nbs/09_paper.ipynb #2fc78d67
+def _tenths(run, parts: int = 10) -> list[tuple]: # accuracy before and change on both sets, of classes grouped by what the sensitivity set said before
+    sb, sa, b, a = (np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("sensitivity_before", "sensitivity_after", "before", "after"))
+    return [(sb[g].mean(), (sa - sb)[g].mean(), b[g].mean(), (a - b)[g].mean()) for g in np.array_split(sb.argsort(kind="stable"), min(parts, len(b)))]
+
 def table_11(r: Results):
-    "Classes in tenths by their accuracy before, held-out: mean change."
+    "Classes in tenths by their accuracy on the sensitivity set before: mean change there, where the paper measured it, and held-out."
     import pandas as pd
-    runs = [x["deciles"] for x in r.of("deflated")]
-    before, change = (runs[0]["columns"].index(k) for k in ("before (%)", "change (pp)"))
-    rows = [{"tenth": i + 1, "before (%)": over([x["data"][i][before] for x in runs]), "change (pp)": over([x["data"][i][change] for x in runs]), "paper, before (%)": r.paper("Table 11").get(i + 1, (None,) * 2)[0],
-             "paper, change (pp)": r.paper("Table 11").get(i + 1, (None,) * 2)[1]} for i in range(len(runs[0]["data"]))]
+    runs, p, rows = [_tenths(x) for x in r.of("deflated")], r.paper("Table 11"), []
+    for i in range(len(runs[0])):
+        paper = p.get(i + 1, (None, None))
+        rows.append({"tenth": i + 1, "before (%)": over([x[i][0] for x in runs]), "change (pp)": over([x[i][1] for x in runs]), "held-out, before (%)": over([x[i][2] for x in runs]), "held-out, change (pp)": over([x[i][3] for x in runs]),
+                     "paper, before (%)": paper[0], "paper, change (pp)": paper[1]})
     return _own(pd.DataFrame(rows).set_index("tenth"))
 
 def table_12(r: Results):
@@ -379,26 +387,37 @@ def prices_frame(r: Results):
 # %% ../nbs/09_paper.ipynb #7b20f347
 NOISE = dict(accuracy="S from accuracies", shrunk="S shrunk by its noise", left_out="noisy spikes left out", agreed="as far as halves agree", probability="S from probabilities", solved="solver", cross_fitted="solver, cross-fitted")
 
+def _end(how: str, spikes: int, images: int): # the row of a run
+    return lambda run: next(row for row in run["rows"] if (row["how"], row["spikes"], row["images"]) == (how, spikes, images))
+
+def _most(r: Results, key: str) -> int: return max(row[key] for row in r.of("noise")[0]["rows"])
+
 def noise_frame(r: Results):
-    "Surgery along all spikes at once, with its noise dealt with in seven ways: change of sigma in pp on the images it was tuned on, predicted and measured on held-out ones."
+    "Surgery along all spikes at once, its noise dealt with in seven ways: change of sigma and global accuracy in pp, measured."
     import pandas as pd
-    runs, rows = r.of("noise", "network"), {}
-    whole = max(row["spikes"] for row in runs[0]["rows"])
+    runs, rows, most = r.of("noise", "network"), {}, (_most(r, "spikes"), _most(r, "images"))
     for how, what in NOISE.items():
-        found = [[row for row in run["rows"] if row["how"] == how and "true" in row][0] for run in runs]
-        def change(on): return over([row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row, run in zip(found, runs)], 2)
-        def pick(run): return [row for row in run["rows"] if row["how"] == how and "true" in row][0]["correct"]
-        rows[what] = {"spikes": whole, "moved": over([row["moved"] for row in found], 3), "tuned on": change("sensitivity"), "held-out, predicted": change("held_out"), "held-out": interval(changes(r, "noise", pick=pick), 2),
-                      "global": interval(changes(r, "noise", "global", pick=pick), 2)}
+        end, plain = _end(how, *most), _end("accuracy", *most)
+        def change(on, end=end): return over([end(run)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for run in runs], 2)
+        def held(figure, end=end, **base): return interval(changes(r, "noise", figure, pick=lambda run: end(run)["correct"], **base), 2)
+        against = dict(base="noise", pick_base=lambda run, plain=plain: plain(run)["correct"])
+        rows[what] = {"moved": over([end(run)["moved"] for run in runs], 3), "tuned on": change("sensitivity"), "held-out": held("sigma"), "less S from accuracies": "" if how == "accuracy" else held("sigma", **against), "held-out, global": held("global"),
+                      **({"test images of another kind": change("other")} if "other" in runs[0]["start"] else {})}
     return pd.DataFrame(rows).T
 
+def spikes_frame(r: Results):
+    "Change of held-out sigma in pp, measured, for the leading spikes alone and for all."
+    import pandas as pd
+    images = _most(r, "images")
+    spikes = sorted({row["spikes"] for row in r.of("noise")[0]["rows"] if row["images"] == images})
+    return pd.DataFrame({f"{k} spikes": {what: interval(changes(r, "noise", pick=lambda run, end=_end(how, k, images): end(run)["correct"]), 2) for how, what in NOISE.items()} for k in spikes})
+
 def plot_noise(r: Results, axes=None):
-    "Change of sigma that the linear model predicts: on the images it was tuned on and held-out, with more spikes; held-out with more images."
+    "Change of sigma, measured: on the images it was tuned on and on held-out ones, with more spikes; held-out with more images."
     import matplotlib.pyplot as plt
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     if axes is None: axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")[1]
-    runs = r.of("noise", "network")
-    most = {k: max(row[k] for row in runs[0]["rows"]) for k in ("spikes", "images")}
+    runs, most = r.of("noise", "network"), {k: _most(r, k) for k in ("spikes", "images")}
     for ax, x, on, title in zip(axes, ("spikes", "spikes", "images"), ("sensitivity", "held_out", "held_out"), ("Tuned on", "Held-out", f"Held-out, {most['spikes']} spikes")):
         other = "images" if x == "spikes" else "spikes"
         new_axes(ax, title=title, xlabel=x if x == "spikes" else "sensitivity images a class", ylabel="change of sigma (pp)" if ax is axes[0] else "")
@@ -407,6 +426,7 @@ def plot_noise(r: Results, axes=None):
             seen = np.mean([[row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row in part] for part, run in zip(rows, runs)], 0)
             order = np.argsort(at := [row[x] for row in rows[0]])
             ax.plot(np.array(at)[order], seen[order], "o-", ms=3, lw=1, color=COLOURS[colour], label=what)
+        ax.axhline(0, color=COLOURS["grey"], lw=.6)
     axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
     return axes
 
@@ -489,7 +509,7 @@ def table_8_isic(r: Results):
 # %% ../nbs/09_paper.ipynb #affb0f44
 def _by_number(d): return dict(sorted(d.items(), key=lambda item: (int(item[0].split()[1].strip(",")), item[0])))
 
-TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")), "Table 8, its limits": (limits_frame, ("limits",)), "Table 12, noise": (noise_frame, ("network", "noise")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
+TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")), "Table 8, its limits": (limits_frame, ("limits",)), "Table 12, noise": (noise_frame, ("network", "noise")), "Table 12, spikes": (spikes_frame, ("network", "noise")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
           "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")), "Table 14": (table_14, ("sensitivity",)),
           **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
                                                                           (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
@@ -547,18 +567,37 @@ def figure_5(r: Results, ax=None):
     return ax
 
 def figure_3(r: Results, ax=None):
-    "Class accuracies before and after deflated surgery, first seed, held-out, from the weakest class to the strongest."
+    "Class accuracies before and after deflated surgery, first seed, held-out, from the weakest class of the sensitivity set to the strongest."
     from hessian_surgery_nb.testbed import COLOURS, new_axes
     run = r.of("deflated")[0]
     b, a = (np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("before", "after"))
-    order = b.argsort(kind="stable")
-    ax = new_axes(ax, width=6.5, title=f"{(a > b).sum()} of {len(b)} classes gained, {(a < b).sum()} lost", xlabel="classes, by accuracy before", ylabel="accuracy (%)")
+    order = np.argsort([c["accuracy_percent"] for c in run["sensitivity_before"]["classes"]], kind="stable")
+    ax = new_axes(ax, width=6.5, title=f"{(a > b).sum()} of {len(b)} classes gained, {(a < b).sum()} lost", xlabel="classes, by accuracy on the sensitivity set", ylabel="accuracy (%)")
     ax.vlines(range(len(b)), b[order], a[order], color=np.where(a >= b, COLOURS["blue"], COLOURS["red"])[order], lw=1.5)
     ax.plot(range(len(b)), b[order], ".", ms=3, color=COLOURS["grey"], label="before"); ax.plot(range(len(b)), a[order], "o", ms=2.5, color=COLOURS["blue"], label="after")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 3, noise": (plot_noise, ("network", "noise")), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
+def plot_spikes(r: Results, axes=None):
+    "Change of sigma with the number of spikes in use, phase by phase; held-out with its interval."
+    import matplotlib.pyplot as plt
+    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    names = [n for n in ("deflated", "deflated_smooth") if r.seeds("network", n)]
+    if axes is None: axes = plt.subplots(1, len(names), figsize=(1 + 3.4 * len(names), 3.2), sharey=True, layout="constrained", squeeze=False)[1][0]
+    for ax, name in zip(axes, names):
+        runs = r.of(name, "network")
+        x, sets = [0] + [p["spikes"] for p in runs[0]["phases"]], [on for on in ("held_out", "other") if on in runs[0]["phases"][0]["measured"]]
+        new_axes(ax, title="S from accuracies" if name == "deflated" else "S from probabilities", xlabel="spikes in use", ylabel="change of sigma (pp)" if ax is axes[0] else "")
+        ax.plot(x, [0] + list(np.mean([[p["measured"]["sensitivity"]["sigma_pp"] - run["sensitivity_before"]["sigma_pp"] for p in run["phases"]] for run in runs], 0)), "o-", ms=4, color=COLOURS["blue"], label="tuned on")
+        for on, colour, label in zip(sets, ("red", "grey"), ("held-out", "test images of another kind")):
+            where = dict(pick_base=_correct_others, labels=_labels_of_others) if on == "other" else {}
+            c = np.array([(0., 0., 0.)] + [changes(r, name, pick=_after_phase(i, on), **where) for i in range(len(x) - 1)])
+            ax.errorbar(np.array(x) + (on == "other"), c[:, 0], (c[:, 0] - c[:, 1], c[:, 2] - c[:, 0]), fmt="o-", ms=4, lw=1, capsize=2, color=COLOURS[colour], label=label)
+        ax.axhline(0, color=COLOURS["grey"], lw=.6)
+    axes[-1].legend(frameon=False, fontsize=8)
+    return axes
+
+FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 3, spikes": (plot_spikes, ("network", "deflated")), "Figure 3, noise": (plot_noise, ("network", "noise")), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
 
 # %% ../nbs/09_paper.ipynb #bb0aff56
 LOOKS = {"surgery_gamma_p2": "sensitivity", "ce_surgery": "sensitivity", "fl_surgery": "fl_sensitivity", "cb_surgery": "cb_sensitivity"} # operation -> look
