@@ -7,7 +7,6 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import torch
