@@ -191,7 +191,7 @@ def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     op, c = state.op, state.op.config
     H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options)
     op.pairs, op.fixed, eps, past = top_eigenpairs(DeflatedOperator(H, state.kept.vectors), size, tol=c.tol, seed=c.seed), True, c.eps, state.records
-    if past: eps = phase_amplitude(past[-1].steps[-1].eps_next, past[-1].largest, op.pairs.values[0].item())
+    if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
     elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
     op.control = amplitude_control(c, eps, op.now.sigma)
     return eps
