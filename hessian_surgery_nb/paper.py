@@ -403,7 +403,12 @@ def noise_frame(r: Results):
         against = dict(base="noise", pick_base=lambda run, plain=plain: plain(run)["correct"])
         rows[what] = {"moved": over([end(run)["moved"] for run in runs], 3), "tuned on": change("sensitivity"), "held-out": held("sigma"), "less S from accuracies": "" if how == "accuracy" else held("sigma", **against), "held-out, global": held("global"),
                       **({"test images of another kind": change("other")} if "other" in runs[0]["start"] else {})}
-    return pd.DataFrame(rows).T
+    if r.seeds("noise", "front_biases") == r.seeds("noise"): # the sceptic's: no weight moves
+        pick, points = lambda run: at_price(run, .005)["correct"], [at_price(run, .005) for run in r.of("front_biases", "noise")]
+        rows["biases, by the solver"] = {"tuned on": over([p["sensitivity"]["sigma_pp"] - run["start"]["sensitivity"]["sigma_pp"] for p, run in zip(points, runs)], 2), "held-out": interval(changes(r, "front_biases", pick=pick), 2),
+                                         "less S from accuracies": interval(changes(r, "front_biases", base="noise", pick=pick, pick_base=lambda run: _end("accuracy", *most)(run)["correct"]), 2),
+                                         "held-out, global": interval(changes(r, "front_biases", "global", pick=pick), 2)}
+    return _own(pd.DataFrame(rows).T)
 
 def spikes_frame(r: Results):
     "Change of held-out sigma in pp, measured, for the leading spikes alone and for all."
@@ -426,6 +431,8 @@ def plot_noise(r: Results, axes=None):
             seen = np.mean([[row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row in part] for part, run in zip(rows, runs)], 0)
             order = np.argsort(at := [row[x] for row in rows[0]])
             ax.plot(np.array(at)[order], seen[order], "o-", ms=3, lw=1, color=COLOURS[colour], label=what)
+        if r.seeds("noise", "front_biases") == r.seeds("noise"):
+            ax.axhline(np.mean([at_price(b, .005)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for b, run in zip(r.of("front_biases", "noise"), runs)]), color="black", lw=.8, ls="--", label="biases, by the solver")
         ax.axhline(0, color=COLOURS["grey"], lw=.6)
     axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
     return axes
