@@ -318,9 +318,8 @@ def table_12(r: Results):
         if "other" not in runs[0]: continue
         starts = r.of("network", name)
         rows[f"{label}, on test images of another kind"] = row(runs, [x["other"]["report"] for x in starts], [x["other"]["report"] for x in runs], lambda figure: changes(r, name, figure, pick=_correct_others, pick_base=_correct_others, labels=_labels_of_others))
-    frame = pd.DataFrame(rows).T
-    for name, values in PAPER["Table 12"].items(): frame.loc[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
-    return frame.astype(object).fillna("")
+    for name, values in PAPER["Table 12"].items(): rows[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
+    return pd.DataFrame(rows).T.astype(object).fillna("")
 
 # %% ../nbs/09_paper.ipynb #43421120
 def _stability_table(table, says):
