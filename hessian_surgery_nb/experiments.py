@@ -38,8 +38,8 @@ from .train import ClassReport, FocalLoss, class_report_of, effective_number_los
 # %% auto #0
 __all__ = ['NETWORKS', 'EXPERIMENTS', 'RECIPE', 'SWEEP', 'LEVERS', 'FINETUNE', 'FEW', 'TRACE', 'CALM', 'STARTS', 'BOXED',
            'ABLATION', 'Scale', 'Study', 'Experiment', 'experiment', 'perform', 'build', 'keep', 'beside',
-           'keep_beside', 'model_of', 'measured', 'briefly', 'on_others', 'network', 'curved_images', 'curvature',
-           'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
+           'keep_beside', 'model_of', 'answers', 'measured', 'briefly', 'on_others', 'network', 'curved_images',
+           'curvature', 'structure', 'spectrum', 'batch_stability', 'walk', 'amplitude', 'first_look', 'sensitivity',
            'linearisation', 'first_order', 'figures', 'ends', 'asked_forward', 'played', 'limits', 'limits_batch',
            'lever', 'front_steps', 'front_biases', 'focal', 'balanced', 'rivals', 'phase_sizes', 'deflated',
            'deflated_smooth', 'asked_calmly', 'calmed', 'few_of', 'noise', 'focal_start', 'balanced_start', 'ablation',
@@ -195,29 +195,26 @@ def model_of(study: Study, name: str) -> nn.Module:
     return load_weights(build(study), path).eval()
 
 # %% ../nbs/08a_experiments.ipynb #7be41c05
+def answers(study: Study, model: nn.Module, *sets: str, state=None): # state: other weights for the model
+    "For each of these sets that there is: its name, the report, which images are right, their labels."
+    for on in sets:
+        if (part := getattr(study.splits, on)) is None: continue
+        z, y = predict(model, study.batches(part), state=state)
+        yield on, class_report_of(z, y, part.classes, on), z.argmax(1) == y, y
+
 def measured(study: Study, model: nn.Module) -> dict:
     "Both sets, which held-out images were right, and images of another kind where there are some."
-    s, out = study.splits, {}
-    for on, part in (("sensitivity", s.sensitivity), ("held_out", s.held_out)):
-        z, y = predict(model, study.batches(part))
-        out[on] = report_dict(class_report_of(z, y, s.train.classes, on))
-    return out | dict(correct=pack_bits(z.argmax(1) == y)) | on_others(study, model)
+    out = {on: (report_dict(r), pack_bits(right)) for on, r, right, _ in answers(study, model, "sensitivity", "held_out")}
+    return {on: report for on, (report, _) in out.items()} | dict(correct=out["held_out"][1]) | on_others(study, model)
 
-def briefly(study: Study, model: nn.Module, state=None) -> dict: # state: other weights for it
+def briefly(study: Study, model: nn.Module, state=None) -> dict: # as for `answers`
     "Spread and accuracy on every set, and which of its images are right."
-    s, out, right = study.splits, {}, {}
-    for on, part in dict(sensitivity=s.sensitivity, held_out=s.held_out, other=s.other).items():
-        if part is None: continue
-        z, y = predict(model, study.batches(part), state=state)
-        r, right[on] = class_report_of(z, y, part.classes, on), pack_bits(z.argmax(1) == y)
-        out[on] = dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall)
-    return dict(out, correct=right)
+    found = list(answers(study, model, "sensitivity", "held_out", "other", state=state))
+    return {on: dict(sigma_pp=100 * r.sigma, global_percent=100 * r.overall) for on, r, _, _ in found} | dict(correct={on: pack_bits(right) for on, _, right, _ in found})
 
 def on_others(study: Study, model: nn.Module) -> dict:
     "What the model does on images of another kind; nothing where there are none."
-    if (other := study.splits.other) is None: return {}
-    z, y = predict(model, study.batches(other))
-    return dict(other=dict(report=report_dict(class_report_of(z, y, other.classes, "other")), correct=pack_bits(z.argmax(1) == y), labels=y.tolist()))
+    return {on: dict(report=report_dict(r), correct=pack_bits(right), labels=y.tolist()) for on, r, right, y in answers(study, model, "other")}
 
 # %% ../nbs/08a_experiments.ipynb #ffd72f2f
 RECIPE = dict(lr=.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4)

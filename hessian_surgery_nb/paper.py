@@ -416,6 +416,7 @@ def spikes_frame(r: Results):
     spikes = sorted({row["spikes"] for row in r.of("noise")[0]["rows"] if row["images"] == images})
     return pd.DataFrame({f"{k} spikes": {what: interval(changes(r, "noise", pick=lambda run, end=_end(how, k, images): end(run)["correct"]), 2) for how, what in NOISE.items()} for k in spikes})
 
+# %% ../nbs/09_paper.ipynb #58eb4705
 def plot_noise(r: Results, axes=None):
     "Change of sigma, measured: on the images it was tuned on and on held-out ones, with more spikes; held-out with more images."
     import matplotlib.pyplot as plt
@@ -584,6 +585,7 @@ def figure_3(r: Results, ax=None):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+# %% ../nbs/09_paper.ipynb #1e463013
 def plot_spikes(r: Results, axes=None):
     "Change of sigma with the number of spikes in use, phase by phase; held-out with its interval."
     import matplotlib.pyplot as plt
