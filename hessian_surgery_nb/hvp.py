@@ -135,7 +135,8 @@ _ORDERS = weakref.WeakKeyDictionary() # a loader -> the same images, in an order
 
 def _in_one_order(loader: DataLoader):
     "A loader with a sampler of its own: what it draws is drawn once, and kept for as long as the loader lives."
-    plain = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) in (BatchSampler, type(None))
+    grouped = loader.batch_sampler
+    plain = type(grouped.sampler if type(grouped) is BatchSampler else loader.sampler) is SequentialSampler and type(grouped) in (BatchSampler, type(None))
     if plain or isinstance(loader.dataset, IterableDataset): return loader
     if loader not in _ORDERS:
         with torch.random.fork_rng(devices=[]):
@@ -593,7 +594,10 @@ def _check_cut(self: HessianOperator, plan: Plan):
     first = next(iter(self.data), None)
     if first is None: raise InputError("data must hold at least one batch. Got none.")
     small, large = (next(cut(first, size)) for size in (2, 4))
-    if self._sound(small) and plan.micro_batch and not self._separable(small, large):
+    sound = self._sound(small)
+    if sound and self.mode == "forward" and self.kind == "hessian" and self._forward_off(small) > .05:
+        raise InputError("mode='forward' needs layers whose backward pass can be differentiated forward. On two images its product is not that of differences of gradients; use mode='rebuilt'.")
+    if sound and plan.micro_batch and not self._separable(small, large):
         raise InputError(f"a batch can only be cut where images do not see each other. Logits of two images are others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a row for each label.")
 
 @patch
@@ -745,7 +749,7 @@ def _trials(self: HessianOperator, batch, z: torch.Tensor, y, foreign) -> list[_
         trials.append(_in_double(lambda dtype: _TryOut(lambda ts: call_loss(self.loss_fn, ts[0], y), [at.to(dtype or at.dtype)])))
     return trials
 
-# %% ../nbs/00_hvp.ipynb #ea221ee5
+# %% ../nbs/00_hvp.ipynb #167b7119
 @patch
 def _possible(self: HessianOperator, batch) -> str:
     "The best mode that the network's layers allow, tried on a few images."
@@ -767,9 +771,14 @@ def _possible(self: HessianOperator, batch) -> str:
             if isinstance(e, torch.OutOfMemoryError): raise
             said = said or str(e).split(";")[0].split("\n")[0]
             continue
-        if off < .05: return mode
-        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign)} is off by {off:.0%}"
+        if off < .05 and not (mode == "forward" and not trials and self._forward_off(batch) > .05): return mode
+        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} is off by {off:.0%}"
     return self._last_resort(batch, said)
+
+@patch
+def _forward_off(self: HessianOperator, batch) -> float:
+    "How far forward mode is from differences of gradients: PyTorch's is wrong for some layers (`linalg.solve`, `slogdet`)."
+    return _in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)).product_off(forward_over_reverse)
 
 @patch
 def _last_resort(self: HessianOperator, batch, said: str) -> str:

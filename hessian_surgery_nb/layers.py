@@ -257,6 +257,15 @@ def _padded(t, bag, bags): # (entries, ...), (entries,) -> (bags, longest, ...),
     return full.index_put((bag, place), t)
 
 # %% ../nbs/000a_layers.ipynb #c8771e27
+def _true_instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=.1, eps=1e-5):
+    "Each channel of each image with mean 0 and variance 1. PyTorch's second derivative is wrong for a single image in channels-last order."
+    if not use_input_stats or running_mean is not None or running_var is not None: return NotImplemented
+    axes = list(range(2, input.ndim))
+    centred = input - input.mean(axes, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    if weight is not None: out = out * _channels(weight, out)
+    return out if bias is None else out + _channels(bias, out)
+
 def _true_hardsigmoid(input, inplace=False):
     line = F.relu6(input + 3) / 6
     return input.copy_(line) if inplace else line
@@ -266,7 +275,7 @@ def _true_weight_norm(v, g, dim=0):
     axes = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else list(range(v.ndim))
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
 
-_TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, torch._weight_norm: _true_weight_norm}
+_TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, F.instance_norm: _true_instance_norm, torch._weight_norm: _true_weight_norm}
 
 class TrueGradients(TorchFunctionMode):
     "While active, layers whose gradient is not the derivative of their output are swapped for equals of which it is."
