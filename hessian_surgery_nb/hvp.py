@@ -334,8 +334,9 @@ def gauss_newton(
     z, u = logits_and_change(logits_of, leaves, v)
     if u is None: return tuple(torch.zeros_like(p) for p in leaves)
     zd = z.detach().requires_grad_()
-    g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
-    Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
+    with _explained("a Gauss-Newton product needs the second derivative of the loss", "use another loss"):
+        g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
+        Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
 # %% ../nbs/00_hvp.ipynb #1afddf7f
@@ -441,8 +442,8 @@ def _batch(self: HessianOperator, batch):
     X, y = self._load(batch)
     def loss_of(z):
         if self._seen is None: check_batch(X, y, z, self.loss_fn)
-        d = self._divided_by(z, y)
         loss = call_loss(self.loss_fn, z, y)
+        d = self._divided_by(z, y)
         if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
         if self._seen is None and not torch.isfinite(loss):
             raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y) if y.ndim else 1}; check weights, images and class "

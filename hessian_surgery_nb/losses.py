@@ -167,9 +167,11 @@ class LossDivisor:
         self.found = kind
         return 1. if kind == "sum" else weight
 
-# %% ../nbs/000d_losses.ipynb #e61dea64
+# %% ../nbs/000d_losses.ipynb #3cd5c636
 def _cannot_tell(divisor: LossDivisor, z, y, why: str) -> tuple[str, float]:
     "What the caller said, or the way out."
+    value = call_loss(divisor.loss_fn, z, y).item()
+    if not math.isfinite(value): raise InputError(f"the loss must be finite. Got {value} on a batch of {len(y) if y.ndim else 1}; check weights, images and the loss.")
     if divisor.said is None:
         alone = ", in one process" if team().size > 1 else ""
         raise InputError(f"what a loss divides by must be known where there are several batches. {why} on {len(y) if y.ndim else 1} rows; "
