@@ -35,7 +35,8 @@ __all__ = ['select_params', 'check_model', 'flatten', 'unflatten', 'length', 'in
            'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'backward_through',
            'forward_over_reverse', 'dual_level', 'logits_and_change', 'gauss_newton', 'HessianOperator', 'check_mode',
            'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of',
-           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'MatrixOperator', 'as_operator']
+           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'steady', 'MatrixOperator',
+           'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #58dff2c0
 def select_params(
@@ -377,6 +378,7 @@ class HessianOperator:
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
         self._net, self._team = Forward(model, forward), team()
         self._plan = self._graphs = None
+        self._steady = 0 # how many blocks of `steady` are open
         self._trace = [] # what the pass that runs now has seen
         self._seen = self._stamped = None # what every pass should see, and the weights of that
         self.changing = False # did two passes disagree, though the weights had not moved?
@@ -914,6 +916,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
 def _kept(self: HessianOperator):
     "Leaves and gradient graphs of all batches, built once for as long as nothing changes; None where another mode must be found."
     check_mode(self.model)
+    if self._graphs is not None and self._steady: return self._graphs[1:3]
     if self._team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
         self._graphs, leaves, graphs, probes = None, self._leaves(), [], []
         def build(b):
@@ -1013,6 +1016,25 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     diff = full._difference(v, 1. if step is None else step / torch.finfo(self.dtype).eps ** (1 / 3))
     off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
     return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
+
+# %% ../nbs/00_hvp.ipynb #39e98bc9
+class steady:
+    "Around many products: what they are computed from is looked at before and after. `fixed` says whether it was the same."
+    def __init__(self, op): # any operator; one that wraps another holds it as `op`
+        while not isinstance(op, HessianOperator) and hasattr(op, "op"): op = op.op
+        self.op, self.fixed = (op if isinstance(op, HessianOperator) else None), True
+
+    def __enter__(self):
+        if self.op is None: return self
+        self.before = self.op.observe()
+        self.weights = self.op._stamped
+        self.op._steady += 1
+        return self
+
+    def __exit__(self, kind, *exception):
+        if self.op is None: return
+        self.op._steady -= 1
+        if kind is None: self.fixed = self.op.unchanged(self.before) and self.weights == self.op._stamped
 
 # %% ../nbs/00_hvp.ipynb #3953e98c
 class MatrixOperator:
