@@ -22,7 +22,6 @@ import torch.autograd.forward_ad as fwAD
 from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from .guards import ChangingFunction, InputError, fingerprint, plainly, seed_number, undisturbed
@@ -235,10 +234,13 @@ class Forward(nn.Module):
         return out
 
 # %% ../nbs/00_hvp.ipynb #b8d71618
+@plainly(derivatives=False)
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor], # parameter (or buffer) name -> tensor to use in its place
     X, # one batch of inputs
+    *,
+    short: bool = False, # run the network in bfloat16
 ) -> torch.Tensor: # logits
     "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
     model, careful = net.model, net.writes is not False
@@ -250,7 +252,8 @@ def functional_logits(
     versions = [t._version for t in watched if not t.is_inference()]
     buffers = {k: b.clone() for k, b in model.named_buffers() if k not in lent}
     try:
-        with undisturbed(model), sdpa_kernel(SDPBackend.MATH), TrueGradients():
+        precision = torch.autocast(next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False) if short else contextlib.nullcontext()
+        with undisturbed(model), TrueGradients(), precision:
             out = functional_call(net, {f"model.{k}": t for k, t in (buffers | lent).items()}, (X,))
     except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as e:
@@ -262,6 +265,7 @@ def functional_logits(
     return out
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
+@plainly()
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -285,6 +289,7 @@ def _explained(rule, way_out):
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
+@plainly()
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -304,6 +309,7 @@ def dual_level():
     "Forward-mode differentiation, a thread at a time."
     with _FORWARD_MODE, fwAD.dual_level(): yield
 
+@plainly()
 def logits_and_change(
     logits_of, # function from a list of tensors to logits
     leaves, v, # parameters and direction, lists of one shape
@@ -326,6 +332,7 @@ def logits_and_change(
         return z, torch.autograd.grad(parts, u, directions)[0]
 
 # %% ../nbs/00_hvp.ipynb #e4b49286
+@plainly()
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -516,8 +523,7 @@ def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in
 @patch
 def _logits(self: HessianOperator, leaves, X):
     "Logits with the given tensors for the selected parameters, in the wanted precision; at least single precision when they come out."
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
-        z = functional_logits(self._net, dict(zip(self.names, leaves)), X)
+    z = functional_logits(self._net, dict(zip(self.names, leaves)), X, short=self.precision == "bf16")
     return z.to(self.dtype) if self.precision else z
 
 @patch
@@ -529,6 +535,7 @@ def _batch_grads(self: HessianOperator, batch, leaves):
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 # %% ../nbs/00_hvp.ipynb #e092ada0
+@plainly()
 def gradient_graph(
     loss_of, # function without arguments: the scalar loss
     leaves, # what it is differentiated for
@@ -558,6 +565,7 @@ def graph_bytes(
         s = t.untyped_storage()
         seen[s.data_ptr()] = s.nbytes()
         return t.detach()
+    pack.measures = True # unlike a caller's hooks, these change nothing
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): build()
     return sum(seen.values())
 
