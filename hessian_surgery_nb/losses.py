@@ -133,7 +133,7 @@ def _weigh(loss_fn, z, y, row, label) -> tuple[bool, float, float]:
     share = 0. if share <= error else share
     return adds, m * share / (1 - share), error / max(share * (1 - share), 1e-12) if share else 0.
 
-# %% ../nbs/000d_losses.ipynb #0b6ff755
+# %% ../nbs/000d_losses.ipynb #39f7c5fc
 class LossDivisor:
     "What a loss divides by, batch by batch: known from its class, or found by asking it."
     def __init__(self,
@@ -155,7 +155,7 @@ class LossDivisor:
         t = team()
         fits = reference is not None and reference.label is not None
         if t.size > 1 and not t.any(not fits):
-            reference.label, *logits = (t.same(part.contiguous()) for part in (reference.label, *reference.logits))
+            reference.label, *logits = (t.same(part.detach().clone()) for part in (reference.label, *reference.logits))
             reference.logits = tuple(logits)
         self.reference = reference if fits else False
 
