@@ -239,10 +239,12 @@ def class_means(
     where: str = "the data", # likewise
 ) -> torch.Tensor: # (C, ...) float64
     "The mean over the images of each class. A class without an image has none, and is refused."
+    wrong = y[(y < 0) | (y >= classes)]
+    if len(wrong): raise InputError(f"labels of {where} must lie in 0..{classes - 1}: an image without a class cannot be measured. Got {wrong[0].item()} in {len(wrong)} of {len(y)}; leave those images out.")
     n = torch.bincount(y, minlength=classes)
     if (n == 0).any():
         c = int((n == 0).nonzero()[0])
-        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names else ''} has none; pass "
+        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names is not None else ''} has none; pass "
                          f"a stratified set that holds all {classes} classes.")
     total = torch.zeros(classes, *per_image.shape[1:], dtype=torch.float64, device=y.device).index_add_(0, y, per_image.double())
     return total / n.view(-1, *[1] * (per_image.ndim - 1))
@@ -301,7 +303,7 @@ def class_report_of(
     names=None, measured_on: str = "held_out",
 ) -> ClassReport:
     "The same from logits."
-    names = tuple(names) if names else tuple(map(str, range(z.shape[1])))
+    names = tuple(map(str, range(z.shape[1]))) if names is None or len(names) == 0 else tuple(map(str, names)) # a list, an array or an index
     if len(names) != z.shape[1]: raise InputError(f"names must be one for each of the {z.shape[1]} outputs. Got {len(names)}.")
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()
     return ClassReport(acc, torch.bincount(y.cpu(), minlength=len(acc)), names, measured_on)
