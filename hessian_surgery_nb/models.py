@@ -175,7 +175,7 @@ def read_tensors(path: Path, request: dict) -> tuple[dict[str, torch.Tensor], di
         then = facts["request"]
     except Exception as e: raise InputError(f"what a run goes on with must be whole. {path} is not ({first_line(e)}); remove it, or name another run_dir.") from e
     odd = differences(then, json.loads(json.dumps(request)))
-    if odd: raise InputError(f"a run goes on with what it began with. {path} has {', '.join(odd)}; remove it, or name another run_dir.")
+    if odd: raise InputError(f"a run goes on with what it began with. {path} differs in {', '.join(odd)}; remove it, or name another run_dir.")
     return tensors, facts
 
 def differences(
@@ -183,8 +183,8 @@ def differences(
 ) -> list[str]: # in words; of fingerprints, which stand under "made_from", the names alone
     "What a request asks for that an earlier one did not."
     was, is_now = then.get("made_from"), now.get("made_from", {})
-    if was is None and is_now: odd = ["no record of the loss, the data and the network that it was made from (an earlier version wrote it)"]
-    else: odd = [f"another {k}" for k in is_now if was.get(k) != is_now[k]]
+    if was is None and is_now: odd = ["what it was made from, which it does not record (an earlier version wrote it)"]
+    else: odd = [f"the {k}" for k in {**(was or {}), **is_now} if was.get(k) != is_now.get(k)]
     plain = [k for k in {**now, **then} if k != "made_from" and then.get(k) != now.get(k)]
     return odd + [f"{k}={then.get(k)} (now {now.get(k)})" for k in plain]
 
