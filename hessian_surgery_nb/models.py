@@ -302,7 +302,7 @@ def find_head(
     names = ", ".join(k or type(m).__name__ for k, m in found)
     if data is None and len(found) > 1: raise InputError(f"which linear layer makes the logits must be plain. {names} have {classes} outputs; pass data, so that a forward pass shows it, or leave that method out.")
     if data is not None: found = _making_logits(model, found, data, forward)
-    if not found: raise InputError(f"a method that changes the head needs a linear layer that is used once and whose output is the logits. None of {names} is; leave that method out.")
+    if not found: raise InputError(f"a method that changes the head needs a linear layer that is used once and whose output is the logits, or their log-softmax. None of {names} is; leave that method out.")
     name, head = found[0]
     mine, inside = {id(p) for p in head.parameters()}, set(head.modules())
     tied = [k for k, m in model.named_modules() if m not in inside and any(id(p) in mine for p in m._parameters.values())]
@@ -321,6 +321,7 @@ def _making_logits(model, layers, data, forward) -> list: # of (name, module) ->
             for h in hooks: h.remove()
     seen = {m: [] for _, m in layers}
     z = logits(seen, lambda m, args, out: seen[m].append(out.clone()))
-    found = [(k, m) for k, m in layers if len(seen[m]) == 1 and seen[m][0].shape == z.shape and torch.equal(seen[m][0], z)]
     far = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z) * (1 + 10 * z.abs().max()) # farther than any other image would move them
-    return [(k, m) for k, m in found if torch.allclose(logits([m], lambda m, args, out: out + far), z + far, rtol=1e-4, atol=1e-4 * far.abs().max().item())]
+    def same(z, out): return z.shape == out.shape and any(torch.allclose(z, t, rtol=1e-4, atol=1e-4 * out.abs().max().item()) for t in (out, out.log_softmax(-1)))
+    found = [(k, m) for k, m in layers if len(seen[m]) == 1 and same(z, seen[m][0])]
+    return [(k, m) for k, m in found if same(logits([m], lambda m, args, out: out + far), seen[m][0] + far)]
