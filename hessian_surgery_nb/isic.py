@@ -32,12 +32,16 @@ class Lesions:
 
 def is_isic(path) -> bool:
     "Whether a directory has the official layout."
-    return any(Path(path).expanduser().glob("*GroundTruth.csv"))
+    return len(_visible_files(Path(path).expanduser(), "*GroundTruth.csv")) > 0
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    "Without those that systems hide, such as ._name.csv."
+    return sorted(p for p in folder.glob(pattern) if p.name[0] != ".")
 
 # %% ../nbs/07_isic.ipynb #baef33b3
 def _table(folder: Path, ending: str, columns):
     import pandas as pd
-    found = sorted(folder.glob(f"*{ending}"))
+    found = _visible_files(folder, f"*{ending}")
     if len(found) != 1: raise InputError(f"the ISIC layout has one table *{ending}. {folder} has {len(found)}; see https://challenge.isic-archive.com/data.")
     try: frame = pd.read_csv(found[0], dtype=dict(image=str, lesion_id=str))
     except (OSError, ValueError) as e: raise InputError(f"tables must be readable CSV. {found[0]} is not ({e}).") from e

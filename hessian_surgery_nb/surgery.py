@@ -218,11 +218,11 @@ def check_config(c: SurgeryConfig):
 # %% ../nbs/05_surgery.ipynb #5f6f3b5c
 def whole(
     name: str, value, # a setting, and what it is
-    least: int = 1,
+    least: int = 1, below: int = 2**31,
 ) -> int:
-    "A whole number of Python's or NumPy's, at least so large."
+    "A whole number of Python's or NumPy's, from a range."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral): raise InputError(f"{name} must be a whole number. Got {value!r}.")
-    if not least <= value < 2**31: raise InputError(f"{name} must be at least {least} and below {2**31}. Got {value}.")
+    if not least <= value < below: raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
     return int(value)
 
 # %% ../nbs/05_surgery.ipynb #ec47bdf9
