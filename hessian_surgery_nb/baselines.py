@@ -77,6 +77,7 @@ def head_of(
             if near(made, nn.functional.linear(x, weight * s, bias)): return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
     raise InputError(f"rescaling needs a head whose rows can be scaled by themselves. Those of {name or type(layer).__name__} cannot: its weight is computed from parameters as a whole, as by spectral norm, or it adds something of its own; leave that method out.")
 
+# %% ../nbs/05a_baselines.ipynb #0e9577e9
 def tau_norm_state(
     model: nn.Module,
     classes: int, # C

@@ -26,6 +26,12 @@ import numpy as np
 import torch
 from torch import nn
 
+# %% auto #0
+__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
+           'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
+           'show_results', 'demo', 'Help', 'Parser', 'parser', 'main']
+
+# %% ../nbs/10_cli.ipynb #6beda980
 from . import __version__
 from .baselines import mean_interval, shown
 from .comparison import Comparison, compare, plot_comparison
@@ -46,11 +52,6 @@ from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density, spectral_density
 from .surgery import SurgeryConfig, check_config, operate, plot_before_after, plot_history
 from .train import TrainLog, train
-
-# %% auto #0
-__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
-           'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
-           'show_results', 'demo', 'Help', 'Parser', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .effective_rank import screen
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front
-from .models import first_line, num_params, state_facts, weights_bytes, write_atomic
+from .models import check_storable, first_line, num_params, weights_bytes, write_atomic
 from .own import OwnSets, check_labels, label_order, load_network, network_labels, own_files, own_sets
 from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
 from .ranks import team, together
@@ -76,6 +76,7 @@ def add_directions(o, *known): o.add_argument("--directions", choices=known, def
 def add_scheme(o): o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
 def add_eps(o): o.add_argument("--eps", type=float, help="first amplitude, a distance in weight space; default: found by trying")
 
+# %% ../nbs/09c_commands.ipynb #f05a2e35
 def add_surgery(o: argparse.ArgumentParser, out: str, files: str):
     "Flags of the commands that operate."
     add_spikes(o, "directions; default: classes - 1")
@@ -138,7 +139,7 @@ def ready(args: argparse.Namespace): # network, sets
     "What the flags name, ready for use."
     device, names = pick_device(args.device), list(own_files(args.data, "name")[1])
     net, seen = load_network(args.model, classes=len(names), weights=args.weights)
-    state_facts(net) # what could not be written at the end is refused now
+    check_storable(net)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
     order, net = label_order(names, args.class_order, network_labels(net)), net.to(device)
     sets = own_sets(args.data, seen, order=order, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty() and not team().rank)

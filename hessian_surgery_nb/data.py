@@ -85,10 +85,13 @@ def input_digests(
     out = []
     for batch in as_batches(data):
         X, y = split_batch(batch)
-        rows = [p.detach().cpu().contiguous().reshape(len(p), -1).view(torch.uint8).numpy() for p in tensors_in(X) if p.ndim and len(p) == len(y)]
-        if not rows:
-            raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got none; pass "
-                             "check_overlap=False if the sets are disjoint.")
+        tensors = [p.detach().cpu() for p in tensors_in(X) if p.ndim]
+        odd = [tuple(p.shape) for p in tensors if y.ndim == 0 or len(p) != len(y)]
+        if odd or not tensors:
+            raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got "
+                             f"{f'one of shape {odd[0]} for {y.numel()} labels' if odd else 'none'}; pass check_overlap=False if the sets are disjoint.")
+        dense = [p if p.layout is torch.strided else p.to_dense() for p in tensors]
+        rows = [p.contiguous().reshape(len(p), p[0].numel()).view(torch.uint8).numpy() for p in dense]
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 

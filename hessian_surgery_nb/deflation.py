@@ -15,7 +15,7 @@ from torch import nn
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
-from .models import named_part, read_tensors, set_tensors, state_tensors, write_tensors
+from .models import check_storable, named_part, read_tensors, set_tensors, state_tensors, write_tensors
 from .ranks import team
 from .runs import check_out, out_dir
 from .sensitivity import Sensitivity
@@ -168,7 +168,9 @@ class _Phases:
         self.like = next(iter(operation.params().values()))
         self.n, self.dtype = sum(p.numel() for p in operation.params().values()), basis_dtype or self.like.dtype
         self.phases, self.dir = check_phases(phases, self.n), None if run_dir is None else check_out(run_dir) # made when there is something to keep
-        if self.dir is not None: self.request, self.answers = request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)), answers(operation)
+        if self.dir is None: return
+        check_storable(operation.model)
+        self.request, self.answers = request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)), answers(operation)
 
     @property
     def basis(self) -> torch.Tensor: # (n, count)

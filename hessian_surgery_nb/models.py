@@ -22,8 +22,8 @@ from .testbed import seeded
 
 # %% auto #0
 __all__ = ['num_params', 'digits_net', 'normed', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'first_line',
-           'state_tensors', 'set_tensors', 'state_facts', 'weights_bytes', 'write_tensors', 'read_tensors',
-           'differences', 'named_part', 'load_weights', 'copy_model', 'find_head']
+           'state_tensors', 'set_tensors', 'state_facts', 'weights_bytes', 'check_storable', 'write_tensors',
+           'read_tensors', 'differences', 'named_part', 'load_weights', 'copy_model', 'find_head']
 
 # %% ../nbs/02b_models.ipynb #e0562e4a
 def num_params(
@@ -157,6 +157,12 @@ def weights_bytes(model: nn.Module, *, half: bool = False, **facts) -> bytes: # 
     if extra: facts["extra_state"] = extra
     return _packed(state, {"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
 
+def check_storable(model: nn.Module):
+    "Refuse, before hours of work, a network whose state could not be written at their end."
+    state_facts(model)
+    kinds = {v.dtype: v for v in state_tensors(model).values()} | {v.layout: v for v in state_tensors(model).values()}
+    for v in kinds.values(): _packed({"one": v.reshape(-1)[:0] if v.layout is torch.strided and not v.is_quantized else v}, {})
+
 def _packed(tensors, metadata) -> bytes:
     from safetensors.torch import save
     try: return save(tensors, metadata=metadata)
@@ -251,6 +257,7 @@ def _as_own(path, name: str, own: torch.Tensor, t) -> torch.Tensor:
     if not own.is_floating_point() and not own.is_complex() and not torch.equal(cast.to(t.dtype), t): refuse(f"{str(t.dtype)[6:]} with values that do not fit")
     return cast
 
+# %% ../nbs/02b_models.ipynb #65a9b4ed
 def load_weights(
     model: nn.Module, # changed
     path, # .safetensors, or .pt / .pth with a state dict

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 
 from . import __file__ as init_file
@@ -134,16 +135,18 @@ class RunStore:
         odd = [k for k in self.made_from if then.get(k) != self.made_from[k]]
         if odd: raise InputError(f"a stored run must be of the same {' and '.join(self.made_from)}. {path} is of other {' and '.join(odd)}; remove it to run it again, or name another directory.")
 
-    def run(self, name: str, config: dict, make, *, device="cpu", seeds=()) -> dict: # make(folder) -> results, for JSON
-        "The stored run, or a new one, which is then stored."
-        stored = self.read(name, config)
+# %% ../nbs/02d_runs.ipynb #e75ec83d
+@patch
+def run(self: RunStore, name: str, config: dict, make, *, device="cpu", seeds=()) -> dict: # make(folder) -> results, for JSON
+    "The stored run, or a new one, which is then stored."
+    stored = self.read(name, config)
+    if stored is not None: return stored
+    out_dir(self.directory)
+    with self.alone(name):
+        stored = self.read(name, config) # another process may have made it meanwhile
         if stored is not None: return stored
-        out_dir(self.directory)
-        with self.alone(name):
-            stored = self.read(name, config) # another process may have made it meanwhile
-            if stored is not None: return stored
-            start = time.perf_counter()
-            results = make(self.folder(name))
-            run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results) | (dict(made_from=self.made_from) if self.made_from else {})
-            write_atomic(self.directory/f"{name}.json", json_bytes(run))
-        return json.loads(json_bytes(run))
+        start = time.perf_counter()
+        results = make(self.folder(name))
+        run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results) | (dict(made_from=self.made_from) if self.made_from else {})
+        write_atomic(self.directory/f"{name}.json", json_bytes(run))
+    return json.loads(json_bytes(run))

@@ -23,7 +23,7 @@ from .data import check_disjoint
 from .fingerprints import code_fingerprint, data_fingerprint, fingerprint, model_fingerprint
 from .hvp import HessianOperator, InputError, as_batches, select_params, split_batch
 from .lanczos import Eigenpairs, top_eigenpairs
-from .models import copy_model, named_part, read_tensors, set_tensors, state_tensors, weights_bytes, write_atomic, write_tensors
+from .models import check_storable, copy_model, named_part, read_tensors, set_tensors, state_tensors, weights_bytes, write_atomic, write_tensors
 from .ranks import team
 from .runs import check_out, json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
@@ -409,6 +409,7 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
     self.first = self.first or (self.pairs, S)
     return S, matvecs, passes
 
+# %% ../nbs/05_surgery.ipynb #72dbec55
 @patch
 def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
     c, box = self.config, None
@@ -514,6 +515,7 @@ class _State:
     def __init__(self, op: SurgeryOperation, run_dir, held_out):
         self.op, self.dir, t = op, None if run_dir is None else check_out(run_dir), team() # made when there is something to keep
         if self.dir is None: return
+        check_storable(op.model)
         self.request, self.answers = request_of(op, held_out, **(dict(processes=t.size) if t.size > 1 else {})), answers(op)
         self.first = "start.safetensors" if t.size == 1 else f"start-{t.rank + 1}of{t.size}.safetensors" # of the spikes each process keeps its rows
 
