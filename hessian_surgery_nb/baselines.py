@@ -72,7 +72,7 @@ def head_of(
     def near(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * z.abs().max().item()) # rounding of single precision
     if near(z, nn.functional.linear(x, weight, bias)):
         for key, p in layer.named_parameters():
-            if len(p) != classes or p is layer.bias: continue
+            if not p.ndim or len(p) != classes or p is layer.bias: continue
             made = functional_call(twin, {key: p * s.reshape(-1, *[1] * (p.ndim - 1))}, (x,))
             if near(made, nn.functional.linear(x, weight * s, bias)): return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
     raise InputError(f"rescaling needs a head whose rows can be scaled by themselves. Those of {name or type(layer).__name__} cannot: its weight is computed from parameters as a whole, as by spectral norm, or it adds something of its own; leave that method out.")

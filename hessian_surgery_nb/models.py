@@ -328,7 +328,7 @@ def _making_logits(model, layers, data, forward) -> list: # of (name, module) ->
             for h in hooks: h.remove()
     seen = {m: [] for _, m in layers}
     z = logits(seen, lambda m, args, out: seen[m].append(out.clone()))
-    far = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z) * (1 + 10 * z.abs().max()) # farther than any other image would move them
+    far = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z) * 1000 * (1 + z.abs().max()) # farther than any other image would move them
     def same(z, out): return z.shape == out.shape and any(torch.allclose(z, t, rtol=1e-4, atol=1e-4 * out.abs().max().item()) for t in (out, out.log_softmax(-1)))
     found = [(k, m) for k, m in layers if len(seen[m]) == 1 and same(z, seen[m][0])]
     return [(k, m) for k, m in found if same(logits([m], lambda m, args, out: out + far), seen[m][0] + far)]

@@ -1,6 +1,8 @@
 "Images, folders and weights that come from elsewhere: read rightly, or refused with the file's name."
+import json
 import os
 import shutil
+import threading
 import warnings
 from collections import OrderedDict
 
@@ -131,9 +133,9 @@ def test_offsets_beside_words_cannot_be_compared():
 
 # --- the order of classes
 
-def numbered(toys, n=12):
+def numbered(toys, n=12, test=8):
     shutil.rmtree(toys)
-    write_toy_images(toys, classes=n, train=2, test=8)
+    write_toy_images(toys, classes=n, train=2, test=test)
     for part in ("train", "test"):
         for i in range(n): (toys/part/f"colour{i}").rename(toys/part/str(i + 1))
     return toys
@@ -174,7 +176,6 @@ def strange():
 def test_a_network_that_knows_its_classes_decides(toys, lay_out, capsys, tmp_path):
     place = lay_out("labels", FACTORY, train=6, test=8)
     flags = ["--model", f"{place}/mine.py:labelled", "--data", str(place/"toys"), "--hessian", "12", "--iterations", "1", "--eps", "0.1"]
-    import json
     for given, classes in (([], ["colour2", "colour0", "colour1"]), (["--class-order", "network"], ["colour2", "colour0", "colour1"]), (["--class-order", "name"], ["colour0", "colour1", "colour2"])):
         assert main(["operate", *flags, *given, "--json", "--out", str(tmp_path/f"out{len(given)}{given[-1:]}")]) == 0
         out, err = capsys.readouterr()
@@ -194,7 +195,7 @@ class Knows(nn.Module):
 
 def test_an_order_that_is_not_the_networks_is_refused(toys):
     rng = np.random.default_rng(0)
-    for folder in numbered(toys).glob("*/*"):
+    for folder in numbered(toys, test=20).glob("*/*"):
         for f in folder.iterdir():  # a colour a class, easily told
             colour = 20 * int(folder.name) * np.array([1, -1, 0]) + np.array([0, 250, 128]) + rng.integers(-3, 4, (16, 16, 3))
             Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(f)
@@ -327,7 +328,6 @@ def test_networks_whose_weights_are_computed_can_be_operated_on(how):
 
 
 def test_a_network_that_allows_no_copy_is_refused():
-    import threading
     model = nn.Linear(2, 2)
     model.lock = threading.Lock()
     with pytest.raises(InputError, match="must allow a copy.*Copying Linear failed"): copy_model(model)
