@@ -26,15 +26,15 @@ def _of_class(X, y, c): # the rows of one class, whatever inputs are made of
 
 @torch.no_grad()
 def _check_rows(logits_of, X, y): # logits_of(X) -> (N, C)
-    "Refuse inputs that hold a tensor of another length, unless each image's logits are the same without the others."
-    odd = [tuple(t.shape) for t in tensors_in(X) if t.ndim and len(t) != len(y)]
-    if not odd: return
-    whole, way_out = logits_of(X), "use directions='spikes', or give the classes in batches of their own"
+    "Of inputs in several tensors, some may have no row an image: refuse them unless each image's logits are the same without the others."
+    shapes = [tuple(t.shape) for t in tensors_in(X) if t.ndim]
+    if len(shapes) < 2: return
+    whole, way_out = logits_of(X), "use directions='spikes', or batches of another size where a shared table happens to have as many rows as there are images"
     for c in y.unique().tolist():
         try: part = logits_of(_of_class(X, y, c))
-        except InputError as e: raise InputError(f"images of one class must be told apart. Beside {len(y)} labels the inputs have a tensor of shape {odd[0]}, and the network refuses some of its images ({e}); {way_out}.") from e
+        except InputError as e: raise InputError(f"images of one class must be told apart. Inputs are of shapes {shapes} for {len(y)} labels, and the network refuses class {c} alone ({e}); {way_out}.") from e
         if part.shape != whole[y == c].shape or not torch.allclose(part, whole[y == c], rtol=1e-3, atol=1e-4 * whole.abs().max().item()): # rounding of the type, in another order of sums
-            raise InputError(f"images of one class must be told apart. Beside {len(y)} labels the inputs have a tensor of shape {odd[0]}, and logits of class {c} change without the other images; {way_out}.")
+            raise InputError(f"images of one class must be told apart. Inputs are of shapes {shapes} for {len(y)} labels, and logits of class {c} change without the other images; {way_out}.")
 
 def _check_classes(z, y): # logits (N, C), all labels of the batch
     "Refuse labels that name no class."

@@ -270,7 +270,7 @@ def _images(study: Study) -> list:
         warnings.warn(f"class folders are taken by name, 10 before 2, as torchvision's ImageFolder. Outputs of {study.weights} must be in that order.", stacklevel=2)
     return [(p.x, p.y, p.classes) for p in parts]
 
-def _made_from(studies: list[Study], todo: bool) -> dict[str, str]: # todo: is anything still to be run?
+def _made_from(studies: list[Study], todo: set[str]) -> dict[str, str]: # todo: names of experiments still to be run
     "Fingerprints of the images and weights; what is damaged or does not fit is refused."
     first = studies[0]
     try: found = dict(images=fingerprint(_images(first)))
@@ -282,6 +282,8 @@ def _made_from(studies: list[Study], todo: bool) -> dict[str, str]: # todo: is a
         if file: found[what] = fingerprint(file.read_bytes())
     if todo:
         for study in studies if first.kind == "isic" else [first]: study.splits # lesions: whether they can be dealt out depends on the seed
+        wanted, there = max(first.scale.sizes), len(first.splits.train)
+        if "stability" in todo and there < wanted: raise InputError(f"Tables 15 to 18 compare batches of up to {wanted} training images. {first.dataset} leaves {there}; name other tables, with --table.")
         net = build(first)
         if first.weights: load_weights(net, first.weights)
     return found
@@ -310,7 +312,7 @@ def reproduce(args: argparse.Namespace) -> int:
     names = feeding(*asked, kind=studies[0].kind)
     def path(study, name): return store.directory/f"{study.label}_{name}.json"
     if not args.dry_run:
-        store = replace(store, made_from=_made_from(studies, not all(path(s, n).exists() for s in studies for n in names)))
+        store = replace(store, made_from=_made_from(studies, {n for s in studies for n in names if not path(s, n).exists()}))
         studies = [replace(s, store=store) for s in studies]
     known, todo, say = {}, [], functools.partial(print, file=sys.stderr, flush=True)
     for study in studies:

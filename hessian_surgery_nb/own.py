@@ -59,12 +59,12 @@ def _torchvision(name: str, classes: int, weights):
     models = torchvision_part("models")
     if name not in models.list_models(): raise InputError(f"torchvision has no network {name!r}. It has, for example, {', '.join(n for n in models.list_models() if n[:3] == name[:3]) or 'resnet50'}.")
     offered = models.get_model_weights(name).DEFAULT
-    try: net = models.get_model(name, weights=None, num_classes=classes) if weights else models.get_model(name, weights=offered)
-    except OSError as e: raise InputError(f"weights of {name} could not be fetched ({e}); name a file of weights.") from e
-    try:
+    try: # before the network is made, which for a detector would fetch weights
         seen = offered.transforms()
-        return net, Preparation(seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std))
+        preparation = Preparation(seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std))
     except (AttributeError, TypeError) as e: raise InputError(f"a network must classify images. torchvision's {name} wants something else ({first_line(e)}); name a classifier, such as resnet50.") from e
+    try: return (models.get_model(name, weights=None, num_classes=classes) if weights else models.get_model(name, weights=offered)), preparation
+    except OSError as e: raise InputError(f"weights of {name} could not be fetched ({e}); name a file of weights.") from e
 
 def _timm(name: str, classes: int, weights):
     if importlib.util.find_spec("timm") is None: raise InputError("timm: networks need timm, which is not installed; pip install timm.")
