@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from .hvp import InputError, as_batches, rows_of
 from .models import copy_model, find_head
-from .surgery import whole
+from .data import whole
 from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0

@@ -28,6 +28,7 @@ from torch import nn
 
 from .baselines import paired_interval
 from .comparison import Comparison, compare, controls_of, plot_comparison
+from .data import whole
 from .effective_rank import screen
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
@@ -38,7 +39,7 @@ from .pages import amount, duration, figure_tag, html_page, table_tag, text_tabl
 from .ranks import team, together
 from .runs import check_out, json_bytes, out_dir
 from .spectrum_type import Verdict, generalisation, spectrum_type
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict, whole
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
 from .train import predict
 
 # %% auto #0

@@ -12,11 +12,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import Rival, paired_interval, post_hoc, rival
-from .data import check_disjoint
+from .data import check_disjoint, whole
 from .hvp import InputError, as_batches, split_batch
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head
-from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict, whole
+from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict
 from .train import predict
 
 # %% auto #0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import numbers
 import os
 import re
 import warnings
@@ -20,11 +21,25 @@ from fastcore.basics import patch
 from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
-__all__ = ['IMAGES', 'ORDERS', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts',
-           'Splits', 'long_tail_splits', 'plot_counts', 'as_rgb', 'read_image', 'cache_dir', 'decoded', 'read_images',
-           'natural_key', 'class_order', 'class_files', 'image_folder', 'write_toy_images', 'torchvision_part',
-           'data_dir', 'dataset_folder', 'unseen_folder', 'check_same_classes', 'read_dataset', 'normalised',
-           'image_splits', 'sharpness', 'held_back_splits']
+__all__ = ['IMAGES', 'ORDERS', 'whole', 'seed_of', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits',
+           'long_tail_counts', 'Splits', 'long_tail_splits', 'plot_counts', 'as_rgb', 'read_image', 'cache_dir',
+           'decoded', 'read_images', 'natural_key', 'class_order', 'class_files', 'image_folder', 'write_toy_images',
+           'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder', 'check_same_classes', 'read_dataset',
+           'normalised', 'image_splits', 'sharpness', 'held_back_splits']
+
+# %% ../nbs/02a_data.ipynb #f6c58bf8
+def whole(
+    name: str, value, # a setting, and what it is
+    least: int = 1, below: int = 2**31,
+) -> int:
+    "A whole number of Python's or NumPy's, from a range."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral): raise InputError(f"{name} must be a whole number. Got {value!r}.")
+    if not least <= value < below: raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
+    return int(value)
+
+def seed_of(seed) -> int:
+    "A seed that every generator takes."
+    return whole("seed", seed, -2**63, 2**63)
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -160,6 +175,7 @@ def long_tail_splits(
     hessian: int = 128, # training images for the curvature, at their natural frequencies; the paper's B
 ) -> Splits:
     "Balanced sensitivity and held-out sets, and a long-tailed training set, all disjoint."
+    seed, measure, hessian = seed_of(seed), whole("measure", measure), whole("hessian", hessian)
     C, g = len(samples.classes), torch.Generator().manual_seed(seed)
     short = [samples.classes[c] for c in range(C) if samples.counts[c] < 2 * measure + 1]
     if short: raise InputError(f"every class needs at least {2 * measure + 1} images. Classes {', '.join(short[:5])} have fewer; lower measure.")
@@ -460,6 +476,7 @@ def image_splits(
     share: float = .5, # of the test images of each class, for the sensitivity set
 ) -> Splits:
     "Half of the test images to tune on, half to report; stratified."
+    seed, hessian = seed_of(seed), whole("hessian", hessian)
     g, parts, test = torch.Generator().manual_seed(seed), ([], []), _first_seen(test, set(input_digests(train.pair)))
     for c in range(len(test.classes)):
         mine = (test.y == c).nonzero().flatten()
@@ -484,6 +501,7 @@ def held_back_splits(
     hessian: int = 128, # training images for the curvature
 ) -> Splits:
     "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
+    seed, per_class, report, hessian = seed_of(seed), whole("per_class", per_class), whole("report", report, 0), whole("hessian", hessian)
     g, train = torch.Generator().manual_seed(seed), _first_seen(train, set(input_digests(test.pair)))
     job = torch.zeros(len(train), dtype=torch.int64) # 0: to learn from, 1: to tune on, 2: to report
     for c in range(len(train.classes)):

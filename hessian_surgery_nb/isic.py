@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .data import Samples, Splits, input_digests, normalised, read_images
+from .data import Samples, Splits, input_digests, normalised, read_images, seed_of, whole
 from .hvp import InputError
 from .train import ClassReport, wilson_interval
 
@@ -144,6 +144,7 @@ def hessian_images(
 ) -> Samples:
     "Training images on which the curvature is measured."
     if how not in ("natural", "stratified"): raise InputError(f"how must be 'natural' or 'stratified'. Got {how!r}.")
+    n, seed = whole("n", n), seed_of(seed)
     g, C = torch.Generator().manual_seed(seed), len(train.classes)
     if how == "natural": return train[torch.randperm(len(train), generator=g)[:n]]
     rows = [(train.y == c).nonzero().flatten() for c in range(C)]
@@ -174,6 +175,7 @@ def lesion_splits(
     hessian: int = 256, how: str = "natural", # as for `hessian_images`
 ) -> Splits:
     "Training, tuning and reporting on different lesions; normalised by the training images."
+    seed, per_class, hessian = seed_of(seed), whole("per_class", per_class), whole("hessian", hessian)
     s, out = images.samples, []
     free = list(range(len(s)))
     if not isinstance(held_out, float):

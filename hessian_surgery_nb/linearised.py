@@ -14,13 +14,13 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
-from .data import check_disjoint
+from .data import check_disjoint, whole
 from .hvp import InputError, select_params
 from .lanczos import Eigenpairs
 from .models import copy_model
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
-from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config, whole
+from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
 from .train import ClassReport, class_report_of, predict
 
 # %% auto #0

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import torchvision_part
+from .data import seed_of, torchvision_part, whole
 from .hvp import Forward, InputError, as_batches, functional_logits, rows_of, to_device
 from .testbed import seeded
 
@@ -40,7 +40,7 @@ def digits_net(
     seed: int = 0, # of the initial weights
 ) -> nn.Sequential: # (N, 1, 8, 8) -> (N, classes)
     "A small convolutional classifier for 8 x 8 images."
-    if width < 1 or classes < 2: raise InputError(f"width must be at least 1 and classes at least 2. Got {width} and {classes}.")
+    width, classes, seed = whole("width", width), whole("classes", classes, 2), seed_of(seed)
     with seeded(seed):
         return nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
@@ -76,7 +76,7 @@ def resnet20(
     seed: int = 0, # of the initial weights
 ) -> nn.Sequential: # (N, 3, H, W) -> (N, classes)
     "The residual network of He et al. for small images, in evaluation mode."
-    if width < 1 or blocks < 1 or classes < 2: raise InputError(f"width and blocks must be at least 1 and classes at least 2. Got {width}, {blocks} and {classes}.")
+    width, blocks, classes, seed = whole("width", width), whole("blocks", blocks), whole("classes", classes, 2), seed_of(seed)
     with seeded(seed):
         layers, inputs = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()], width
         for stage in range(3):

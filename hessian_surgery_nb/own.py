@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import ORDERS, check_same_classes, class_files, class_order, decoded, read_image, torchvision_part, unseen_folder
+from .data import ORDERS, check_same_classes, class_files, class_order, decoded, read_image, seed_of, torchvision_part, unseen_folder, whole
 from .hvp import InputError
 from .models import first_line, load_weights
-from .surgery import whole
 from .train import predict
 
 # %% auto #0
@@ -194,7 +193,7 @@ def own_sets(
     progress: bool = False,
 ) -> OwnSets:
     "Images to see the curvature, to decide, to report."
-    hessian, batch, seed = whole("hessian", hessian), whole("batch", batch), whole("seed", seed, -2**63, 2**63)
+    hessian, batch, seed = whole("hessian", hessian), whole("batch", batch), seed_of(seed)
     g = torch.Generator().manual_seed(seed)
     curved, rest = _parts(*own_files(folder, order), hessian, g)
     halves = [], []

@@ -31,7 +31,7 @@ from .train import ClassReport, class_report_of, error_ratio, predict, wilson_in
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
-           'AdamControl', 'SurgeryConfig', 'check_config', 'whole', 'paper_amplitude', 'choose_amplitude', 'judge',
+           'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
            'change_errors', 'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
            'as_steps', 'request_of', 'answers', 'check_answers', 'plot_before_after', 'plot_history', 'report_dict',
            'report_dicts']
@@ -214,16 +214,6 @@ def check_config(c: SurgeryConfig):
              ("scheme", c.scheme in ("central", "forward"), "'central' or 'forward'"), ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'")]
     for name, ok, rule in rules:
         if not ok: raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
-
-# %% ../nbs/05_surgery.ipynb #5f6f3b5c
-def whole(
-    name: str, value, # a setting, and what it is
-    least: int = 1, below: int = 2**31,
-) -> int:
-    "A whole number of Python's or NumPy's, from a range."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral): raise InputError(f"{name} must be a whole number. Got {value!r}.")
-    if not least <= value < below: raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
-    return int(value)
 
 # %% ../nbs/05_surgery.ipynb #ec47bdf9
 def paper_amplitude(

@@ -12,13 +12,13 @@ from torch import nn
 from hessian_surgery_nb.class_structure import class_gradients, class_subspace
 from hessian_surgery_nb.cli import main
 from hessian_surgery_nb.comparison import compare
-from hessian_surgery_nb.data import torchvision_part
+from hessian_surgery_nb.data import torchvision_part, whole
 from hessian_surgery_nb.deflation import check_phases, deflated_operate
 from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.hvp import HessianOperator, InputError
 from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.own import Preparation, own_sets
-from hessian_surgery_nb.surgery import SurgeryConfig, check_config, operate, whole
+from hessian_surgery_nb.surgery import SurgeryConfig, check_config, operate
 from hessian_surgery_nb.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.train import class_accuracy, class_report
 
