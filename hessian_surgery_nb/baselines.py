@@ -43,7 +43,7 @@ def best_of(
 # %% ../nbs/05a_baselines.ipynb #439b031e
 @dataclass(frozen=True)
 class Head:
-    "A linear head as it acts, and the parameter that makes it: the weight itself, or what pruning or weight norm compute it from."
+    "A linear head as it acts, and the parameter that its weight is, or is computed from."
     key: str # name of that parameter in the model
     own: torch.Tensor # (C, ...) its value; scaling its rows scales those of the weight
     weight: torch.Tensor # (C, d)
@@ -52,12 +52,13 @@ class Head:
         "Lengths of the rows to the power tau."
         return self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau
     def logits(self, x: torch.Tensor, tau: float) -> torch.Tensor: # (N, d) -> (N, C)
-        "What the head makes of its inputs once every row is divided by its length to the power tau."
+        "What the head makes of its inputs once each row is divided by its length to the power tau."
         return nn.functional.linear(x, self.weight / self.lengths(tau), self.bias)
     def state(self, tau: float) -> dict[str, torch.Tensor]:
         "The same for the whole network, to be passed as `state`."
         return {self.key: self.own / self.lengths(tau).reshape(-1, *[1] * (self.own.ndim - 1))}
 
+# %% ../nbs/05a_baselines.ipynb #de7caea5
 @torch.no_grad()
 def head_of(
     model: nn.Module, classes: int, # C
@@ -68,14 +69,26 @@ def head_of(
     twin, g = copy_model(layer), torch.Generator().manual_seed(0)
     x = torch.randn(4, layer.in_features, generator=g).to(layer.weight)
     z = twin(x) # computes the weight, where it is computed
-    weight, bias, s = twin.weight.detach().clone(), None if twin.bias is None else twin.bias.detach().clone(), (.5 + torch.rand(classes, 1, generator=g)).to(x)
-    def near(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * z.abs().max().item()) # rounding of single precision
+    weight, bias, s = (
+        twin.weight.detach().clone(),
+        None if twin.bias is None else twin.bias.detach().clone(),
+        (0.5 + torch.rand(classes, 1, generator=g)).to(x),
+    )
+    def near(a, b):
+        # rounding of single precision
+        return a.shape == b.shape and torch.allclose(
+            a, b, rtol=1e-4, atol=1e-4 * z.abs().max().item()
+        )
     if near(z, nn.functional.linear(x, weight, bias)):
         for key, p in layer.named_parameters():
             if not p.ndim or len(p) != classes or p is layer.bias: continue
             made = functional_call(twin, {key: p * s.reshape(-1, *[1] * (p.ndim - 1))}, (x,))
-            if near(made, nn.functional.linear(x, weight * s, bias)): return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
-    raise InputError(f"rescaling needs a head whose rows can be scaled by themselves. Those of {name or type(layer).__name__} cannot: its weight is computed from parameters as a whole, as by spectral norm, or it adds something of its own; leave that method out.")
+            if near(made, nn.functional.linear(x, weight * s, bias)):
+                return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
+    raise InputError("rescaling needs a head whose rows can be scaled by themselves. Those of "
+                     f"{name or type(layer).__name__} cannot: its weight is computed from "
+                     "parameters as a whole, as by spectral norm, or it adds something of its "
+                     "own; leave that method out.")
 
 # %% ../nbs/05a_baselines.ipynb #0e9577e9
 def tau_norm_state(
@@ -103,6 +116,7 @@ def head_inputs(
     same = x.shape[1] == head.in_features and torch.allclose(head(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
     return x if same else None
 
+# %% ../nbs/05a_baselines.ipynb #ab7737e2
 @torch.no_grad()
 def tau_norm_sweep(
     model: nn.Module, data, logits: torch.Tensor, # as for `head_inputs`
@@ -111,13 +125,24 @@ def tau_norm_sweep(
     head: Head | None = None, # where it is known
 ) -> tuple[list[torch.Tensor], int]: # logits (N, C) for each tau, and passes over the data
     "Tau-normalisation in many strengths: the network runs once, the head for each."
-    head, x = head or head_of(model, logits.shape[1], data, forward), head_inputs(model, data, logits, forward)
-    if x is None: return [predict(model, data, state=head.state(t), forward=forward)[0] for t in taus], len(taus)
+    head, x = (
+        head or head_of(model, logits.shape[1], data, forward),
+        head_inputs(model, data, logits, forward),
+    )
+    if x is None:
+        return [predict(model, data, state=head.state(t), forward=forward)[0] for t in taus], len(
+            taus
+        )
     few = [rows_of(next(iter(as_batches(data))), slice(0, 4))]
-    z, there = predict(model, few, forward=forward)[0], predict(model, few, state=head.state(1.), forward=forward)[0]
+    z, there = (
+        predict(model, few, forward=forward)[0],
+        predict(model, few, state=head.state(1.0), forward=forward)[0],
+    )
     here = head.logits(head_inputs(model, few, z, forward), 1.)
-    if not torch.allclose(there, here, rtol=1e-3, atol=1e-3 * here.abs().max().item()): # rounding of single precision, generously
-        raise InputError(f"rescaling needs a head whose weight is used for the logits alone. {head.key} serves elsewhere too; leave that method out.")
+    # rounding of single precision, generously
+    if not torch.allclose(there, here, rtol=1e-3, atol=1e-3 * here.abs().max().item()):
+        raise InputError("rescaling needs a head whose weight is used for the logits alone. "
+                         f"{head.key} serves elsewhere too; leave that method out.")
     return [head.logits(x, t) for t in taus], 1
 
 # %% ../nbs/05a_baselines.ipynb #afc9e623
@@ -298,7 +323,8 @@ def post_hoc(
     try:
         head = head_of(model, C, sensitivity_data, forward)
         sweep, passes = tau_norm_sweep(model, sensitivity_data, Zs, taus, forward, head)
-    except InputError as e: logging.getLogger("hessian_surgery_nb").info("tau-norm left out: %s", e) # nothing that could be rescaled
+    except InputError as e:
+        logging.getLogger("hessian_surgery_nb").info("tau-norm left out: %s", e) # nothing that could be rescaled
     else:
         t = taus[best_of(sweep, ys)]
         yield rival("tau-norm", run(held_out, head.state(t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", passes)

@@ -33,14 +33,13 @@ from .effective_rank import screen
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front
-from .models import check_storable, first_line, num_params, weights_bytes, write_atomic
-from .own import OwnSets, check_labels, label_order, load_network, network_labels, own_files, own_sets
-from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
-from .ranks import team, together
-from .runs import check_out, json_bytes, out_dir
-from .spectrum_type import Verdict, generalisation, spectrum_type
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
-from .train import predict
+from hessian_surgery_nb.models import (
+    check_storable,
+    first_line,
+    num_params,
+    weights_bytes,
+    write_atomic,
+)
 
 # %% auto #0
 __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'FRONT', 'add_common', 'add_spikes', 'add_directions', 'add_scheme',
@@ -50,6 +49,23 @@ __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'FRONT', 'add_common'
            'comparison_rows', 'compare_own', 'front_rows', 'front_own', 'screen_own', 'two_folders', 'verdict_of',
            'verdict_rows', 'spectrum_own', 'add_own']
 
+# %% ../nbs/09c_commands.ipynb #8fb5733c
+from hessian_surgery_nb.own import (
+    OwnSets,
+    check_labels,
+    label_order,
+    load_network,
+    network_labels,
+    own_files,
+    own_sets,
+)
+from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
+from .ranks import team, together
+from .runs import check_out, json_bytes, out_dir
+from .spectrum_type import Verdict, generalisation, spectrum_type
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
+from .train import predict
+
 # %% ../nbs/09c_commands.ipynb #bf7d205a
 def add_common(o: argparse.ArgumentParser, data: bool = True): # data: is --data required?
     "Flags of every command here."
@@ -57,7 +73,13 @@ def add_common(o: argparse.ArgumentParser, data: bool = True): # data: is --data
     o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
     o.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with a state dict; without it torchvision's or timm's own")
     o.add_argument("--data", required=data, metavar="DIR", help="images in folders")
-    o.add_argument("--class-order", choices=("natural", "name", "network"), help="of the class folders in the network's outputs: natural, 2 before 10, as timm; name, 10 before 2, as torchvision's ImageFolder; network, its own labels; default: its own labels where they name the folders, else natural")
+    o.add_argument(
+        "--class-order",
+        choices=("natural", "name", "network"),
+        help="of the class folders in the network's outputs: natural, 2 before 10, as timm; name, "
+             "10 before 2, as torchvision's ImageFolder; network, its own labels; default: its own "
+             "labels where they name the folders, else natural",
+    )
     o.add_argument("--resize", type=int, metavar="N", help="shorter side to N pixels; default: what the network asks for")
     o.add_argument("--crop", type=int, metavar="N", help="middle square of N pixels; default: what the network asks for")
     for k in ("mean", "std"): o.add_argument(f"--{k}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{k} of the colours in 0..1; default: what the network asks for")
@@ -134,7 +156,9 @@ def pick_device(name: str) -> torch.device: # "auto", or as PyTorch writes it
         if mine >= there: raise InputError(f"every process needs a GPU of its own. This machine has {there}, and process {mine + 1} is here; start fewer, or give --device cpu.")
         wanted = f"cuda:{mine}"
     try: return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise InputError(f"--device must be one that PyTorch has here. {wanted} is not ({first_line(e)}); use cpu, or auto.") from e
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device must be one that PyTorch has here. {wanted} is not "
+                         f"({first_line(e)}); use cpu, or auto.") from e
 
 def ready(args: argparse.Namespace): # network, sets
     "What the flags name, ready for use."
@@ -143,21 +167,36 @@ def ready(args: argparse.Namespace): # network, sets
     check_storable(net)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
     order, net = label_order(names, args.class_order, network_labels(net)), net.to(device)
-    sets = own_sets(args.data, seen, order=order, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty() and not team().rank)
+    sets = own_sets(
+        args.data,
+        seen,
+        order=order,
+        seed=args.seed,
+        hessian=args.hessian,
+        batch=args.batch,
+        progress=sys.stderr.isatty() and not team().rank,
+    )
     _check_outputs(net, next(iter(sets.hessian))[0][:2].to(device), len(names), args)
     check_labels(net, sets, chosen=args.class_order is not None)
     return net, sets
 
+# %% ../nbs/09c_commands.ipynb #9d897e61
 @torch.no_grad()
 def _check_outputs(net: nn.Module, first: torch.Tensor, classes: int, args):
     "Refuse a network that does not take these images, or does not give an output for each class."
     try: outputs = net(first)
     except InputError: raise
     except Exception as e: # whatever a network raises on images that it was not made for
-        raise InputError(f"the network must take the images, and nothing else. {args.model} refuses {tuple(first.shape)} ({first_line(e)}); give --resize and --crop, or a function that returns a network of images alone.") from e
+        raise InputError(f"the network must take the images, and nothing else. {args.model} "
+                         f"refuses {tuple(first.shape)} ({first_line(e)}); give --resize and "
+                         "--crop, or a function that returns a network of images alone.") from e
     if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
-    if outputs.shape[1] != classes: raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {args.data} has {classes} classes; name a file of --weights with that head.")
+    if outputs.shape[1] != classes:
+        raise InputError(f"the network needs an output for each class folder. {args.model} has "
+                         f"{outputs.shape[1]} outputs, {args.data} has {classes} classes; name a "
+                         "file of --weights with that head.")
 
+# %% ../nbs/09c_commands.ipynb #8941445e
 def products(args) -> dict: # keywords of HessianOperator
     "How Hessian-vector products are made."
     try: cut = None if args.micro_batch == "auto" else int(args.micro_batch)
@@ -351,9 +390,15 @@ def compare_own(args: argparse.Namespace) -> int:
     matplotlib.use("Agg")
     config, out = surgery_config(args), own_out(args, COMPARED)
     whole("--draws", args.draws)
-    if not 0 <= args.max_global_drop <= 100: raise InputError(f"--max-global-drop is percentage points, in 0..100. Got {args.max_global_drop:g}.")
+    if not 0 <= args.max_global_drop <= 100:
+        raise InputError("--max-global-drop is percentage points, in 0..100. Got "
+                         f"{args.max_global_drop:g}.")
     net, sets = ready(args)
-    loss_fn, command, (learned, unseen) = nn.CrossEntropyLoss(), shlex.join(["hessian-surgery", *args.argv]), own_files(args.data, sets.classes)
+    loss_fn, command, (learned, unseen) = (
+        nn.CrossEntropyLoss(),
+        shlex.join(["hessian-surgery", *args.argv]),
+        own_files(args.data, sets.classes),
+    )
     if args.dry_run: # besides surgery along spikes only the head alone, or spikes as a control, search at each step
         own, runs = config.directions == "spikes", 2 if args.no_controls else 2 + controls_of(args.draws)
         searches = config.iterations * (own + (not args.no_controls)) + own
@@ -386,7 +431,9 @@ def front_own(args: argparse.Namespace) -> int:
     whole("--folds", args.folds), whole("--rounds", args.rounds, 0)
     config, out = SurgeryConfig(num_spikes=args.spikes, directions=args.directions, params=args.params, seed=args.seed, **products(args)), own_out(args, FRONT)
     check_config(config)
-    if not all(0 <= p <= 100 for p in (*args.prices, args.max_global_drop)): raise InputError(f"--prices and --max-global-drop are percentage points, in 0..100. Got {', '.join(f'{p:g}' for p in (*args.prices, args.max_global_drop))}.")
+    if not all(0 <= p <= 100 for p in (*args.prices, args.max_global_drop)):
+        raise InputError("--prices and --max-global-drop are percentage points, in 0..100. Got "
+                         f"{', '.join(f'{p:g}' for p in (*args.prices, args.max_global_drop))}.")
     prices = sorted({p / 100 for p in (*args.prices, args.max_global_drop)})
     net, sets = ready(args)
     f = linearised_operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, prices=prices, config=config, folds=args.folds, rounds=args.rounds, names=sets.classes, progress=sys.stderr.isatty() and not args.verbose)

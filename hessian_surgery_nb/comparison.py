@@ -39,7 +39,9 @@ class Comparison:
         return r.passes + PRODUCT * self.share * r.products
 
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
-def _controls(config: SurgeryConfig, C: int, model, data, forward, eps: float, draws: int): # yields name, config
+def _controls(
+    config: SurgeryConfig, C: int, model, data, forward, eps: float, draws: int,
+): # yields name, config
     for name, directions in (("spikes", "spikes"), ("class means", "class_means"), ("gradients of classes", "gradients")):
         if directions != config.directions: yield name, replace(config, directions=directions, eps=None)
     try: head = find_head(model, C, data, forward)[0]
@@ -49,7 +51,16 @@ def _controls(config: SurgeryConfig, C: int, model, data, forward, eps: float, d
     if head is not None and config.params is None: yield "head alone", replace(config, params=f"{head}.*" if head else "*", eps=None)
     for own in (False, True):
         for d in range(draws):
-            yield f"random subspace, {'own amplitude' if own else 'same norm'}" + (f" ({d + 1})" if d else ""), replace(config, directions="random", eps=None if own else eps, seed=(config.seed + 1000 * d) % 2**63)
+            yield (
+                f"random subspace, {'own amplitude' if own else 'same norm'}"
+                + (f" ({d + 1})" if d else ""),
+                replace(
+                    config,
+                    directions="random",
+                    eps=None if own else eps,
+                    seed=(config.seed + 1000 * d) % 2**63,
+                ),
+            )
 
 def controls_of(draws: int) -> int: # at most
     "How many runs of surgery the controls are."
@@ -93,7 +104,10 @@ def compare(
     surgery = surgery or run(config)
     names, sets = surgery.before.names, (hessian_data, sensitivity_data)
     untouched, *rivals = post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps, scales=True)
-    if not torch.equal(surgery.correct[0], untouched.correct): raise InputError("surgery must be a run of operate with these arguments. The network that it began with answers other held-out images rightly than this one; leave it out, and it is run here.")
+    if not torch.equal(surgery.correct[0], untouched.correct):
+        raise InputError("surgery must be a run of operate with these arguments. The network that "
+                         "it began with answers other held-out images rightly than this one; "
+                         "leave it out, and it is run here.")
     rivals = [*_at_price(model, loss_fn, sets, held_out, price, config, names, forward, progress), *rivals]
     if controls:
         for name, c in tqdm(list(_controls(config, C, model, sensitivity_data, forward, surgery.history[0].eps, draws)), desc="controls", leave=False, disable=not progress):

@@ -33,8 +33,10 @@ def whole(
     least: int = 1, below: int = 2**31,
 ) -> int:
     "A whole number of Python's or NumPy's, from a range."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral): raise InputError(f"{name} must be a whole number. Got {value!r}.")
-    if not least <= value < below: raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} must be a whole number. Got {value!r}.")
+    if not least <= value < below:
+        raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
     return int(value)
 
 def seed_of(seed) -> int:
@@ -103,10 +105,15 @@ def input_digests(
         tensors = [p.detach().cpu() for p in tensors_in(X) if p.ndim]
         odd = [tuple(p.shape) for p in tensors if y.ndim == 0 or len(p) != len(y)]
         if odd or not tensors:
-            raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got "
-                             f"{f'one of shape {odd[0]} for {y.numel()} labels' if odd else 'none'}; pass check_overlap=False if the sets are disjoint.")
+            raise InputError(
+                "inputs must be tensors with a row for each label, so that sets can be compared. "
+                f"Got {f'one of shape {odd[0]} for {y.numel()} labels' if odd else 'none'}; pass "
+                "check_overlap=False if the sets are disjoint."
+            )
         dense = [p if p.layout is torch.strided else p.to_dense() for p in tensors]
-        rows = [p.contiguous().reshape(len(p), p[0].numel()).view(torch.uint8).numpy() for p in dense]
+        rows = [
+            p.contiguous().reshape(len(p), p[0].numel()).view(torch.uint8).numpy() for p in dense
+        ]
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 
@@ -201,7 +208,8 @@ def plot_counts(
     return ax
 
 # %% ../nbs/02a_data.ipynb #bd819415
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp") # as torchvision's ImageFolder
+# as torchvision's ImageFolder
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 def as_rgb(im):
     "A PIL image as RGB bytes, grey levels in sixteen bits or in 0..1 scaled to eight."
@@ -210,11 +218,16 @@ def as_rgb(im):
     if im.mode in ("P", "PA", "LA"): return im.convert("RGBA").convert("RGB")
     if im.mode != "F" and not im.mode.startswith("I"): return im.convert("RGB")
     grey = np.asarray(im)
-    if im.mode.startswith("I;16") or im.format in ("PNG", "PPM"): # the only other greys these two can hold have sixteen bits too
+    # the only other greys these two can hold have sixteen bits too
+    if im.mode.startswith("I;16") or im.format in ("PNG", "PPM"):
         return Image.fromarray((grey.astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
     if im.mode == "F" and np.isfinite(grey).all() and 0 <= grey.min() and grey.max() <= 1:
-        return Image.fromarray(np.round(255 * grey.astype(np.float64)).astype(np.uint8)).convert("RGB")
-    raise InputError(f"grey levels must have a range that the file tells: eight or sixteen bits, or real numbers in 0..1. Got mode {im.mode}, values {grey.min()}..{grey.max()}; scale them yourself, and save them as PNG")
+        return Image.fromarray(np.round(255 * grey.astype(np.float64)).astype(np.uint8)).convert(
+            "RGB"
+        )
+    raise InputError("grey levels must have a range that the file tells: eight or sixteen bits, "
+                     f"or real numbers in 0..1. Got mode {im.mode}, values "
+                     f"{grey.min()}..{grey.max()}; scale them yourself, and save them as PNG")
 
 def read_image(
     path, size: int | None = None, # pixels a side; None: as it is
@@ -229,7 +242,8 @@ def read_image(
             if fit: im = fit(im)
             elif size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(im)).permute(2, 0, 1)
-    except InputError as e: raise InputError(f"images must be readable. {path} is not: {e}; or remove it.") from e
+    except InputError as e:
+        raise InputError(f"images must be readable. {path} is not: {e}; or remove it.") from e
     except Exception as e: # decoders raise whatever they like on a damaged file
         raise InputError(f"images must be readable. {path} is not ({type(e).__name__}: {e}); remove or replace it.") from e
 
@@ -262,7 +276,11 @@ def read_images(
     "Decode images, or take them from the cache."
     from safetensors.torch import save_file
     stats = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns) for f in map(Path, files)]
-    kept = cache_dir()/f"images-{hashlib.sha256(repr(('scaled greys', size, stats)).encode()).hexdigest()[:20]}.safetensors" # the words: what was kept before greys were scaled is not read again
+    # the words: what was kept before greys were scaled is not read again
+    kept = (
+        cache_dir()
+        / f"images-{hashlib.sha256(repr(('scaled greys', size, stats)).encode()).hexdigest()[:20]}.safetensors"
+    )
     x = _kept_images(kept, len(stats))
     if x is not None: return x
     x, part = decoded(list(files), functools.partial(read_image, size=size), progress=progress), kept.with_suffix(f".{os.getpid()}.part")
@@ -292,30 +310,37 @@ def natural_key(name: str):
 
 def class_order(
     names, # of the class folders, in any order
-    order: str = "name", # "name": as text, as torchvision; "natural": as one would read them, as timm
+    order: str = "name", # "name": as text, as torchvision; "natural": 2 before 10, as timm
 ) -> list[str]:
     "Class names in the order of their labels."
-    if order not in ORDERS: raise InputError(f"classes are in one of the orders {', '.join(ORDERS)}. Got {order!r}.")
+    if order not in ORDERS:
+        raise InputError(f"classes are in one of the orders {', '.join(ORDERS)}. Got {order!r}.")
     by_name = sorted(names)
     return sorted(by_name, key=natural_key) if order == "natural" else by_name
 
 # %% ../nbs/02a_data.ipynb #a3dc0e51
-_JUNK = "__MACOSX", "@eaDir" # what macOS and network drives leave beside images; other such things begin with a dot
+# what macOS and network drives leave beside images; other such things begin with a dot
+_JUNK = "__MACOSX", "@eaDir"
 
 def _visible(path: Path) -> bool: return path.name[:1] != "." and path.name not in _JUNK
 
 def _images_below(folder: Path, within: tuple = ()) -> list[Path]:
-    "Image files in a folder and those below it, links followed, but not back to where they came from."
+    "Image files in a folder and below it; links are followed, but not back to where they are."
     within, found = (*within, folder.resolve()), []
     try: entries = sorted(filter(_visible, folder.iterdir()))
-    except OSError as e: raise InputError(f"a folder of images must be readable. {folder} is not ({e.strerror}); change its permissions, or remove it.") from e
+    except OSError as e:
+        raise InputError(f"a folder of images must be readable. {folder} is not ({e.strerror}); "
+                         "change its permissions, or remove it.") from e
     for p in entries:
-        if p.is_symlink() and not p.exists(): raise InputError(f"links must lead somewhere. {p} leads to {os.readlink(p)}, which is not there; remove it, or put the file back.")
+        if p.is_symlink() and not p.exists():
+            raise InputError(f"links must lead somewhere. {p} leads to {os.readlink(p)}, which is "
+                             "not there; remove it, or put the file back.")
         if p.is_dir():
             if p.resolve() not in within: found += _images_below(p, within)
         elif p.suffix.lower() in IMAGES and p.is_file(): found.append(p)
     return found
 
+# %% ../nbs/02a_data.ipynb #66f9e7ee
 def class_files(
     path, # a directory with one directory a class
     *, order: str = "name", # of the classes: "name" or "natural", as for `class_order`
@@ -325,7 +350,10 @@ def class_files(
     if not path.is_dir(): raise InputError(f"an image folder must be a directory. {path} is not.")
     folders = [p for p in path.iterdir() if _visible(p)]
     dangling = [p for p in folders if p.is_symlink() and not p.exists()]
-    if dangling: raise InputError(f"links must lead somewhere. {dangling[0]} leads to {os.readlink(dangling[0])}, which is not there; remove it, or put the folder back.")
+    if dangling:
+        raise InputError(f"links must lead somewhere. {dangling[0]} leads to "
+                         f"{os.readlink(dangling[0])}, which is not there; remove it, or put the "
+                         "folder back.")
     classes = class_order([p.name for p in folders if p.is_dir()], order)
     files = {c: sorted(_images_below(path/c)) for c in classes}
     if not files: raise InputError(f"an image folder holds a folder a class. {path} has none.")
@@ -501,7 +529,12 @@ def held_back_splits(
     hessian: int = 128, # training images for the curvature
 ) -> Splits:
     "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
-    seed, per_class, report, hessian = seed_of(seed), whole("per_class", per_class), whole("report", report, 0), whole("hessian", hessian)
+    seed, per_class, report, hessian = (
+        seed_of(seed),
+        whole("per_class", per_class),
+        whole("report", report, 0),
+        whole("hessian", hessian),
+    )
     g, train = torch.Generator().manual_seed(seed), _first_seen(train, set(input_digests(test.pair)))
     job = torch.zeros(len(train), dtype=torch.int64) # 0: to learn from, 1: to tune on, 2: to report
     for c in range(len(train.classes)):

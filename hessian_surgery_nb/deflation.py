@@ -10,16 +10,35 @@ import numbers
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
-from .models import check_storable, named_part, read_tensors, set_tensors, state_tensors, write_tensors
+from hessian_surgery_nb.models import (
+    check_storable,
+    named_part,
+    read_tensors,
+    set_tensors,
+    state_tensors,
+    write_tensors,
+)
 from .ranks import team
 from .runs import check_out, out_dir
 from .sensitivity import Sensitivity
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, answers, as_steps, check_answers, check_config, choose_amplitude, request_of
+from hessian_surgery_nb.surgery import (
+    StepRecord,
+    SurgeryConfig,
+    SurgeryOperation,
+    amplitude_control,
+    answers,
+    as_steps,
+    check_answers,
+    check_config,
+    choose_amplitude,
+    request_of,
+)
 from .train import ClassReport, class_means
 
 # %% auto #0
@@ -113,8 +132,16 @@ def deflated_eigenpairs(
 def check_phases(phases, n: int) -> tuple[int, ...]:
     "How many spikes each phase takes."
     given = tuple(phases) if hasattr(phases, "__iter__") else phases
-    good = isinstance(given, tuple) and len(given) > 0 and all(isinstance(k, numbers.Integral) and not isinstance(k, bool) and k >= 1 for k in given)
-    if not good or sum(given) > n: raise InputError(f"phases must be whole numbers from 1 on that add up to at most {n:,} parameters. Got {given}.")
+    good = (
+        isinstance(given, tuple)
+        and len(given) > 0
+        and all(
+            isinstance(k, numbers.Integral) and not isinstance(k, bool) and k >= 1 for k in given
+        )
+    )
+    if not good or sum(given) > n:
+        raise InputError(f"phases must be whole numbers from 1 on that add up to at most {n:,} "
+                         f"parameters. Got {given}.")
     return tuple(map(int, given))
 
 # %% ../nbs/06_deflation.ipynb #131ec31c
@@ -166,11 +193,21 @@ class _Phases:
     def __init__(self, operation, phases, run_dir, basis_dtype, held_out):
         self.op, self.held_out, self.records, self.kept = operation, held_out, [], None
         self.like = next(iter(operation.params().values()))
-        self.n, self.dtype = sum(p.numel() for p in operation.params().values()), basis_dtype or self.like.dtype
-        self.phases, self.dir = check_phases(phases, self.n), None if run_dir is None else check_out(run_dir) # made when there is something to keep
+        self.n, self.dtype = (
+            sum(p.numel() for p in operation.params().values()),
+            basis_dtype or self.like.dtype,
+        )
+        # made when there is something to keep
+        self.phases, self.dir = (
+            check_phases(phases, self.n),
+            None if run_dir is None else check_out(run_dir),
+        )
         if self.dir is None: return
         check_storable(operation.model)
-        self.request, self.answers = request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)), answers(operation)
+        self.request, self.answers = (
+            request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)),
+            answers(operation),
+        )
 
     @property
     def basis(self) -> torch.Tensor: # (n, count)
@@ -180,33 +217,60 @@ class _Phases:
         if self.kept is None: self.kept = self.store()
         return self.kept.add(vectors)
     def store(self) -> SpikeStore:
-        return SpikeStore(self.n, sum(self.phases), dtype=self.dtype, device=self.like.device, path=None if self.dir is None else out_dir(self.dir)/"directions.bin")
+        return SpikeStore(
+            self.n,
+            sum(self.phases),
+            dtype=self.dtype,
+            device=self.like.device,
+            path=None if self.dir is None else out_dir(self.dir) / "directions.bin",
+        )
 
-    def save(self):
-        if self.dir is None: return
-        write_tensors(self.dir/"phases.safetensors", {f"model.{k}": v for k, v in state_tensors(self.op.model).items()}, dict(request=self.request, answers=self.answers, count=self.kept.count, eps=self.op.config.eps, records=[asdict(r) for r in self.records]))
+# %% ../nbs/06_deflation.ipynb #96f36db4
+@patch
+def save(self: _Phases):
+    if self.dir is None: return
+    write_tensors(
+        self.dir / "phases.safetensors",
+        {f"model.{k}": v for k, v in state_tensors(self.op.model).items()},
+        dict(
+            request=self.request,
+            answers=self.answers,
+            count=self.kept.count,
+            eps=self.op.config.eps,
+            records=[asdict(r) for r in self.records],
+        ),
+    )
 
-    def load(self):
-        path = None if self.dir is None else self.dir/"phases.safetensors"
-        if path is None or not path.exists(): return
-        tensors, facts = read_tensors(path, self.request)
-        check_answers(facts["answers"], self.op, path)
-        there, wanted = self.dir/"directions.bin", sum(self.phases) * self.n * self.dtype.itemsize
-        if not there.exists() or there.stat().st_size != wanted: raise InputError(f"what a run goes on with must be whole. {there} should hold {wanted:,} bytes of directions; remove {self.dir}, or name another run_dir.")
-        set_tensors(self.op.model, named_part(tensors, "model"))
-        self.kept, self.op.config = self.store(), replace(self.op.config, eps=facts["eps"])
-        self.kept.count = facts["count"]
-        self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
-        self.op.history = [s for r in self.records for s in r.steps]
-        self.op.now, self.op.seen = self.op.measure(self.op.data)
-        self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))
+@patch
+def load(self: _Phases):
+    path = None if self.dir is None else self.dir/"phases.safetensors"
+    if path is None or not path.exists(): return
+    tensors, facts = read_tensors(path, self.request)
+    check_answers(facts["answers"], self.op, path)
+    there, wanted = self.dir/"directions.bin", sum(self.phases) * self.n * self.dtype.itemsize
+    if not there.exists() or there.stat().st_size != wanted:
+        raise InputError(f"what a run goes on with must be whole. {there} should hold "
+                         f"{wanted:,} bytes of directions; remove {self.dir}, or name another "
+                         "run_dir.")
+    set_tensors(self.op.model, named_part(tensors, "model"))
+    self.kept, self.op.config = self.store(), replace(self.op.config, eps=facts["eps"])
+    self.kept.count = facts["count"]
+    self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
+    self.op.history = [s for r in self.records for s in r.steps]
+    self.op.now, self.op.seen = self.op.measure(self.op.data)
+    self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))
 
 # %% ../nbs/06_deflation.ipynb #6ca05c1f
 def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     "Directions and amplitude of the next phase, handed to the operation."
     op, c = state.op, state.op.config
     H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options)
-    op.pairs, op.fixed, eps, past = top_eigenpairs(DeflatedOperator(H, state.basis), size, tol=c.tol, seed=c.seed), True, c.eps, state.records
+    op.pairs, op.fixed, eps, past = (
+        top_eigenpairs(DeflatedOperator(H, state.basis), size, tol=c.tol, seed=c.seed),
+        True,
+        c.eps,
+        state.records,
+    )
     if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
     elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
     op.control = amplitude_control(c, eps, op.now.sigma)

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from .data import Samples, Splits, input_digests, normalised, read_images, seed_of, whole
+from hessian_surgery_nb.data import (
+    Samples,
+    Splits,
+    input_digests,
+    normalised,
+    read_images,
+    seed_of,
+    whole,
+)
 from .hvp import InputError
 from .train import ClassReport, wilson_interval
 
@@ -175,7 +183,11 @@ def lesion_splits(
     hessian: int = 256, how: str = "natural", # as for `hessian_images`
 ) -> Splits:
     "Training, tuning and reporting on different lesions; normalised by the training images."
-    seed, per_class, hessian = seed_of(seed), whole("per_class", per_class), whole("hessian", hessian)
+    seed, per_class, hessian = (
+        seed_of(seed),
+        whole("per_class", per_class),
+        whole("hessian", hessian),
+    )
     s, out = images.samples, []
     free = list(range(len(s)))
     if not isinstance(held_out, float):

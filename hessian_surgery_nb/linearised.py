@@ -186,7 +186,11 @@ class Front:
         return [p for p in self.points if p.price <= price + 1e-12][-1]
     def network(self, price: float) -> nn.Module:
         "A new network at that point. Where several processes share the run, all must ask for it, while they do."
-        net, chosen, p = copy_model(self.model), select_params(self.model, self.params), self.at(price)
+        net, chosen, p = (
+            copy_model(self.model),
+            select_params(self.model, self.params),
+            self.at(price),
+        )
         net.load_state_dict(moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)), strict=False)
         return net
 
@@ -282,7 +286,9 @@ def linearised_operate(
     from tqdm.auto import tqdm
     check_config(config)
     prices = [float(p) for p in prices] if hasattr(prices, "__iter__") and not isinstance(prices, str) else []
-    if not prices or prices != sorted(set(prices)) or not 0 <= prices[0] <= prices[-1] < float("inf"): raise InputError(f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; half a point is 0.005.")
+    if not prices or prices != sorted(set(prices)) or not 0 <= prices[0] <= prices[-1] < float("inf"):
+        raise InputError(f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; "
+                         "half a point is 0.005.")
     folds, rounds = whole("folds", folds), whole("rounds", rounds, 0)
     if not tolerance > 0: raise InputError(f"the tolerance must be positive. Got {tolerance}.")
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)

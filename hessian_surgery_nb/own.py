@@ -17,7 +17,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import ORDERS, check_same_classes, class_files, class_order, decoded, read_image, seed_of, torchvision_part, unseen_folder, whole
+from hessian_surgery_nb.data import (
+    ORDERS,
+    check_same_classes,
+    class_files,
+    class_order,
+    decoded,
+    read_image,
+    seed_of,
+    torchvision_part,
+    unseen_folder,
+    whole,
+)
 from .hvp import InputError
 from .models import first_line, load_weights
 from .train import predict
@@ -36,8 +47,14 @@ class Preparation:
     std: tuple[float, ...] = (1., 1., 1.)
 
     def __post_init__(self):
-        good = len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std) > 0
-        if not good: raise InputError(f"mean and std are three numbers each, std positive. Got {self.mean} and {self.std}.")
+        good = (
+            len(self.mean) == len(self.std) == 3
+            and all(map(math.isfinite, (*self.mean, *self.std)))
+            and min(self.std) > 0
+        )
+        if not good:
+            raise InputError(f"mean and std are three numbers each, std positive. Got {self.mean} "
+                             f"and {self.std}.")
         if any(v is not None and v < 1 for v in (self.resize, self.crop)): raise InputError(f"resize and crop are pixels, at least 1. Got {self.resize} and {self.crop}.")
 
     def image(self, path) -> torch.Tensor: # (3, H, W) uint8
@@ -60,20 +77,32 @@ def _torchvision(name: str, classes: int, weights):
     offered = models.get_model_weights(name).DEFAULT
     try: # before the network is made, which for a detector would fetch weights
         seen = offered.transforms()
-        preparation = Preparation(seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std))
-    except (AttributeError, TypeError) as e: raise InputError(f"a network must classify images. torchvision's {name} wants something else ({first_line(e)}); name a classifier, such as resnet50.") from e
-    try: return (models.get_model(name, weights=None, num_classes=classes) if weights else models.get_model(name, weights=offered)), preparation
+        preparation = Preparation(
+            seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std)
+        )
+    except (AttributeError, TypeError) as e:
+        raise InputError(f"a network must classify images. torchvision's {name} wants something "
+                         f"else ({first_line(e)}); name a classifier, such as resnet50.") from e
+    try:
+        return (
+            models.get_model(name, weights=None, num_classes=classes)
+            if weights
+            else models.get_model(name, weights=offered)
+        ), preparation
     except OSError as e: raise InputError(f"weights of {name} could not be fetched ({e}); name a file of weights.") from e
 
 def _timm(name: str, classes: int, weights):
     if importlib.util.find_spec("timm") is None: raise InputError("timm: networks need timm, which is not installed; pip install timm.")
     import timm
     try: net = timm.create_model(name, pretrained=False, num_classes=classes) if weights else timm.create_model(name, pretrained=True)
-    except Exception as e: raise InputError(f"timm could not make {name!r} ({first_line(e)}); see timm.list_models().") from e
+    except Exception as e:
+        raise InputError(f"timm could not make {name!r} ({first_line(e)}); see "
+                         "timm.list_models().") from e
     seen = timm.data.resolve_model_data_config(net)
     side = seen["input_size"][-1]
     return net, Preparation(int(side / seen["crop_pct"]), side, tuple(seen["mean"]), tuple(seen["std"]))
 
+# %% ../nbs/09a_own.ipynb #73734198
 def _function(place: str, name: str):
     try:
         if place.endswith(".py"):
@@ -82,10 +111,14 @@ def _function(place: str, name: str):
             sys.modules.setdefault(spec.name, module)
             spec.loader.exec_module(module)
         else: module = importlib.import_module(place)
-    except (Exception, SystemExit) as e: raise InputError(f"{place} could not be imported ({type(e).__name__}: {e}); mend it, or name a file, or a module on the path.") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{place} could not be imported ({type(e).__name__}: {e}); mend it, or "
+                         "name a file, or a module on the path.") from e
     if not callable(getattr(module, name, None)): raise InputError(f"{place} has no function {name!r}.")
     try: net = getattr(module, name)()
-    except (Exception, SystemExit) as e: raise InputError(f"{place}:{name}() must return a network. It raised {type(e).__name__}: {e}; mend it, or see --debug.") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{place}:{name}() must return a network. It raised {type(e).__name__}: "
+                         f"{e}; mend it, or see --debug.") from e
     if not isinstance(net, nn.Module): raise InputError(f"{place}:{name} must return an nn.Module. Got {type(net).__name__}.")
     return net, Preparation()
 
@@ -131,30 +164,51 @@ def network_labels(
 ) -> tuple[str, ...] | None: # in the order of its outputs
     "The names of the classes, where the network has them."
     config, seen = getattr(net, "config", None), getattr(net, "pretrained_cfg", None)
-    places = [getattr(net, "label_names", None), getattr(net, "id2label", None), getattr(config, "id2label", None), seen.get("label_names") if isinstance(seen, Mapping) else None]
+    places = [
+        getattr(net, "label_names", None),
+        getattr(net, "id2label", None),
+        getattr(config, "id2label", None),
+        seen.get("label_names") if isinstance(seen, Mapping) else None,
+    ]
     for found in places:
-        if isinstance(found, Mapping) and all(str(k).isdecimal() for k in found): found = [found[k] for k in sorted(found, key=int)]
+        if isinstance(found, Mapping) and all(str(k).isdecimal() for k in found):
+            found = [found[k] for k in sorted(found, key=int)]
         if isinstance(found, (list, tuple)) and found: return tuple(map(str, found))
     return None
 
+# %% ../nbs/09a_own.ipynb #ea898c70
 def label_order(
     names, # of the class folders
-    order=None, # "natural": 2 before 10, as timm; "name": 10 before 2, as torchvision; "network": as its own labels; all names, in order; None: labels that fit, else natural
+    order=None, # "natural", "name", "network" (its own labels), or all names in order; None: labels that fit, else natural
     labels=None, # names of the network's outputs, where it has them
 ) -> list[str]:
     "Class names in the order of the network's outputs; a warning where that is a guess."
     names, fits = list(names), labels is not None and sorted(labels) == sorted(names)
-    if order == "network" and not fits: raise InputError(f"the network's own labels must be the names of the class folders. It has {', '.join(labels[:4]) + ', ...' if labels else 'none'}, the folders are {', '.join(sorted(names)[:4])}, ...; give one of the orders {', '.join(ORDERS)}.")
+    if order == "network" and not fits:
+        raise InputError("the network's own labels must be the names of the class folders. It "
+                         f"has {', '.join(labels[:4]) + ', ...' if labels else 'none'}, the "
+                         f"folders are {', '.join(sorted(names)[:4])}, ...; give one of the "
+                         f"orders {', '.join(ORDERS)}.")
     if order == "network" or order is None and fits: return list(labels)
     if order is not None and not isinstance(order, str):
-        if sorted(map(str, order)) != sorted(names): raise InputError(f"an order of the classes must name each of them once. Got {', '.join(map(str, order))} for {', '.join(sorted(names))}.")
+        if sorted(map(str, order)) != sorted(names):
+            raise InputError("an order of the classes must name each of them once. Got "
+                             f"{', '.join(map(str, order))} for {', '.join(sorted(names))}.")
         return list(map(str, order))
     found = class_order(names, order or "natural")
-    if order is not None and fits and found != list(labels): warnings.warn(f"the network's own labels are in another order than {order!r}: {', '.join(labels[:4])}, ...; --class-order network takes them.", stacklevel=2)
+    if order is not None and fits and found != list(labels):
+        warnings.warn(
+            f"the network's own labels are in another order than {order!r}: "
+            f"{', '.join(labels[:4])}, ...; --class-order network takes them.",
+            stacklevel=2,
+        )
     other = class_order(names, "name")
     if order is None and found != other:
         i = next(i for i, (a, b) in enumerate(zip(found, other)) if a != b)
-        warnings.warn(f"class folders have two orders, and a network's outputs follow the one that it was trained with. Taken here: natural, as timm, where output {i} is {found[i]!r}; by name, as torchvision's ImageFolder, it is {other[i]!r}. Give --class-order natural or name.", stacklevel=2)
+        warnings.warn("class folders have two orders, and a network's outputs follow the one "
+                      f"that it was trained with. Taken here: natural, as timm, where output {i} "
+                      f"is {found[i]!r}; by name, as torchvision's ImageFolder, it is "
+                      f"{other[i]!r}. Give --class-order natural or name.", stacklevel=2)
     return found
 
 # %% ../nbs/09a_own.ipynb #d5ec8cfc
@@ -167,7 +221,8 @@ def own_files(
     else:
         folder = Path(folder).expanduser()
         train, test = folder/"train", unseen_folder(folder)
-        if test is None or not train.is_dir(): return (files := _in_order(class_files(test or folder), order)), files
+        if test is None or not train.is_dir():
+            return (files := _in_order(class_files(test or folder), order)), files
     learned, rest = class_files(train), class_files(test)
     check_same_classes(learned, rest, test)
     learned = _in_order(learned, order)
@@ -212,7 +267,7 @@ def check_labels(
     net: nn.Module, sets: OwnSets,
     chosen: bool = False, # whether the order of the classes was asked for
 ):
-    "Refuse an order of the classes that is a guess, where the other one makes the network far better; warn where it is below chance."
+    "Refuse an order of the classes that was guessed and is wrong; warn where accuracy is below chance."
     from scipy.stats import binom
     part, classes = sets.sensitivity, list(sets.classes)
     rows = torch.linspace(0, len(part.y) - 1, min(len(part.y), 200)).long()
@@ -223,10 +278,17 @@ def check_labels(
         other = class_order(classes, order)
         there = found == torch.tensor([other.index(c) for c in classes])[y]
         gain, changed = int(there.sum() - right.sum()), int((there != right).sum())
-        if gain <= 3 * changed ** .5: continue # three standard errors of a difference that is chance
-        says = f"On {n} images the network is right in {right.double().mean():.0%} with the classes in this order, in {there.double().mean():.0%} with order {order!r}"
-        if not chosen: raise InputError(f"class folders must be in the order of the network's outputs. {says}; give --class-order {order}.")
+        if gain <= 3 * changed ** .5:
+            continue # three standard errors of a difference that is chance
+        here, other_way = right.double().mean(), there.double().mean()
+        says = f"On {n} images the network is right in {here:.0%} with the classes in this order, in {other_way:.0%} with order {order!r}"
+        if not chosen:
+            raise InputError("class folders must be in the order of the network's outputs. "
+                             f"{says}; give --class-order {order}.")
         warnings.warn(f"{says}: see --class-order.", stacklevel=2)
         return
     if binom.cdf(int(right.sum()), n, 1 / z.shape[1]) < 1e-3:
-        warnings.warn(f"the network is right in {right.double().mean():.1%} of {n} images, below chance ({1 / z.shape[1]:.1%}). Are the class folders in the order of its outputs (--class-order), and the images prepared as in its training (--mean, --std, --resize, --crop)?", stacklevel=2)
+        warnings.warn(f"the network is right in {right.double().mean():.1%} of {n} images, below "
+                      f"chance ({1 / z.shape[1]:.1%}). Are the class folders in the order of its "
+                      "outputs (--class-order), and the images prepared as in its training "
+                      "(--mean, --std, --resize, --crop)?", stacklevel=2)

@@ -105,7 +105,7 @@ class RunStore:
     "Stored runs, a JSON file each."
     directory: Path # of the JSON files
     work: Path # of weights and half-done runs, a directory a run
-    made_from: dict = field(default_factory=dict) # fingerprints of images and weights; none: not compared
+    made_from: dict = field(default_factory=dict) # fingerprints of images and weights, if known
 
     def folder(self, name: str) -> Path:
         "Where a run may keep files."
@@ -127,17 +127,29 @@ class RunStore:
         self._compare(path, run.get("made_from"))
         return run
 
-    def _compare(self, path: Path, then: dict | None):
-        "Refuse a run of other images or weights."
-        if not then: # an earlier version wrote it
-            if self.made_from: warnings.warn(f"{self.directory} holds runs that do not say which images they were made from. They are taken to be these; remove them if they are not.", stacklevel=2)
-            return
-        odd = [k for k in self.made_from if then.get(k) != self.made_from[k]]
-        if odd: raise InputError(f"a stored run must be of the same {' and '.join(self.made_from)}. {path} is of other {' and '.join(odd)}; remove it to run it again, or name another directory.")
+# %% ../nbs/02d_runs.ipynb #41540476
+@patch
+def _compare(self: RunStore, path: Path, then: dict | None):
+    "Refuse a run of other images or weights."
+    if not then: # an earlier version wrote it
+        if self.made_from:
+            warnings.warn(f"{self.directory} holds runs that do not say which images they "
+                          "were made from. They are taken to be these; remove them if they "
+                          "are not.", stacklevel=2)
+        return
+    odd = [k for k in self.made_from if then.get(k) != self.made_from[k]]
+    if odd:
+        raise InputError(f"a stored run must be of the same {' and '.join(self.made_from)}. "
+                         f"{path} is of other {' and '.join(odd)}; remove it to run it again, "
+                         "or name another directory.")
 
 # %% ../nbs/02d_runs.ipynb #e75ec83d
 @patch
-def run(self: RunStore, name: str, config: dict, make, *, device="cpu", seeds=()) -> dict: # make(folder) -> results, for JSON
+def run(self: RunStore,
+    name: str, config: dict,
+    make, # make(folder) -> results, for JSON
+    *, device="cpu", seeds=(),
+) -> dict:
     "The stored run, or a new one, which is then stored."
     stored = self.read(name, config)
     if stored is not None: return stored
@@ -147,6 +159,12 @@ def run(self: RunStore, name: str, config: dict, make, *, device="cpu", seeds=()
         if stored is not None: return stored
         start = time.perf_counter()
         results = make(self.folder(name))
-        run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results) | (dict(made_from=self.made_from) if self.made_from else {})
+        run = dict(
+            name=name,
+            config=config,
+            about=circumstances(device) | dict(seeds=list(seeds)),
+            seconds=time.perf_counter() - start,
+            results=results,
+        ) | (dict(made_from=self.made_from) if self.made_from else {})
         write_atomic(self.directory/f"{name}.json", json_bytes(run))
     return json.loads(json_bytes(run))
