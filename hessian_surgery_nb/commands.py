@@ -30,7 +30,7 @@ from .baselines import paired_interval
 from .comparison import Comparison, compare, controls_of, plot_comparison
 from .data import whole
 from .effective_rank import screen
-from .hvp import HessianOperator, InputError
+from .hvp import HessianOperator, InputError, select_params
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front
 from hessian_surgery_nb.models import (
@@ -164,6 +164,7 @@ def ready(args: argparse.Namespace): # network, sets
     "What the flags name, ready for use."
     device, names = pick_device(args.device), list(own_files(args.data, "name")[1])
     net, seen = load_network(args.model, classes=len(names), weights=args.weights)
+    select_params(net, args.params) # names a weight that is damaged, or a pattern that fits none
     check_storable(net)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
     order, net = label_order(names, args.class_order, network_labels(net)), net.to(device)
@@ -432,7 +433,7 @@ def front_own(args: argparse.Namespace) -> int:
     config, out = SurgeryConfig(num_spikes=args.spikes, directions=args.directions, params=args.params, seed=args.seed, **products(args)), own_out(args, FRONT)
     check_config(config)
     if not all(0 <= p <= 100 for p in (*args.prices, args.max_global_drop)):
-        raise InputError("--prices and --max-global-drop are percentage points, in 0..100. Got "
+        raise InputError("--prices and --max-global-drop are percentage points, ascending, from 0 on to 100. Got "
                          f"{', '.join(f'{p:g}' for p in (*args.prices, args.max_global_drop))}.")
     prices = sorted({p / 100 for p in (*args.prices, args.max_global_drop)})
     net, sets = ready(args)

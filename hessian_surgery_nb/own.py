@@ -112,7 +112,7 @@ def _function(place: str, name: str):
             spec.loader.exec_module(module)
         else: module = importlib.import_module(place)
     except (Exception, SystemExit) as e:
-        raise InputError(f"{place} could not be imported ({type(e).__name__}: {e}); mend it, or "
+        raise InputError(f"{place}:{name} could not be imported ({type(e).__name__}: {e}); mend it, or "
                          "name a file, or a module on the path.") from e
     if not callable(getattr(module, name, None)): raise InputError(f"{place} has no function {name!r}.")
     try: net = getattr(module, name)()
