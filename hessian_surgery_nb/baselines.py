@@ -5,20 +5,23 @@
 # %% ../nbs/05a_baselines.ipynb #5c15df37
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from .hvp import InputError
-from .models import find_head
+from .hvp import InputError, as_batches, rows_of
+from .models import copy_model, find_head
+from .data import whole
 from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
-__all__ = ['class_accuracies', 'best_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep', 'Biased', 'logit_adjustment',
-           'tune_biases', 'tune_scales', 'paired_interval', 'mean_interval', 'shown', 'pooled_interval', 'Rival',
-           'rival', 'post_hoc']
+__all__ = ['class_accuracies', 'best_of', 'Head', 'head_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep', 'Biased',
+           'logit_adjustment', 'tune_biases', 'tune_scales', 'paired_interval', 'mean_interval', 'shown',
+           'pooled_interval', 'Rival', 'rival', 'post_hoc']
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
@@ -38,16 +41,66 @@ def best_of(
     return min(allowed, key=lambda i: (acc[i].std(correction=0).item(), i))
 
 # %% ../nbs/05a_baselines.ipynb #439b031e
+@dataclass(frozen=True)
+class Head:
+    "A linear head as it acts, and the parameter that its weight is, or is computed from."
+    key: str # name of that parameter in the model
+    own: torch.Tensor # (C, ...) its value; scaling its rows scales those of the weight
+    weight: torch.Tensor # (C, d)
+    bias: torch.Tensor | None # (C,)
+    def lengths(self, tau: float) -> torch.Tensor: # (C, 1)
+        "Lengths of the rows to the power tau."
+        return self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau
+    def logits(self, x: torch.Tensor, tau: float) -> torch.Tensor: # (N, d) -> (N, C)
+        "What the head makes of its inputs once each row is divided by its length to the power tau."
+        return nn.functional.linear(x, self.weight / self.lengths(tau), self.bias)
+    def state(self, tau: float) -> dict[str, torch.Tensor]:
+        "The same for the whole network, to be passed as `state`."
+        return {self.key: self.own / self.lengths(tau).reshape(-1, *[1] * (self.own.ndim - 1))}
+
+# %% ../nbs/05a_baselines.ipynb #de7caea5
+@torch.no_grad()
+def head_of(
+    model: nn.Module, classes: int, # C
+    data=None, forward=None, # as for `find_head`
+) -> Head:
+    "The head, found by what it does."
+    name, layer = find_head(model, classes, data, forward)
+    twin, g = copy_model(layer), torch.Generator().manual_seed(0)
+    x = torch.randn(4, layer.in_features, generator=g).to(layer.weight)
+    z = twin(x) # computes the weight, where it is computed
+    weight, bias, s = (
+        twin.weight.detach().clone(),
+        None if twin.bias is None else twin.bias.detach().clone(),
+        (0.5 + torch.rand(classes, 1, generator=g)).to(x),
+    )
+    def near(a, b):
+        # rounding of single precision
+        return a.shape == b.shape and torch.allclose(
+            a, b, rtol=1e-4, atol=1e-4 * z.abs().max().item()
+        )
+    if near(z, nn.functional.linear(x, weight, bias)):
+        for key, p in layer.named_parameters():
+            if not p.ndim or len(p) != classes or p is layer.bias: continue
+            made = functional_call(twin, {key: p * s.reshape(-1, *[1] * (p.ndim - 1))}, (x,))
+            if near(made, nn.functional.linear(x, weight * s, bias)):
+                return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
+    raise InputError("rescaling needs a head whose rows can be scaled by themselves. Those of "
+                     f"{name or type(layer).__name__} cannot: its weight is computed from "
+                     "parameters as a whole, as by spectral norm, or it adds something of its "
+                     "own; leave that method out.")
+
+# %% ../nbs/05a_baselines.ipynb #0e9577e9
 def tau_norm_state(
     model: nn.Module,
     classes: int, # C
     tau: float, # 0: nothing; 1: unit lengths
+    data=None, forward=None, # as for `find_head`
 ) -> dict[str, torch.Tensor]: # to be passed as `state`
     "The head's weight with every row divided by its length to the power tau."
-    name, head = find_head(model, classes)
-    W = head.weight.detach()
-    return {f"{name}.weight" if name else "weight": W / W.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau}
+    return head_of(model, classes, data, forward).state(tau)
 
+# %% ../nbs/05a_baselines.ipynb #5417420d
 @torch.no_grad()
 def head_inputs(
     model: nn.Module, data,
@@ -55,7 +108,7 @@ def head_inputs(
     forward=None,
 ) -> torch.Tensor | None: # (N, d)
     "What the head sees, in one pass. None where logits are more than what the head makes of it."
-    _, head = find_head(model, logits.shape[1])
+    _, head = find_head(model, logits.shape[1], data, forward)
     hook = head.register_forward_hook(lambda head, x, z: torch.cat([z, x[0]], -1))
     try: x = predict(model, data, forward=forward)[0][:, logits.shape[1]:]
     except InputError: return None # something after the head wants its output as it was
@@ -63,17 +116,34 @@ def head_inputs(
     same = x.shape[1] == head.in_features and torch.allclose(head(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
     return x if same else None
 
+# %% ../nbs/05a_baselines.ipynb #ab7737e2
 @torch.no_grad()
 def tau_norm_sweep(
     model: nn.Module, data, logits: torch.Tensor, # as for `head_inputs`
     taus: list[float],
     forward=None,
+    head: Head | None = None, # where it is known
 ) -> tuple[list[torch.Tensor], int]: # logits (N, C) for each tau, and passes over the data
     "Tau-normalisation in many strengths: the network runs once, the head for each."
-    states, x = [tau_norm_state(model, logits.shape[1], t) for t in taus], head_inputs(model, data, logits, forward)
-    if x is None: return [predict(model, data, state=s, forward=forward)[0] for s in states], len(taus)
-    bias = find_head(model, logits.shape[1])[1].bias
-    return [nn.functional.linear(x, *s.values(), bias) for s in states], 1
+    head, x = (
+        head or head_of(model, logits.shape[1], data, forward),
+        head_inputs(model, data, logits, forward),
+    )
+    if x is None:
+        return [predict(model, data, state=head.state(t), forward=forward)[0] for t in taus], len(
+            taus
+        )
+    few = [rows_of(next(iter(as_batches(data))), slice(0, 4))]
+    z, there = (
+        predict(model, few, forward=forward)[0],
+        predict(model, few, state=head.state(1.0), forward=forward)[0],
+    )
+    here = head.logits(head_inputs(model, few, z, forward), 1.)
+    # rounding of single precision, generously
+    if not torch.allclose(there, here, rtol=1e-3, atol=1e-3 * here.abs().max().item()):
+        raise InputError("rescaling needs a head whose weight is used for the logits alone. "
+                         f"{head.key} serves elsewhere too; leave that method out.")
+    return [head.logits(x, t) for t in taus], 1
 
 # %% ../nbs/05a_baselines.ipynb #afc9e623
 class Biased(nn.Module):
@@ -238,6 +308,7 @@ def post_hoc(
     scales: bool = False, # a scale a class as well as a bias
 ): # yields Rival; the untouched model first
     "The methods that only need logits or the head."
+    steps = whole("steps", steps, 2)
     run = lambda data, state=None: predict(model, data, state=state, forward=forward)
     (Zs, ys), (Zh, yh) = run(sensitivity_data), run(held_out)
     C = Zs.shape[1]
@@ -250,10 +321,13 @@ def post_hoc(
         yield rival("tuned biases and scales", Zh * a + b, yh, Zs * a + b, ys, names, f"scales in {a.min():.2f}..{a.max():.2f}", 1)
     taus = [2 * i / (steps - 1) for i in range(steps)]
     try:
-        sweep, passes = tau_norm_sweep(model, sensitivity_data, Zs, taus, forward)
+        head = head_of(model, C, sensitivity_data, forward)
+        sweep, passes = tau_norm_sweep(model, sensitivity_data, Zs, taus, forward, head)
+    except InputError as e:
+        logging.getLogger("hessian_surgery_nb").info("tau-norm left out: %s", e) # nothing that could be rescaled
+    else:
         t = taus[best_of(sweep, ys)]
-        yield rival("tau-norm", run(held_out, tau_norm_state(model, C, t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", passes)
-    except InputError: pass # no linear head: nothing to rescale
+        yield rival("tau-norm", run(held_out, head.state(t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", passes)
     if counts is not None:
         t = taus[best_of([Zs + logit_adjustment(counts, t).to(Zs) for t in taus], ys)]
         yield shifted("logit adjustment", logit_adjustment(counts, t), f"tau = {t:.2f}")

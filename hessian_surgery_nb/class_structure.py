@@ -10,7 +10,23 @@ import math
 import torch
 from torch import nn
 
-from .hvp import Forward, InputError, check_inputs, check_mode, flatten, functional_logits, inner, my_batches, select_params, split_batch, to_device
+from hessian_surgery_nb.hvp import (
+    Forward,
+    InputError,
+    as_loss_module,
+    call_loss,
+    check_inputs,
+    check_mode,
+    flatten,
+    functional_logits,
+    inner,
+    known_reduction,
+    my_batches,
+    select_params,
+    split_batch,
+    to_device,
+)
+from .hvp import tensors_in
 from .lanczos import Eigenpairs
 from .ranks import team
 
@@ -23,11 +39,65 @@ def _of_class(X, y, c): # the rows of one class, whatever inputs are made of
     if isinstance(X, dict): return {k: rows(t) for k, t in X.items()}
     return [rows(t) for t in X] if isinstance(X, (list, tuple)) else rows(X)
 
+@torch.no_grad()
+def _check_rows(logits_of, X, y): # logits_of(X) -> (N, C)
+    "Refuse inputs in several tensors where images do not have the same logits without the others."
+    shapes = [tuple(t.shape) for t in tensors_in(X) if t.ndim]
+    if len(shapes) < 2: return
+    whole, way_out = (
+        logits_of(X),
+        "use directions='spikes', or batches of another size where a shared table happens to have "
+        "as many rows as there are images",
+    )
+    for c in y.unique().tolist():
+        try: part = logits_of(_of_class(X, y, c))
+        except InputError as e:
+            raise InputError("images of one class must be told apart. Inputs are of shapes "
+                             f"{shapes} for {len(y)} labels, and the network refuses class {c} "
+                             f"alone ({e}); {way_out}.") from e
+        # rounding of the type, in another order of sums
+        if part.shape != whole[y == c].shape or not torch.allclose(
+            part, whole[y == c], rtol=1e-3, atol=1e-4 * whole.abs().max().item()
+        ):
+            raise InputError("images of one class must be told apart. Inputs are of shapes "
+                             f"{shapes} for {len(y)} labels, and logits of class {c} change "
+                             f"without the other images; {way_out}.")
+
+# %% ../nbs/03a_class_structure.ipynb #519f1bfa
+def _class_numbers(y: torch.Tensor) -> torch.Tensor:
+    "Labels as the loss wants them."
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
+        raise InputError("class means need one whole number an image, shape (N,). Got "
+                         f"{y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+    return y.long()
+
+def _check_classes(z, y): # logits (N, C), all labels of the batch
+    "Refuse labels that name no class."
+    if z.ndim != 2:
+        raise InputError(f"class means need logits (N, C). Got shape {tuple(z.shape)}; pass "
+                         "forward=.")
+    wrong = y[(y < 0) | (y >= z.shape[1])]
+    if len(wrong):
+        raise InputError("class means need a class for every image: labels must lie in "
+                         f"0..{z.shape[1] - 1}. Got {wrong[0].item()} in {len(wrong)} of "
+                         f"{len(y)}; leave those images out, or relabel them.")
+
+# %% ../nbs/03a_class_structure.ipynb #bf5cdad7
 def _wrong_labels(z, c, cross) -> dict: # which column: (a sum over images, weights of its images)
     log_p, p = z.log_softmax(1), z.detach().softmax(1)
     if cross: return {(c, o): (-(p[:, o] * log_p[:, o]).sum(), p[:, o].sum()) for o in range(z.shape[1]) if o != c}
     return {(c,): ((p[:, c] * log_p[:, c]).sum(), 1 - p[:, c])}
 
+# %% ../nbs/03a_class_structure.ipynb #5e57cc7e
+def _own_loss(loss_fn, z, labels) -> tuple: # a sum over images, weights of its images
+    loss = call_loss(loss_fn, z, labels)
+    if not torch.isfinite(loss):
+        raise InputError(f"the loss of every class must be finite. Got {loss.item()} for class "
+                         f"{labels[0].item()}: ignored, or of weight 0? Leave its images out, or "
+                         "use another loss.")
+    return loss if known_reduction(loss_fn) == "sum" else len(z) * loss, torch.ones(len(z))
+
+# %% ../nbs/03a_class_structure.ipynb #57ebcf05
 def class_gradients(
     model: nn.Module, data, # as for `HessianOperator`; the loss is the mean cross-entropy
     *,
@@ -37,25 +107,50 @@ def class_gradients(
 ) -> torch.Tensor: # (n, C) or (n, C (C - 1)) columns sqrt(w) g; the sum of their outer products is at most the Gauss-Newton matrix
     "Averaged gradients of the labels that an image does not have."
     chosen, net = select_params(model, params), Forward(model, forward)
+    loss_fn = None if loss_fn is None else as_loss_module(loss_fn)
     check_mode(model)
     leaves, sums, weights, N = [p.detach().requires_grad_() for p in chosen.values()], {}, {}, 0
+    def logits(X): return functional_logits(net, dict(zip(chosen, leaves)), X)
+    def terms_of(z, c, labels):
+        if loss_fn is None: return _wrong_labels(z, c, cross)
+        return {(c,): _own_loss(loss_fn, z, labels)}
     for batch in my_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, leaves[0].device), y.to(leaves[0].device)
         check_inputs(X, model)
-        if y.is_floating_point() or y.ndim != 1: raise InputError(f"class means need one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}.")
+        y = _class_numbers(y)
+        _check_rows(logits, X, y)
         N += len(y)
         for c in y.unique().tolist():
-            z = functional_logits(net, dict(zip(chosen, leaves)), _of_class(X, y, c))
-            terms = _wrong_labels(z, c, cross) if loss_fn is None else {(c,): (len(z) * loss_fn(z, y[y == c]), torch.ones(len(z)))}
+            z = logits(_of_class(X, y, c))
+            _check_classes(z, y)
+            terms = terms_of(z, c, y[y == c])
             for i, (key, (loss, w)) in enumerate(terms.items()):
-                g = flatten(torch.autograd.grad(loss, leaves, retain_graph=i + 1 < len(terms))).detach()
-                sums[key], weights[key] = sums.get(key, 0) + g, weights.get(key, 0.) + w.double().sum().item()
+                keep = i + 1 < len(terms)
+                grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True)
+                sums[key] = sums.get(key, 0) + flatten(grads).detach()
+                weights[key] = weights.get(key, 0.) + w.double().sum().item()
     if not N: raise InputError("class means need images, and each process at least one. Got none.")
-    C, t, zero = z.shape[1], team(), torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device)
-    keys = sorted(sums) if t.size == 1 else [(c, o) for c in range(C) for o in range(C) if o != c] if cross else [(c,) for c in range(C)]
+    return _columns(sums, weights, N, z.shape[1], cross, leaves)
+
+# %% ../nbs/03a_class_structure.ipynb #c872554e
+def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor: # (n, columns), of all processes
+    t, zero = (
+        team(),
+        torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device),
+    )
+    every = (
+        [(c, o) for c in range(C) for o in range(C) if o != c]
+        if cross
+        else [(c,) for c in range(C)]
+    )
+    keys = sorted(sums) if t.size == 1 else every
     facts = t.add(torch.tensor([[float(k in sums), weights.get(k, 0.)] for k in keys] + [[N, 0.]], dtype=torch.float64)).tolist()
-    N, columns = facts.pop()[0], [(t.add(sums.pop(k) if k in sums else zero.clone()), there, w) for k, (there, w) in zip(keys, facts)]
+    N = facts.pop()[0]
+    columns = [
+        (t.add(sums.pop(k) if k in sums else zero.clone()), there, w)
+        for k, (there, w) in zip(keys, facts)
+    ]
     return torch.stack([g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1)
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa

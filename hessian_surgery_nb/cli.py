@@ -16,6 +16,7 @@ import shlex
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -25,28 +26,62 @@ import numpy as np
 import torch
 from torch import nn
 
+# %% auto #0
+__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
+           'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
+           'show_results', 'demo', 'Help', 'Parser', 'parser', 'main']
+
+# %% ../nbs/10_cli.ipynb #6beda980
 from . import __version__
 from .baselines import mean_interval, shown
 from .comparison import Comparison, compare, plot_comparison
 from .commands import add_own, logged, one_voice, pick_device, repeat, with_config
-from .data import Splits, load_digits, long_tail_splits, plot_counts
+from hessian_surgery_nb.data import (
+    ORDERS,
+    Splits,
+    class_order,
+    load_digits,
+    long_tail_splits,
+    plot_counts,
+    read_dataset,
+)
 from .effective_rank import effective_rank, look_at
-from .experiments import EXPERIMENTS, NETWORKS, Scale, Study, feeding, perform
+from hessian_surgery_nb.experiments import (
+    EXPERIMENTS,
+    NETWORKS,
+    Scale,
+    Study,
+    build,
+    feeding,
+    perform,
+)
+from .experiments import _folder as folder_of
+from .fingerprints import fingerprint
 from .hvp import HessianOperator, InputError
-from .models import digits_net, num_params, weights_bytes, write_atomic
+from .isic import read_isic
+from hessian_surgery_nb.models import (
+    digits_net,
+    load_weights,
+    num_params,
+    weights_bytes,
+    write_atomic,
+)
 from .pages import duration, figure_tag, html_page, table_tag, text_table
 from .paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
 from .ranks import LostRank
 from .runs import RunStore, check_out, json_bytes, out_dir
 from .sensitivity import plot_sensitivity
-from .slq import SpectralDensity, plot_density, spectral_density
-from .surgery import SurgeryConfig, operate, plot_before_after, plot_history
-from .train import TrainLog, train
 
-# %% auto #0
-__all__ = ['CLASS_HEADER', 'METHOD_HEADER', 'DEMO_FILES', 'DemoRun', 'run_demo', 'method_rows', 'class_rows', 'method_cells',
-           'headline', 'print_demo', 'demo_report', 'versions', 'provenance_line', 'demo_dict', 'reproduce',
-           'show_results', 'demo', 'Help', 'Parser', 'parser', 'main']
+# %% ../nbs/10_cli.ipynb #966b64dd
+from .slq import SpectralDensity, plot_density, spectral_density
+from hessian_surgery_nb.surgery import (
+    SurgeryConfig,
+    check_config,
+    operate,
+    plot_before_after,
+    plot_history,
+)
+from .train import TrainLog, train
 
 # %% ../nbs/10_cli.ipynb #27cbf755
 @dataclass(frozen=True)
@@ -256,30 +291,114 @@ def _work(todo, known, jobs=1):
             for job in [j for j in waiting if ready(j)][:jobs - len(running)]: running[pool.submit(_run, *begin(job), threads)] = job
             for done in wait(running, return_when=FIRST_COMPLETED).done: known.setdefault(running.pop(done)[1], []).append(done.result())
 
+# %% ../nbs/10_cli.ipynb #463e7e92
+def _images(study: Study) -> list:
+    "Images, labels and class names, part by part, as they lie in the dataset."
+    if study.kind == "isic":
+        parts = [
+            read_isic(
+                folder_of(study.dataset, study.root),
+                size=study.scale.pixels,
+                progress=study.progress,
+            ).samples
+        ]
+    else:
+        parts = read_dataset(
+            study.dataset, root=study.root, download=study.download, progress=study.progress
+        )
+    if study.weights and len({tuple(class_order(parts[0].classes, order)) for order in ORDERS}) > 1:
+        warnings.warn(
+            "class folders are taken by name, 10 before 2, as torchvision's "
+            f"ImageFolder. Outputs of {study.weights} must be in that order.",
+            stacklevel=2,
+        )
+    return [(p.x, p.y, p.classes) for p in parts]
+
+# %% ../nbs/10_cli.ipynb #b677b9d8
+def _made_from(
+    studies: list[Study],
+    todo: set[str], # names of experiments still to be run
+) -> dict[str, str]:
+    "Fingerprints of the images and weights; what is damaged or does not fit is refused."
+    first = studies[0]
+    try: found = dict(images=fingerprint(_images(first)))
+    except InputError:
+        if todo: raise
+        return {} # what is stored can be shown without the images
+    for what in ("weights", "init"):
+        file = getattr(first, what)
+        if file: found[what] = fingerprint(file.read_bytes())
+    if todo:
+        for study in studies if first.kind == "isic" else [first]:
+            study.splits # lesions: whether they can be dealt out depends on the seed
+        wanted, there = max(first.scale.sizes), len(first.splits.train)
+        if "stability" in todo and there < wanted:
+            raise InputError(f"Tables 15 to 18 compare batches of up to {wanted} training images. "
+                             f"{first.dataset} leaves {there}; name other tables, with --table.")
+        net = build(first)
+        if first.weights: load_weights(net, first.weights)
+    return found
+
 # %% ../nbs/10_cli.ipynb #bf7fea43
-def reproduce(args: argparse.Namespace) -> int:
-    "The `reproduce` command."
+def _studies(args, store: RunStore) -> list[Study]: # one a seed
     kept_back = args.held_back if args.held_back is not None else [50] if Path(args.dataset).name in ("cifar100", "tinyimagenet100") else [0]
-    asked = _asked(args)
     if min(kept_back) < 0 or len(kept_back) > 2 or not kept_back[0] and any(kept_back): raise InputError(f"--held-back takes one number or two, 0 or more, and nothing to report on where there is nothing to tune on. Got {' '.join(map(str, kept_back))}.")
     low = [f for f in ("seeds", "jobs", "epochs", "pixels", "hessian") if (v := getattr(args, f)) is not None and v < 1]
     if low: raise InputError(f"--{low[0]} must be at least 1. Got {getattr(args, low[0])}.")
-    device = str(pick_device(args.device))
+    if not 0 <= args.seed < 2**32: raise InputError(f"--seed must lie in 0..{2**32 - 1}. Got {args.seed}.")
     for flag, file in (("--weights", args.weights), ("--init", args.init)):
         if file and not Path(file).is_file(): raise InputError(f"{flag} must name a file of weights. {file} is not there.")
-    out = check_out(args.out)
-    store = RunStore(out, Path(args.work) if args.work else out/"work")
     tau = (.85 if Path(args.dataset).name == "cifar10" else None) if args.tau is None else args.tau or None
-    studies = [Study(store, seed, args.dataset, args.network, _scale(args), tau, Path(args.weights) if args.weights else None, Path(args.init) if args.init else None, args.data, args.download, *(*kept_back, 0)[:2], device, sys.stderr.isatty())
-               for seed in range(args.seed, args.seed + args.seeds)]
+    check_config(SurgeryConfig(tau=tau))
+    studies = [
+        Study(
+            store,
+            seed,
+            args.dataset,
+            args.network,
+            _scale(args),
+            tau,
+            Path(args.weights) if args.weights else None,
+            Path(args.init) if args.init else None,
+            args.data,
+            args.download,
+            *(*kept_back, 0)[:2],
+            str(pick_device(args.device)),
+            sys.stderr.isatty(),
+        )
+        for seed in range(args.seed, args.seed + args.seeds)
+    ]
     if studies[0].kind == "isic" and not args.hessian and not args.quick: studies = [replace(s, scale=replace(s.scale, hessian=256)) for s in studies] # the paper's
+    return studies
+
+# %% ../nbs/10_cli.ipynb #d272853e
+def reproduce(args: argparse.Namespace) -> int:
+    "The `reproduce` command."
+    asked, out = _asked(args), check_out(args.out)
+    store = RunStore(out, check_out(args.work) if args.work else out/"work")
+    studies = _studies(args, store)
+    names = feeding(*asked, kind=studies[0].kind)
+    def path(study, name): return store.directory/f"{study.label}_{name}.json"
+    if not args.dry_run:
+        store = replace(
+            store,
+            made_from=_made_from(
+                studies, {n for s in studies for n in names if not path(s, n).exists()}
+            ),
+        )
+        studies = [replace(s, store=store) for s in studies]
     known, todo, say = {}, [], functools.partial(print, file=sys.stderr, flush=True)
     for study in studies:
-        for name in feeding(*asked, kind=studies[0].kind):
-            path = store.directory/f"{study.label}_{name}.json"
-            if path.exists(): perform(study, name); known.setdefault(name, []).append(json.loads(path.read_text())["seconds"])
+        for name in names:
+            if path(study, name).exists():
+                perform(study, name)
+                known.setdefault(name, []).append(
+                    json.loads(path(study, name).read_text())["seconds"]
+                )
             else: todo.append((study, name))
-    say(f"{len(studies) * len(feeding(*asked, kind=studies[0].kind)) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known, args.jobs)}")
+    say(
+        f"{len(studies) * len(names) - len(todo)} runs are stored in {store.directory}, {len(todo)} to do; {_time_left(todo, known, args.jobs)}"
+    )
     if args.dry_run:
         for study, name in todo: print(f"{study.label}  {name:18} {EXPERIMENTS[name].says}")
         return 0

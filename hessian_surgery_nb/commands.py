@@ -28,18 +28,18 @@ from torch import nn
 
 from .baselines import paired_interval
 from .comparison import Comparison, compare, controls_of, plot_comparison
+from .data import whole
 from .effective_rank import screen
-from .hvp import HessianOperator, InputError
+from .hvp import HessianOperator, InputError, select_params
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front
-from .models import num_params, weights_bytes, write_atomic
-from .own import OwnSets, load_network, own_files, own_sets
-from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
-from .ranks import team, together
-from .runs import check_out, json_bytes, out_dir
-from .spectrum_type import Verdict, generalisation, spectrum_type
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
-from .train import predict
+from hessian_surgery_nb.models import (
+    check_storable,
+    first_line,
+    num_params,
+    weights_bytes,
+    write_atomic,
+)
 
 # %% auto #0
 __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'FRONT', 'add_common', 'add_spikes', 'add_directions', 'add_scheme',
@@ -49,6 +49,23 @@ __all__ = ['NOT_IN_A_FILE', 'FILES', 'HEADER', 'COMPARED', 'FRONT', 'add_common'
            'comparison_rows', 'compare_own', 'front_rows', 'front_own', 'screen_own', 'two_folders', 'verdict_of',
            'verdict_rows', 'spectrum_own', 'add_own']
 
+# %% ../nbs/09c_commands.ipynb #8fb5733c
+from hessian_surgery_nb.own import (
+    OwnSets,
+    check_labels,
+    label_order,
+    load_network,
+    network_labels,
+    own_files,
+    own_sets,
+)
+from .pages import amount, duration, figure_tag, html_page, table_tag, text_table
+from .ranks import team, together
+from .runs import check_out, json_bytes, out_dir
+from .spectrum_type import Verdict, generalisation, spectrum_type
+from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, SurgeryResult, check_config, operate, plot_before_after, plot_history, report_dict
+from .train import predict
+
 # %% ../nbs/09c_commands.ipynb #bf7d205a
 def add_common(o: argparse.ArgumentParser, data: bool = True): # data: is --data required?
     "Flags of every command here."
@@ -56,6 +73,13 @@ def add_common(o: argparse.ArgumentParser, data: bool = True): # data: is --data
     o.add_argument("--model", required=True, metavar="NAME", help="torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or file.py:function; a function returns the network")
     o.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt with a state dict; without it torchvision's or timm's own")
     o.add_argument("--data", required=data, metavar="DIR", help="images in folders")
+    o.add_argument(
+        "--class-order",
+        choices=("natural", "name", "network"),
+        help="of the class folders in the network's outputs: natural, 2 before 10, as timm; name, "
+             "10 before 2, as torchvision's ImageFolder; network, its own labels; default: its own "
+             "labels where they name the folders, else natural",
+    )
     o.add_argument("--resize", type=int, metavar="N", help="shorter side to N pixels; default: what the network asks for")
     o.add_argument("--crop", type=int, metavar="N", help="middle square of N pixels; default: what the network asks for")
     for k in ("mean", "std"): o.add_argument(f"--{k}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{k} of the colours in 0..1; default: what the network asks for")
@@ -75,6 +99,7 @@ def add_directions(o, *known): o.add_argument("--directions", choices=known, def
 def add_scheme(o): o.add_argument("--scheme", choices=("central", "forward"), default="central", help="of the sensitivity matrix: 2K passes, or K")
 def add_eps(o): o.add_argument("--eps", type=float, help="first amplitude, a distance in weight space; default: found by trying")
 
+# %% ../nbs/09c_commands.ipynb #f05a2e35
 def add_surgery(o: argparse.ArgumentParser, out: str, files: str):
     "Flags of the commands that operate."
     add_spikes(o, "directions; default: classes - 1")
@@ -131,28 +156,55 @@ def pick_device(name: str) -> torch.device: # "auto", or as PyTorch writes it
         if mine >= there: raise InputError(f"every process needs a GPU of its own. This machine has {there}, and process {mine + 1} is here; start fewer, or give --device cpu.")
         wanted = f"cuda:{mine}"
     try: return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise InputError(f"--device must be one that PyTorch has here. {wanted} is not ({str(e).splitlines()[0]}); use cpu, or auto.") from e
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device must be one that PyTorch has here. {wanted} is not "
+                         f"({first_line(e)}); use cpu, or auto.") from e
 
 def ready(args: argparse.Namespace): # network, sets
     "What the flags name, ready for use."
-    device, (_, names) = pick_device(args.device), own_files(args.data)
+    device, names = pick_device(args.device), list(own_files(args.data, "name")[1])
     net, seen = load_network(args.model, classes=len(names), weights=args.weights)
+    select_params(net, args.params) # names a weight that is damaged, or a pattern that fits none
+    check_storable(net)
     seen = replace(seen, **{k: tuple(v) if isinstance(v, list) else v for k in ("resize", "crop", "mean", "std") if (v := getattr(args, k)) is not None})
-    sets, net = own_sets(args.data, seen, seed=args.seed, hessian=args.hessian, batch=args.batch, progress=sys.stderr.isatty() and not team().rank), net.to(device)
-    first = next(iter(sets.hessian))[0][:2]
-    try:
-        with torch.no_grad(): outputs = net(first.to(device))
-    except RuntimeError as e: raise InputError(f"the network must take the images. {args.model} refuses {tuple(first.shape)} ({str(e).splitlines()[0]}); give --resize and --crop.") from e
-    if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
-    if outputs.shape[1] != len(names): raise InputError(f"the network needs an output for each class folder. {args.model} has {outputs.shape[1]} outputs, {args.data} has {len(names)} classes; name a file of --weights with that head.")
+    order, net = label_order(names, args.class_order, network_labels(net)), net.to(device)
+    sets = own_sets(
+        args.data,
+        seen,
+        order=order,
+        seed=args.seed,
+        hessian=args.hessian,
+        batch=args.batch,
+        progress=sys.stderr.isatty() and not team().rank,
+    )
+    _check_outputs(net, next(iter(sets.hessian))[0][:2].to(device), len(names), args)
+    check_labels(net, sets, chosen=args.class_order is not None)
     return net, sets
 
+# %% ../nbs/09c_commands.ipynb #9d897e61
+@torch.no_grad()
+def _check_outputs(net: nn.Module, first: torch.Tensor, classes: int, args):
+    "Refuse a network that does not take these images, or does not give an output for each class."
+    try: outputs = net(first)
+    except InputError: raise
+    except Exception as e: # whatever a network raises on images that it was not made for
+        raise InputError(f"the network must take the images, and nothing else. {args.model} "
+                         f"refuses {tuple(first.shape)} ({first_line(e)}); give --resize and "
+                         "--crop, or a function that returns a network of images alone.") from e
+    if not torch.is_tensor(outputs) or outputs.ndim != 2: raise InputError(f"a classifier returns logits (N, C). {args.model} returns {tuple(outputs.shape) if torch.is_tensor(outputs) else type(outputs).__name__}; wrap it in a function that picks them.")
+    if outputs.shape[1] != classes:
+        raise InputError(f"the network needs an output for each class folder. {args.model} has "
+                         f"{outputs.shape[1]} outputs, {args.data} has {classes} classes; name a "
+                         "file of --weights with that head.")
+
+# %% ../nbs/09c_commands.ipynb #8941445e
 def products(args) -> dict: # keywords of HessianOperator
     "How Hessian-vector products are made."
     try: cut = None if args.micro_batch == "auto" else int(args.micro_batch)
     except ValueError as e: raise InputError(f"--micro-batch must be a whole number or auto. Got {args.micro_batch}.") from e
     return dict(micro_batch=cut, precision=None if args.precision == "float32" else args.precision)
 
+# %% ../nbs/09c_commands.ipynb #188a2bd5
 def surgery_config(args) -> SurgeryConfig:
     "The settings that the flags give."
     try: p = args.p if args.p == "auto" else float(args.p)
@@ -338,8 +390,16 @@ def compare_own(args: argparse.Namespace) -> int:
     import matplotlib
     matplotlib.use("Agg")
     config, out = surgery_config(args), own_out(args, COMPARED)
+    whole("--draws", args.draws)
+    if not 0 <= args.max_global_drop <= 100:
+        raise InputError("--max-global-drop is percentage points, in 0..100. Got "
+                         f"{args.max_global_drop:g}.")
     net, sets = ready(args)
-    loss_fn, command, (learned, unseen) = nn.CrossEntropyLoss(), shlex.join(["hessian-surgery", *args.argv]), own_files(args.data)
+    loss_fn, command, (learned, unseen) = (
+        nn.CrossEntropyLoss(),
+        shlex.join(["hessian-surgery", *args.argv]),
+        own_files(args.data, sets.classes),
+    )
     if args.dry_run: # besides surgery along spikes only the head alone, or spikes as a control, search at each step
         own, runs = config.directions == "spikes", 2 if args.no_controls else 2 + controls_of(args.draws)
         searches = config.iterations * (own + (not args.no_controls)) + own
@@ -369,7 +429,12 @@ def front_own(args: argparse.Namespace) -> int:
     "The `front` command."
     import matplotlib
     matplotlib.use("Agg")
+    whole("--folds", args.folds), whole("--rounds", args.rounds, 0)
     config, out = SurgeryConfig(num_spikes=args.spikes, directions=args.directions, params=args.params, seed=args.seed, **products(args)), own_out(args, FRONT)
+    check_config(config)
+    if not all(0 <= p <= 100 for p in (*args.prices, args.max_global_drop)):
+        raise InputError("--prices and --max-global-drop are percentage points, ascending, from 0 on to 100. Got "
+                         f"{', '.join(f'{p:g}' for p in (*args.prices, args.max_global_drop))}.")
     prices = sorted({p / 100 for p in (*args.prices, args.max_global_drop)})
     net, sets = ready(args)
     f = linearised_operate(net, nn.CrossEntropyLoss(), sets.hessian, sets.sensitivity, held_out=sets.held_out, prices=prices, config=config, folds=args.folds, rounds=args.rounds, names=sets.classes, progress=sys.stderr.isatty() and not args.verbose)
@@ -426,6 +491,7 @@ def verdict_rows(v: Verdict) -> tuple[list[str], list[list[str]]]: # header, row
 def spectrum_own(args: argparse.Namespace) -> int:
     "The `spectrum` command."
     options, compared = products(args), two_folders(args)
+    if args.spikes is not None: whole("--spikes", args.spikes)
     net, sets = ready(args)
     op = HessianOperator(net, nn.CrossEntropyLoss(), sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(op, args.spikes or len(sets.classes) + 3, tol=1e-3, seed=args.seed, progress=sys.stderr.isatty())

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import Rival, paired_interval, post_hoc, rival
-from .data import check_disjoint
+from .data import check_disjoint, whole
 from .hvp import InputError, as_batches, split_batch
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head
@@ -39,15 +39,28 @@ class Comparison:
         return r.passes + PRODUCT * self.share * r.products
 
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
-def _controls(config: SurgeryConfig, C: int, model, eps: float, draws: int): # yields name, config
+def _controls(
+    config: SurgeryConfig, C: int, model, data, forward, eps: float, draws: int,
+): # yields name, config
     for name, directions in (("spikes", "spikes"), ("class means", "class_means"), ("gradients of classes", "gradients")):
         if directions != config.directions: yield name, replace(config, directions=directions, eps=None)
-    try: head = find_head(model, C)[0]
-    except InputError: head = None # no linear head
+    try: head = find_head(model, C, data, forward)[0]
+    except InputError as e:
+        head = None
+        LOG.info("head alone left out: %s", e)
     if head is not None and config.params is None: yield "head alone", replace(config, params=f"{head}.*" if head else "*", eps=None)
     for own in (False, True):
         for d in range(draws):
-            yield f"random subspace, {'own amplitude' if own else 'same norm'}" + (f" ({d + 1})" if d else ""), replace(config, directions="random", eps=None if own else eps, seed=config.seed + 1000 * d)
+            yield (
+                f"random subspace, {'own amplitude' if own else 'same norm'}"
+                + (f" ({d + 1})" if d else ""),
+                replace(
+                    config,
+                    directions="random",
+                    eps=None if own else eps,
+                    seed=(config.seed + 1000 * d) % 2**63,
+                ),
+            )
 
 def controls_of(draws: int) -> int: # at most
     "How many runs of surgery the controls are."
@@ -83,7 +96,7 @@ def compare(
     "Surgery, its controls and its rivals, tuned on the same set and measured on the same held-out images."
     from tqdm.auto import tqdm
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
-    if steps < 2 or draws < 1: raise InputError(f"steps must be at least 2, draws at least 1. Got {steps} and {draws}.")
+    steps, draws = whole("steps", steps, 2), whole("draws", draws)
     if not 0 <= price <= 1: raise InputError(f"price must be a fraction of the global accuracy, in 0..1. Got {price}; half a point is 0.005.")
     C = predict(model, sensitivity_data, forward=forward)[0].shape[1]
     if counts is not None and len(counts) != C: raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
@@ -91,9 +104,13 @@ def compare(
     surgery = surgery or run(config)
     names, sets = surgery.before.names, (hessian_data, sensitivity_data)
     untouched, *rivals = post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps, scales=True)
+    if not torch.equal(surgery.correct[0], untouched.correct):
+        raise InputError("surgery must be a run of operate with these arguments. The network that "
+                         "it began with answers other held-out images rightly than this one; "
+                         "leave it out, and it is run here.")
     rivals = [*_at_price(model, loss_fn, sets, held_out, price, config, names, forward, progress), *rivals]
     if controls:
-        for name, c in tqdm(list(_controls(config, C, model, surgery.history[0].eps, draws)), desc="controls", leave=False, disable=not progress):
+        for name, c in tqdm(list(_controls(config, C, model, sensitivity_data, forward, surgery.history[0].eps, draws)), desc="controls", leave=False, disable=not progress):
             try: rivals.append(_operated(name, run(c)))
             except InputError as e: # fewer classes among these images than directions are wanted?
                 if c.directions not in ("class_means", "gradients"): raise

@@ -5,9 +5,12 @@
 # %% ../nbs/02a_data.ipynb #440c7d26
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import numbers
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,27 @@ from fastcore.basics import patch
 from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
-__all__ = ['IMAGES', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts', 'Splits',
-           'long_tail_splits', 'plot_counts', 'read_image', 'cache_dir', 'decoded', 'read_images', 'class_files',
-           'image_folder', 'write_toy_images', 'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder',
-           'check_same_classes', 'read_dataset', 'normalised', 'image_splits', 'sharpness', 'held_back_splits']
+__all__ = ['IMAGES', 'ORDERS', 'whole', 'seed_of', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits',
+           'long_tail_counts', 'Splits', 'long_tail_splits', 'plot_counts', 'as_rgb', 'read_image', 'cache_dir',
+           'decoded', 'read_images', 'natural_key', 'class_order', 'class_files', 'image_folder', 'write_toy_images',
+           'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder', 'check_same_classes', 'read_dataset',
+           'normalised', 'image_splits', 'sharpness', 'held_back_splits']
+
+# %% ../nbs/02a_data.ipynb #f6c58bf8
+def whole(
+    name: str, value, # a setting, and what it is
+    least: int = 1, below: int = 2**31,
+) -> int:
+    "A whole number of Python's or NumPy's, from a range."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} must be a whole number. Got {value!r}.")
+    if not least <= value < below:
+        raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
+    return int(value)
+
+def seed_of(seed) -> int:
+    "A seed that every generator takes."
+    return whole("seed", seed, -2**63, 2**63)
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -82,10 +102,18 @@ def input_digests(
     out = []
     for batch in as_batches(data):
         X, y = split_batch(batch)
-        rows = [p.detach().cpu().contiguous().reshape(len(p), -1).view(torch.uint8).numpy() for p in tensors_in(X) if p.ndim and len(p) == len(y)]
-        if not rows:
-            raise InputError("inputs must be tensors with a row for each label, so that sets can be compared. Got none; pass "
-                             "check_overlap=False if the sets are disjoint.")
+        tensors = [p.detach().cpu() for p in tensors_in(X) if p.ndim]
+        odd = [tuple(p.shape) for p in tensors if y.ndim == 0 or len(p) != len(y)]
+        if odd or not tensors:
+            raise InputError(
+                "inputs must be tensors with a row for each label, so that sets can be compared. "
+                f"Got {f'one of shape {odd[0]} for {y.numel()} labels' if odd else 'none'}; pass "
+                "check_overlap=False if the sets are disjoint."
+            )
+        dense = [p if p.layout is torch.strided else p.to_dense() for p in tensors]
+        rows = [
+            p.contiguous().reshape(len(p), p[0].numel()).view(torch.uint8).numpy() for p in dense
+        ]
         out += [hashlib.blake2b(b"".join(r[i].tobytes() for r in rows), digest_size=16).digest() for i in range(len(y))]
     return out
 
@@ -154,6 +182,7 @@ def long_tail_splits(
     hessian: int = 128, # training images for the curvature, at their natural frequencies; the paper's B
 ) -> Splits:
     "Balanced sensitivity and held-out sets, and a long-tailed training set, all disjoint."
+    seed, measure, hessian = seed_of(seed), whole("measure", measure), whole("hessian", hessian)
     C, g = len(samples.classes), torch.Generator().manual_seed(seed)
     short = [samples.classes[c] for c in range(C) if samples.counts[c] < 2 * measure + 1]
     if short: raise InputError(f"every class needs at least {2 * measure + 1} images. Classes {', '.join(short[:5])} have fewer; lower measure.")
@@ -179,7 +208,26 @@ def plot_counts(
     return ax
 
 # %% ../nbs/02a_data.ipynb #bd819415
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# as torchvision's ImageFolder
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+def as_rgb(im):
+    "A PIL image as RGB bytes, grey levels in sixteen bits or in 0..1 scaled to eight."
+    from PIL import Image
+    import numpy as np
+    if im.mode in ("P", "PA", "LA"): return im.convert("RGBA").convert("RGB")
+    if im.mode != "F" and not im.mode.startswith("I"): return im.convert("RGB")
+    grey = np.asarray(im)
+    # the only other greys these two can hold have sixteen bits too
+    if im.mode.startswith("I;16") or im.format in ("PNG", "PPM"):
+        return Image.fromarray((grey.astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
+    if im.mode == "F" and np.isfinite(grey).all() and 0 <= grey.min() and grey.max() <= 1:
+        return Image.fromarray(np.round(255 * grey.astype(np.float64)).astype(np.uint8)).convert(
+            "RGB"
+        )
+    raise InputError("grey levels must have a range that the file tells: eight or sixteen bits, "
+                     f"or real numbers in 0..1. Got mode {im.mode}, values "
+                     f"{grey.min()}..{grey.max()}; scale them yourself, and save them as PNG")
 
 def read_image(
     path, size: int | None = None, # pixels a side; None: as it is
@@ -190,13 +238,16 @@ def read_image(
     import numpy as np
     try:
         with Image.open(path) as im:
-            im = im.convert("RGBA").convert("RGB") if im.mode in ("P", "PA", "LA") else im.convert("RGB")
+            im = as_rgb(im)
             if fit: im = fit(im)
             elif size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(im)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except InputError as e:
+        raise InputError(f"images must be readable. {path} is not: {e}; or remove it.") from e
+    except Exception as e: # decoders raise whatever they like on a damaged file
         raise InputError(f"images must be readable. {path} is not ({type(e).__name__}: {e}); remove or replace it.") from e
 
+# %% ../nbs/02a_data.ipynb #21a9c3a7
 def cache_dir() -> Path:
     "Where decoded images are kept."
     return Path(os.environ.get("HESSIAN_SURGERY_CACHE") or Path.home()/".cache"/"hessian_surgery_nb").expanduser()
@@ -223,33 +274,94 @@ def read_images(
     progress: bool = False,
 ) -> torch.Tensor: # (N, 3, H, W) uint8
     "Decode images, or take them from the cache."
-    from safetensors.torch import load_file, save_file
-    stats = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in map(Path, files)]
-    kept = cache_dir()/f"images-{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:20]}.safetensors"
-    if kept.exists(): return load_file(kept)["x"]
+    from safetensors.torch import save_file
+    stats = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns) for f in map(Path, files)]
+    # the words: what was kept before greys were scaled is not read again
+    kept = (
+        cache_dir()
+        / f"images-{hashlib.sha256(repr(('scaled greys', size, stats)).encode()).hexdigest()[:20]}.safetensors"
+    )
+    x = _kept_images(kept, len(stats))
+    if x is not None: return x
     x, part = decoded(list(files), functools.partial(read_image, size=size), progress=progress), kept.with_suffix(f".{os.getpid()}.part")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(x=x), part)
         os.replace(part, kept)
     except Exception as e: # a full disk costs time on the next run, nothing else; safetensors has its own error for it
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
         warnings.warn(f"decoded images could not be kept in {kept.parent} ({e}); they will be read again next time. Free some space, or set HESSIAN_SURGERY_CACHE.", stacklevel=2)
     return x
 
+def _kept_images(path: Path, count: int) -> torch.Tensor | None:
+    "What the cache has of so many images; None where it has nothing, or a file that is torn."
+    from safetensors.torch import load_file
+    if not path.exists(): return None
+    try: x = load_file(path)["x"]
+    except Exception: return None
+    return x if x.dtype == torch.uint8 and x.ndim == 4 and len(x) == count else None
+
+# %% ../nbs/02a_data.ipynb #6ccaa534
+ORDERS = "natural", "name"
+
+def natural_key(name: str):
+    "Sorts names as one would read them: numbers by their value, capitals like small letters."
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
+
+def class_order(
+    names, # of the class folders, in any order
+    order: str = "name", # "name": as text, as torchvision; "natural": 2 before 10, as timm
+) -> list[str]:
+    "Class names in the order of their labels."
+    if order not in ORDERS:
+        raise InputError(f"classes are in one of the orders {', '.join(ORDERS)}. Got {order!r}.")
+    by_name = sorted(names)
+    return sorted(by_name, key=natural_key) if order == "natural" else by_name
+
 # %% ../nbs/02a_data.ipynb #a3dc0e51
+# what macOS and network drives leave beside images; other such things begin with a dot
+_JUNK = "__MACOSX", "@eaDir"
+
+def _visible(path: Path) -> bool: return path.name[:1] != "." and path.name not in _JUNK
+
+def _images_below(folder: Path, within: tuple = ()) -> list[Path]:
+    "Image files in a folder and below it; links are followed, but not back to where they are."
+    within, found = (*within, folder.resolve()), []
+    try: entries = sorted(filter(_visible, folder.iterdir()))
+    except OSError as e:
+        raise InputError(f"a folder of images must be readable. {folder} is not ({e.strerror}); "
+                         "change its permissions, or remove it.") from e
+    for p in entries:
+        if p.is_symlink() and not p.exists():
+            raise InputError(f"links must lead somewhere. {p} leads to {os.readlink(p)}, which is "
+                             "not there; remove it, or put the file back.")
+        if p.is_dir():
+            if p.resolve() not in within: found += _images_below(p, within)
+        elif p.suffix.lower() in IMAGES and p.is_file(): found.append(p)
+    return found
+
+# %% ../nbs/02a_data.ipynb #66f9e7ee
 def class_files(
     path, # a directory with one directory a class
-) -> dict[str, list[Path]]: # class -> its images; both in alphabetical order
-    "The files of an image folder."
+    *, order: str = "name", # of the classes: "name" or "natural", as for `class_order`
+) -> dict[str, list[Path]]: # class -> its images, in alphabetical order
+    "The files of an image folder. Hidden files and folders are no images."
     path = Path(path).expanduser()
     if not path.is_dir(): raise InputError(f"an image folder must be a directory. {path} is not.")
-    files = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in IMAGES) for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."}
+    folders = [p for p in path.iterdir() if _visible(p)]
+    dangling = [p for p in folders if p.is_symlink() and not p.exists()]
+    if dangling:
+        raise InputError(f"links must lead somewhere. {dangling[0]} leads to "
+                         f"{os.readlink(dangling[0])}, which is not there; remove it, or put the "
+                         "folder back.")
+    classes = class_order([p.name for p in folders if p.is_dir()], order)
+    files = {c: sorted(_images_below(path/c)) for c in classes}
     if not files: raise InputError(f"an image folder holds a folder a class. {path} has none.")
     empty = [c for c, found in files.items() if not found]
     if empty: raise InputError(f"every class folder must hold images ({', '.join(IMAGES)}). {path/empty[0]} has none{f', nor have {len(empty) - 1} others' if empty[1:] else ''}; fill or remove it.")
     return files
 
+# %% ../nbs/02a_data.ipynb #9e04608c
 def image_folder(
     path, # a directory with one directory a class
     *,
@@ -392,6 +504,7 @@ def image_splits(
     share: float = .5, # of the test images of each class, for the sensitivity set
 ) -> Splits:
     "Half of the test images to tune on, half to report; stratified."
+    seed, hessian = seed_of(seed), whole("hessian", hessian)
     g, parts, test = torch.Generator().manual_seed(seed), ([], []), _first_seen(test, set(input_digests(train.pair)))
     for c in range(len(test.classes)):
         mine = (test.y == c).nonzero().flatten()
@@ -416,6 +529,12 @@ def held_back_splits(
     hessian: int = 128, # training images for the curvature
 ) -> Splits:
     "Some training images to tune on, the test images to report. What occurs twice goes where it is needed first: report, tune, train."
+    seed, per_class, report, hessian = (
+        seed_of(seed),
+        whole("per_class", per_class),
+        whole("report", report, 0),
+        whole("hessian", hessian),
+    )
     g, train = torch.Generator().manual_seed(seed), _first_seen(train, set(input_digests(test.pair)))
     job = torch.zeros(len(train), dtype=torch.int64) # 0: to learn from, 1: to tune on, 2: to report
     for c in range(len(train.classes)):

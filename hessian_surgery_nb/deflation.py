@@ -6,19 +6,39 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .data import check_disjoint
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
-from .models import named_part, read_tensors, write_tensors
+from hessian_surgery_nb.models import (
+    check_storable,
+    named_part,
+    read_tensors,
+    set_tensors,
+    state_tensors,
+    write_tensors,
+)
 from .ranks import team
-from .runs import out_dir
+from .runs import check_out, out_dir
 from .sensitivity import Sensitivity
-from .surgery import StepRecord, SurgeryConfig, SurgeryOperation, amplitude_control, as_steps, check_config, choose_amplitude
+from hessian_surgery_nb.surgery import (
+    StepRecord,
+    SurgeryConfig,
+    SurgeryOperation,
+    amplitude_control,
+    answers,
+    as_steps,
+    check_answers,
+    check_config,
+    choose_amplitude,
+    request_of,
+)
 from .train import ClassReport, class_means
 
 # %% auto #0
@@ -111,10 +131,18 @@ def deflated_eigenpairs(
 
 def check_phases(phases, n: int) -> tuple[int, ...]:
     "How many spikes each phase takes."
-    phases = tuple(phases)
-    if not phases or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in phases) or sum(phases) > n:
-        raise InputError(f"phases must be whole numbers from 1 on that add up to at most {n:,} parameters. Got {phases}.")
-    return phases
+    given = tuple(phases) if hasattr(phases, "__iter__") else phases
+    good = (
+        isinstance(given, tuple)
+        and len(given) > 0
+        and all(
+            isinstance(k, numbers.Integral) and not isinstance(k, bool) and k >= 1 for k in given
+        )
+    )
+    if not good or sum(given) > n:
+        raise InputError(f"phases must be whole numbers from 1 on that add up to at most {n:,} "
+                         f"parameters. Got {given}.")
+    return tuple(map(int, given))
 
 # %% ../nbs/06_deflation.ipynb #131ec31c
 def phase_amplitude(
@@ -162,35 +190,87 @@ class DeflatedResult:
 # %% ../nbs/06_deflation.ipynb #4a0b9fdc
 class _Phases:
     "The state between phases: an operation, the directions so far, the records; and its file."
-    def __init__(self, operation, phases, run_dir, basis_dtype, held_out, request):
-        self.op, self.phases, self.held_out, self.records, self.request = operation, phases, held_out, [], request
-        self.dir = None if run_dir is None else out_dir(run_dir)
-        n = sum(p.numel() for p in operation.params().values())
-        check_phases(phases, n)
-        like = next(iter(operation.params().values()))
-        self.kept = SpikeStore(n, sum(phases), dtype=basis_dtype or like.dtype, device=like.device, path=self.dir and self.dir/"directions.bin")
-
-    def save(self):
+    def __init__(self, operation, phases, run_dir, basis_dtype, held_out):
+        self.op, self.held_out, self.records, self.kept = operation, held_out, [], None
+        self.like = next(iter(operation.params().values()))
+        self.n, self.dtype = (
+            sum(p.numel() for p in operation.params().values()),
+            basis_dtype or self.like.dtype,
+        )
+        # made when there is something to keep
+        self.phases, self.dir = (
+            check_phases(phases, self.n),
+            None if run_dir is None else check_out(run_dir),
+        )
         if self.dir is None: return
-        write_tensors(self.dir/"phases.safetensors", {f"model.{k}": v for k, v in self.op.model.state_dict().items()}, dict(request=self.request, count=self.kept.count, eps=self.op.config.eps, records=[asdict(r) for r in self.records]))
+        check_storable(operation.model)
+        self.request, self.answers = (
+            request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)),
+            answers(operation),
+        )
 
-    def load(self):
-        path = None if self.dir is None else self.dir/"phases.safetensors"
-        if path is None or not path.exists(): return
-        tensors, facts = read_tensors(path, self.request)
-        self.op.model.load_state_dict(named_part(tensors, "model"))
-        self.kept.count, self.op.config = facts["count"], replace(self.op.config, eps=facts["eps"])
-        self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
-        self.op.history = [s for r in self.records for s in r.steps]
-        self.op.now, self.op.seen = self.op.measure(self.op.data)
-        self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))
+    @property
+    def basis(self) -> torch.Tensor: # (n, count)
+        return self.like.detach().new_empty(self.n, 0) if self.kept is None else self.kept.vectors
+
+    def keep(self, vectors) -> float: # the largest |cosine| with those before
+        if self.kept is None: self.kept = self.store()
+        return self.kept.add(vectors)
+    def store(self) -> SpikeStore:
+        return SpikeStore(
+            self.n,
+            sum(self.phases),
+            dtype=self.dtype,
+            device=self.like.device,
+            path=None if self.dir is None else out_dir(self.dir) / "directions.bin",
+        )
+
+# %% ../nbs/06_deflation.ipynb #96f36db4
+@patch
+def save(self: _Phases):
+    if self.dir is None: return
+    write_tensors(
+        self.dir / "phases.safetensors",
+        {f"model.{k}": v for k, v in state_tensors(self.op.model).items()},
+        dict(
+            request=self.request,
+            answers=self.answers,
+            count=self.kept.count,
+            eps=self.op.config.eps,
+            records=[asdict(r) for r in self.records],
+        ),
+    )
+
+@patch
+def load(self: _Phases):
+    path = None if self.dir is None else self.dir/"phases.safetensors"
+    if path is None or not path.exists(): return
+    tensors, facts = read_tensors(path, self.request)
+    check_answers(facts["answers"], self.op, path)
+    there, wanted = self.dir/"directions.bin", sum(self.phases) * self.n * self.dtype.itemsize
+    if not there.exists() or there.stat().st_size != wanted:
+        raise InputError(f"what a run goes on with must be whole. {there} should hold "
+                         f"{wanted:,} bytes of directions; remove {self.dir}, or name another "
+                         "run_dir.")
+    set_tensors(self.op.model, named_part(tensors, "model"))
+    self.kept, self.op.config = self.store(), replace(self.op.config, eps=facts["eps"])
+    self.kept.count = facts["count"]
+    self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
+    self.op.history = [s for r in self.records for s in r.steps]
+    self.op.now, self.op.seen = self.op.measure(self.op.data)
+    self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))
 
 # %% ../nbs/06_deflation.ipynb #6ca05c1f
 def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     "Directions and amplitude of the next phase, handed to the operation."
     op, c = state.op, state.op.config
     H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options)
-    op.pairs, op.fixed, eps, past = top_eigenpairs(DeflatedOperator(H, state.kept.vectors), size, tol=c.tol, seed=c.seed), True, c.eps, state.records
+    op.pairs, op.fixed, eps, past = (
+        top_eigenpairs(DeflatedOperator(H, state.basis), size, tol=c.tol, seed=c.seed),
+        True,
+        c.eps,
+        state.records,
+    )
     if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
     elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
     op.control = amplitude_control(c, eps, op.now.sigma)
@@ -201,7 +281,7 @@ def _end_phase(state: _Phases, eps: float, steps):
     op, pairs = state.op, state.op.pairs
     op.model.load_state_dict(op.best[1])
     op.now, op.seen = op.measure(op.data)
-    overlap = state.kept.add(pairs.vectors)
+    overlap = state.keep(pairs.vectors)
     held = None if state.held_out is None else op.measure(state.held_out, "held_out")[0]
     state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(pairs.converged.all()), pairs.num_matvecs,
                                      op.now.sigma, op.now.overall, held and held.sigma, held and held.overall, tuple(steps)))
@@ -228,7 +308,7 @@ def deflated_operate(
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     before, labels, was = op.reported(held_out)
-    state = _Phases(op, tuple(phases), run_dir, basis_dtype, held_out, dict(asdict(config), phases=list(phases), dtype=str(basis_dtype), start=op.start.accuracy.tolist()))
+    state = _Phases(op, phases, run_dir, basis_dtype, held_out)
     state.load()
     for size in (bar := tqdm(state.phases[len(state.records):], desc="phases", leave=False, disable=not progress)):
         eps, first = _begin_phase(state, loss_fn, hessian_data, forward, size), len(op.history)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_hooks
 
 # %% auto #0
-__all__ = ['InputError', 'ChangingFunction', 'whole_number', 'seed_number', 'plainly', 'fingerprint', 'undisturbed']
+__all__ = ['InputError', 'ChangingFunction', 'whole_number', 'seed_number', 'plainly', 'checksum', 'undisturbed']
 
 # %% ../nbs/000c_guards.ipynb #6575aeb3
 class InputError(ValueError):
@@ -95,7 +95,7 @@ def _plain_numbers(t: torch.Tensor) -> torch.Tensor: # (entries,) float32 or flo
     if not wide: flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat.double()
     return flat.reshape(-1)
 
-def fingerprint(
+def checksum(
     t: torch.Tensor, # of any shape and type
 ) -> torch.Tensor: # float64 scalar
     "A number that changes when an entry, its sign or its place does."

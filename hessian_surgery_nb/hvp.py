@@ -24,7 +24,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from .guards import ChangingFunction, InputError, fingerprint, plainly, seed_number, undisturbed
+from .guards import ChangingFunction, InputError, checksum, plainly, seed_number, undisturbed
 from .layers import LeanLayers, TrueGradients
 from .losses import LossDivisor, as_loss_module, call_loss, is_cross_entropy, known_reduction
 from .ranks import Team, team
@@ -468,13 +468,13 @@ def _batch(self: HessianOperator, batch):
 def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float: # 1 for a sum
     if not self._divisor.known and self._whole: return 1. # all data in one piece: nobody need know
     turn, seen = len(self._trace), self._seen
-    if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == fingerprint(y): return seen[turn, 4].item()
+    if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == checksum(y): return seen[turn, 4].item()
     return self._divisor(z, y)
 
 def _noted(z, y, loss, d) -> torch.Tensor: # (5,) float64
-    "A fingerprint of logits, their size, a fingerprint of labels, the loss, what it was divided by."
+    "A checksum of logits, their size, a checksum of labels, the loss, what it was divided by."
     z, loss = z.detach(), loss.detach().double()
-    return torch.stack([fingerprint(z), z.double().norm(), fingerprint(y), loss, loss.new_tensor(d)])
+    return torch.stack([checksum(z), z.double().norm(), checksum(y), loss, loss.new_tensor(d)])
 
 @patch(as_prop=True)
 def _whole(self: HessianOperator) -> bool:
@@ -851,7 +851,7 @@ def same_pass(
 def _stamp(model: nn.Module) -> list:
     "What changes when any parameter or buffer does."
     ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    return [(t.data_ptr(), n) for t, n in zip(ts, torch.stack([fingerprint(t).cpu() for t in ts]).tolist())]
+    return [(t.data_ptr(), n) for t, n in zip(ts, torch.stack([checksum(t).cpu() for t in ts]).tolist())]
 
 @patch
 def _same(self: HessianOperator, a, b, moved=False) -> bool: # in every process
@@ -901,7 +901,7 @@ def _look(self: HessianOperator) -> torch.Tensor: # (pieces, 5)
 
 @patch
 @plainly()
-def observe(self: HessianOperator) -> torch.Tensor: # (pieces, 5): fingerprint and size of logits, fingerprint of labels, loss, denominator
+def observe(self: HessianOperator) -> torch.Tensor: # (pieces, 5): checksum and size of logits, checksum of labels, loss, denominator
     "What a forward pass over all data sees now; compare two with `unchanged`."
     trace = self._look()
     self._compare(trace, False)
@@ -951,7 +951,7 @@ def _present(self: HessianOperator, probes: list) -> list: # probes: logits and 
     with torch.no_grad():
         z = self._logits([p.detach() for p in self.params.values()], X)
         losses = [call_loss(self.loss_fn, *pair).double() for pair in probes]
-    seen = torch.stack([t.cpu() for t in (*map(fingerprint, tensors), fingerprint(z), *losses)])
+    seen = torch.stack([t.cpu() for t in (*map(checksum, tensors), checksum(z), *losses)])
     return [*_stamp(self.model), *torch.nan_to_num(seen).tolist()]
 
 # %% ../nbs/00_hvp.ipynb #0f41ea38

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from .data import Samples, Splits, input_digests, normalised, read_images
+from hessian_surgery_nb.data import (
+    Samples,
+    Splits,
+    input_digests,
+    normalised,
+    read_images,
+    seed_of,
+    whole,
+)
 from .hvp import InputError
 from .train import ClassReport, wilson_interval
 
@@ -32,12 +40,16 @@ class Lesions:
 
 def is_isic(path) -> bool:
     "Whether a directory has the official layout."
-    return any(Path(path).expanduser().glob("*GroundTruth.csv"))
+    return len(_visible_files(Path(path).expanduser(), "*GroundTruth.csv")) > 0
+
+def _visible_files(folder: Path, pattern: str) -> list[Path]:
+    "Without those that systems hide, such as ._name.csv."
+    return sorted(p for p in folder.glob(pattern) if p.name[0] != ".")
 
 # %% ../nbs/07_isic.ipynb #baef33b3
 def _table(folder: Path, ending: str, columns):
     import pandas as pd
-    found = sorted(folder.glob(f"*{ending}"))
+    found = _visible_files(folder, f"*{ending}")
     if len(found) != 1: raise InputError(f"the ISIC layout has one table *{ending}. {folder} has {len(found)}; see https://challenge.isic-archive.com/data.")
     try: frame = pd.read_csv(found[0], dtype=dict(image=str, lesion_id=str))
     except (OSError, ValueError) as e: raise InputError(f"tables must be readable CSV. {found[0]} is not ({e}).") from e
@@ -140,6 +152,7 @@ def hessian_images(
 ) -> Samples:
     "Training images on which the curvature is measured."
     if how not in ("natural", "stratified"): raise InputError(f"how must be 'natural' or 'stratified'. Got {how!r}.")
+    n, seed = whole("n", n), seed_of(seed)
     g, C = torch.Generator().manual_seed(seed), len(train.classes)
     if how == "natural": return train[torch.randperm(len(train), generator=g)[:n]]
     rows = [(train.y == c).nonzero().flatten() for c in range(C)]
@@ -170,6 +183,11 @@ def lesion_splits(
     hessian: int = 256, how: str = "natural", # as for `hessian_images`
 ) -> Splits:
     "Training, tuning and reporting on different lesions; normalised by the training images."
+    seed, per_class, hessian = (
+        seed_of(seed),
+        whole("per_class", per_class),
+        whole("hessian", hessian),
+    )
     s, out = images.samples, []
     free = list(range(len(s)))
     if not isinstance(held_out, float):

@@ -5,7 +5,6 @@
 # %% ../nbs/05b_linearised.ipynb #0bf0d771
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass, field
 
@@ -15,9 +14,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
-from .data import check_disjoint
+from .data import check_disjoint, whole
 from .hvp import InputError, select_params
 from .lanczos import Eigenpairs
+from .models import copy_model
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
 from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
@@ -186,7 +186,11 @@ class Front:
         return [p for p in self.points if p.price <= price + 1e-12][-1]
     def network(self, price: float) -> nn.Module:
         "A new network at that point. Where several processes share the run, all must ask for it, while they do."
-        net, chosen, p = copy.deepcopy(self.model), select_params(self.model, self.params), self.at(price)
+        net, chosen, p = (
+            copy_model(self.model),
+            select_params(self.model, self.params),
+            self.at(price),
+        )
         net.load_state_dict(moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)), strict=False)
         return net
 
@@ -281,8 +285,12 @@ def linearised_operate(
     "The smallest spread for each price in global accuracy, along fixed directions."
     from tqdm.auto import tqdm
     check_config(config)
-    if list(prices) != sorted(set(prices)) or not prices or min(prices) < 0: raise InputError(f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; half a point is 0.005.")
-    if folds < 1 or rounds < 0 or not tolerance > 0: raise InputError(f"folds must be at least 1, rounds at least 0, the tolerance positive. Got {folds}, {rounds}, {tolerance}.")
+    prices = [float(p) for p in prices] if hasattr(prices, "__iter__") and not isinstance(prices, str) else []
+    if not prices or prices != sorted(set(prices)) or not 0 <= prices[0] <= prices[-1] < float("inf"):
+        raise InputError(f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; "
+                         "half a point is 0.005.")
+    folds, rounds = whole("folds", folds), whole("rounds", rounds, 0)
+    if not tolerance > 0: raise InputError(f"the tolerance must be positive. Got {tolerance}.")
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     if folds > op.now.counts.min(): raise InputError(f"every fold needs an image of every class. {int(op.now.counts.min())} images of the smallest class are too few for {folds} folds; give fewer.")
@@ -295,7 +303,7 @@ def linearised_operate(
         path.pay(start.overall - price)
         points.append(_point(path, price, path.now, held_out))
         LOG.info("price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s", 100 * price, 100 * path.now.sigma, 100 * path.now.overall, path.passes, points[-1].seconds)
-    return Front(tuple(points), op.pairs, copy.deepcopy(model), config.params, path.labels, op.pairs.num_matvecs)
+    return Front(tuple(points), op.pairs, copy_model(model), config.params, path.labels, op.pairs.num_matvecs)
 
 # %% ../nbs/05b_linearised.ipynb #985fc349
 def _point(path: _Path, price: float, report: ClassReport, held_out) -> Point:

@@ -6,20 +6,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .data import torchvision_part
-from .hvp import InputError
+from .data import seed_of, torchvision_part, whole
+from hessian_surgery_nb.hvp import (
+    Forward,
+    InputError,
+    as_batches,
+    functional_logits,
+    rows_of,
+    to_device,
+)
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['num_params', 'digits_net', 'normed', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'weights_bytes',
-           'write_tensors', 'read_tensors', 'named_part', 'load_weights', 'find_head']
+__all__ = ['num_params', 'digits_net', 'normed', 'BasicBlock', 'resnet20', 'resnet50', 'write_atomic', 'first_line',
+           'state_tensors', 'set_tensors', 'state_facts', 'weights_bytes', 'check_storable', 'write_tensors',
+           'read_tensors', 'differences', 'named_part', 'load_weights', 'copy_model', 'find_head']
 
 # %% ../nbs/02b_models.ipynb #e0562e4a
 def num_params(
@@ -36,7 +47,7 @@ def digits_net(
     seed: int = 0, # of the initial weights
 ) -> nn.Sequential: # (N, 1, 8, 8) -> (N, classes)
     "A small convolutional classifier for 8 x 8 images."
-    if width < 1 or classes < 2: raise InputError(f"width must be at least 1 and classes at least 2. Got {width} and {classes}.")
+    width, classes, seed = whole("width", width), whole("classes", classes, 2), seed_of(seed)
     with seeded(seed):
         return nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
@@ -64,6 +75,7 @@ class BasicBlock(nn.Module):
         if self.more: short = nn.functional.pad(short, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
         return y.add_(short).relu_()
 
+# %% ../nbs/02b_models.ipynb #b04264c0
 def resnet20(
     *,
     classes: int = 10,
@@ -72,7 +84,12 @@ def resnet20(
     seed: int = 0, # of the initial weights
 ) -> nn.Sequential: # (N, 3, H, W) -> (N, classes)
     "The residual network of He et al. for small images, in evaluation mode."
-    if width < 1 or blocks < 1 or classes < 2: raise InputError(f"width and blocks must be at least 1 and classes at least 2. Got {width}, {blocks} and {classes}.")
+    width, blocks, classes, seed = (
+        whole("width", width),
+        whole("blocks", blocks),
+        whole("classes", classes, 2),
+        seed_of(seed),
+    )
     with seeded(seed):
         layers, inputs = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()], width
         for stage in range(3):
@@ -114,62 +131,348 @@ def write_atomic(
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
     return path
 
+def first_line(e: BaseException) -> str:
+    "What an error says, in one line."
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+# %% ../nbs/02b_models.ipynb #b6a34df1
+def state_tensors(
+    model: nn.Module,
+) -> dict[str, torch.Tensor]:
+    "Weights and buffers by name, without what else `get_extra_state` adds to a state."
+    return {k: v.detach() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+
+def set_tensors(
+    model: nn.Module, # changed
+    tensors: dict[str, torch.Tensor], # all of them, or some
+):
+    "The inverse; whatever else belongs to the state stays as it is."
+    model.load_state_dict({**model.state_dict(), **tensors})
+
+def state_facts(
+    model: nn.Module,
+) -> dict: # name -> what JSON can hold
+    "What belongs to a network's state and is no tensor; refused if JSON would change it."
+    extra = {k: v for k, v in model.state_dict().items() if not torch.is_tensor(v)}
+    for k, v in extra.items():
+        try: kept = json.loads(json.dumps(v)) == v
+        except (TypeError, ValueError): kept = False
+        if not kept:
+            raise InputError(
+                f"a network's state must be tensors, or what JSON can hold. {k} is a "
+                f"{type(v).__name__} that JSON would change; "
+                "let get_extra_state return numbers and text in lists and dicts, or keep "
+                "torch.save(model.state_dict()) yourself."
+            )
+    return extra
+
+# %% ../nbs/02b_models.ipynb #de8d31ea
 def weights_bytes(model: nn.Module, *, half: bool = False, **facts) -> bytes: # half: matrices in half precision; facts: go into the file's metadata
     "A model's state as safetensors: same keys, same types; tied weights under each of their names."
+    extra = state_facts(model)
+    state = {k: v.cpu().contiguous().clone() for k, v in state_tensors(model).items()}
+    if half:
+        state = {
+            k: v.half() if v.ndim > 1 and v.is_floating_point() else v for k, v in state.items()
+        }
+    if extra: facts["extra_state"] = extra
+    # one key: safetensors does not keep the order of several
+    return _packed(state, {"hessian_surgery_nb": json.dumps(facts, sort_keys=True)})
+
+# %% ../nbs/02b_models.ipynb #9472e2d5
+def check_storable(model: nn.Module):
+    "Refuse, before hours of work, a network whose state could not be written at their end."
+    state_facts(model)
+    kinds = {v.dtype: v for v in state_tensors(model).values()} | {
+        v.layout: v for v in state_tensors(model).values()
+    }
+    for v in kinds.values():
+        _packed(
+            {"one": v.reshape(-1)[:0] if v.layout is torch.strided and not v.is_quantized else v},
+            {},
+        )
+
+def _packed(tensors, metadata) -> bytes:
     from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    if half: state = {k: v.half() if v.ndim > 1 else v for k, v in state.items()}
-    return save(state, metadata={"hessian_surgery_nb": json.dumps(facts, sort_keys=True)}) # one key: safetensors does not keep the order of several
+    try: return save(tensors, metadata=metadata)
+    except Exception as e:
+        raise InputError("tensors must be of a kind that safetensors can hold. It says: "
+                         f"{first_line(e)}; convert them, or keep torch.save(model.state_dict()) "
+                         "yourself.") from e
 
 # %% ../nbs/02b_models.ipynb #e1961e83
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict): # facts: for JSON; `request` says what was asked for
     "Tensors and facts in one file, whole or not at all."
-    from safetensors.torch import save
-    write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata=dict(facts=json.dumps(facts))))
+    write_atomic(
+        path,
+        _packed(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            dict(facts=json.dumps(facts)),
+        ),
+    )
 
 def read_tensors(path: Path, request: dict) -> tuple[dict[str, torch.Tensor], dict]: # tensors, facts
     "The same again, if the same was asked for."
     from safetensors import safe_open
-    with safe_open(path, "pt") as f: facts, tensors = json.loads(f.metadata()["facts"]), {k: f.get_tensor(k) for k in f.keys()}
-    now, then = json.loads(json.dumps(request)), facts["request"]
-    odd = [f"{k}={then.get(k)} (now {now.get(k)})" for k in {**now, **then} if then.get(k) != now.get(k)]
-    if odd: raise InputError(f"a run goes on with what it began with. {path} has {', '.join(odd)}; remove it, or name another run_dir.")
+    try:
+        with safe_open(path, "pt") as f:
+            facts, tensors = (
+                json.loads(f.metadata()["facts"]),
+                {k: f.get_tensor(k) for k in f.keys()},
+            )
+        then = facts["request"]
+    except Exception as e:
+        raise InputError(f"what a run goes on with must be whole. {path} is not "
+                         f"({first_line(e)}); remove it, or name another run_dir.") from e
+    odd = differences(then, json.loads(json.dumps(request)))
+    if odd:
+        raise InputError(f"a run goes on with what it began with. {path} differs in "
+                         f"{', '.join(odd)}; remove it, or name another run_dir.")
     return tensors, facts
 
+def differences(
+    then: dict, now: dict, # requests, as JSON gives them back
+) -> list[str]: # in words; of fingerprints, which stand under "made_from", the names alone
+    "What a request asks for that an earlier one did not."
+    was, is_now = then.get("made_from"), now.get("made_from", {})
+    if was is None and is_now:
+        odd = ["what it was made from, which it does not record (an earlier version wrote it)"]
+    else: odd = [f"the {k}" for k in {**(was or {}), **is_now} if was.get(k) != is_now.get(k)]
+    plain = [k for k in {**now, **then} if k != "made_from" and then.get(k) != now.get(k)]
+    return odd + [f"{k}={then.get(k)} (now {now.get(k)})" for k in plain]
+
+# %% ../nbs/02b_models.ipynb #83ce2dc4
 def named_part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     "Those whose names begin with `name.`, without it."
     return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
 # %% ../nbs/02b_models.ipynb #54ab3aba
-def _stored(path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-    try: return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+def _stored(path) -> dict:
+    from safetensors import safe_open
+    try:
+        if not str(path).endswith(".safetensors"):
+            return _unwrapped(path, torch.load(path, map_location="cpu", weights_only=True))
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {}).get("hessian_surgery_nb", "{}"))
+            return {k: f.get_tensor(k) for k in f.keys()} | facts.get("extra_state", {})
+    except InputError: raise
     except Exception as e: raise InputError(f"weights must be a .safetensors file, or a state dict that torch.load reads with weights_only=True. {path} is not ({type(e).__name__}: "
-                                            f"{str(e).splitlines()[0]}); where you trust it, load it yourself and save model.state_dict() with safetensors.") from e
+                                            f"{first_line(e)}); where you trust it, load it yourself and save model.state_dict() with safetensors.") from e
 
+_INSIDE = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "weights",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+)
+_PREFIXES = "module.", "_orig_mod."
+
+# %% ../nbs/02b_models.ipynb #18015c47
+def _unwrapped(path, found) -> dict:
+    "The state dict in what a file holds."
+    while isinstance(found, Mapping):
+        inner = [k for k in _INSIDE if isinstance(found.get(k), Mapping)]
+        if len(inner) > 1:
+            raise InputError(f"a file must hold one state dict. {path} holds several: "
+                             f"{', '.join(inner)}; save the one that you mean by itself.")
+        if not inner: break
+        found = found[inner[0]]
+    if not isinstance(found, Mapping):
+        raise InputError(f"weights must be a state dict, names with tensors. {path} holds a "
+                         f"{type(found).__name__}; save model.state_dict().")
+    odd = [k for k in found if not isinstance(k, str)]
+    if odd:
+        raise InputError(f"names of weights must be text. {path} has {odd[0]!r} for a name; save "
+                         "model.state_dict().")
+    return dict(found)
+
+# %% ../nbs/02b_models.ipynb #21851627
+def _without_prefix(stored: dict, own: dict) -> dict:
+    "As stored by the network itself, not by what it was wrapped in for training."
+    for prefix in 2 * _PREFIXES: # one may stand within the other
+        mine = all(k.startswith(prefix) for k in own)
+        if stored and not mine and all(k.startswith(prefix) for k in stored):
+            stored = {k[len(prefix):]: v for k, v in stored.items()}
+    return stored
+
+# %% ../nbs/02b_models.ipynb #12a1fddd
+def _shape(v): return tuple(v.shape) if torch.is_tensor(v) else type(v).__name__
+
+def _other_heads(model: nn.Module, own: dict, stored: dict) -> dict: # name -> the model's own
+    "Linear layers with another number of outputs than the file's, all alike: heads for other classes."
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+    apart = [k for k in own.keys() & stored.keys() if _shape(stored[k]) != _shape(own[k])]
+    def widths(k): return stored[k].shape[0], own[k].shape[0]
+    def fits(k):
+        if (
+            not torch.is_tensor(stored[k])
+            or k.rpartition(".")[0] not in layers
+            or not stored[k].ndim
+        ):
+            return False
+        return (
+            stored[k].shape[1:] == own[k].shape[1:]
+            and own[k].shape[0] == layers[k.rpartition(".")[0]].out_features
+        )
+    return (
+        {k: own[k] for k in apart}
+        if all(map(fits, apart)) and len(set(map(widths, apart))) == 1
+        else {}
+    )
+
+# %% ../nbs/02b_models.ipynb #73dc5655
+def _as_own(path, name: str, own: torch.Tensor, t) -> torch.Tensor:
+    "A stored tensor in the network's type, if it can be that."
+    def refuse(what):
+        raise InputError(f"stored weights must be ordinary tensors of the network's kind. {name} "
+                         f"in {path} is {what}, the network has {str(own.dtype)[6:]}; store "
+                         "model.state_dict() of the network in floating point.")
+    if not torch.is_tensor(t):
+        refuse(
+            f"{t!r}"[:40]
+            if isinstance(t, (bool, int, float, str, type(None)))
+            else f"a {type(t).__name__}"
+        )
+    if t.layout is not torch.strided: refuse(f"sparse ({t.layout})")
+    if t.is_quantized or t.is_meta:
+        refuse("quantised" if t.is_quantized else "a shape without content")
+    if own.is_complex() != t.is_complex(): refuse(str(t.dtype)[6:])
+    if own.is_floating_point() and not t.is_floating_point(): refuse(str(t.dtype)[6:])
+    cast = t.to(own.dtype)
+    if (
+        not own.is_floating_point()
+        and not own.is_complex()
+        and not torch.equal(cast.to(t.dtype), t)
+    ):
+        refuse(f"{str(t.dtype)[6:]} with values that do not fit")
+    return cast
+
+# %% ../nbs/02b_models.ipynb #65a9b4ed
 def load_weights(
     model: nn.Module, # changed
     path, # .safetensors, or .pt / .pth with a state dict
     *,
-    head: bool = True, # False: leave the last linear layer as it is where the file's has another shape
+    head: bool = True, # False: leave heads for another number of classes as they are
 ) -> nn.Module: # the same model
     "Fill a network with stored weights. Never runs code from the file."
-    own, stored = model.state_dict(), _stored(path)
-    last = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)][-1:] if not head else []
-    stored = {k: own[k] if k in own and k.rpartition(".")[0] in last and t.shape != own[k].shape else t for k, t in stored.items()}
-    odd = sorted(own.keys() ^ stored.keys()) or [f"{k}: {tuple(stored[k].shape)} for {tuple(t.shape)}" for k, t in own.items() if stored[k].shape != t.shape]
+    own = model.state_dict()
+    stored = _without_prefix(_stored(path), own)
+    if not head: stored |= _other_heads(model, own, stored)
+    lacking = [k for k, v in own.items() if not torch.is_tensor(v) and k not in stored]
+    if lacking:
+        warnings.warn(f"{path} does not hold {lacking[0]}, which belongs to the network's state "
+                      "and is no tensor; it stays as it is in the network.", stacklevel=2)
+    stored |= {k: own[k] for k in lacking}
+    odd = sorted(own.keys() ^ stored.keys())
+    tensors = (
+        {
+            k: _as_own(path, k, t, stored[k])
+            for k, t in own.items()
+            if torch.is_tensor(t) and k in stored
+        }
+        if not odd
+        else {}
+    )
+    odd = odd or [
+        f"{k}: {_shape(t)} for {_shape(own[k])}"
+        for k, t in tensors.items()
+        if t.shape != own[k].shape
+    ]
     if odd: raise InputError(f"stored weights must fit the network. {path} differs in {len(odd)} places: {', '.join(odd[:4])}; build the network they were stored from.")
-    model.load_state_dict({k: t.to(own[k].dtype) for k, t in stored.items()})
+    model.load_state_dict(stored | tensors)
     return model
+
+# %% ../nbs/02b_models.ipynb #6e529aa9
+def _within(value):
+    "The tensors in a value made of lists, tuples and dicts."
+    if torch.is_tensor(value): yield value
+    elif isinstance(value, Mapping): yield from (t for v in value.values() for t in _within(v))
+    elif isinstance(value, (list, tuple)): yield from (t for v in value for t in _within(v))
+
+def copy_model(
+    model: nn.Module,
+) -> nn.Module:
+    "A copy that shares nothing with the original, also where weights are computed from others."
+    made = [
+        t
+        for m in model.modules()
+        for t in _within([v for k, v in vars(m).items() if k != "_modules"])
+        if not t.is_leaf
+    ]
+    try: return copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
+    except (InputError, MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e:
+        raise InputError("a network must allow a copy, so that yours stays as it is. Copying "
+                         f"{type(model).__name__} failed ({type(e).__name__}: {first_line(e)}); "
+                         "remove that attribute, or build the network anew.") from e
 
 # %% ../nbs/02b_models.ipynb #2ef49ecb
 def find_head(
     model: nn.Module,
     classes: int, # C
+    data=None, # images, as for `as_batches`; None: answer where one layer alone has C outputs
+    forward=None, # forward(model, X) -> logits
 ) -> tuple[str, nn.Linear]: # name and module
     "The linear layer that makes the logits."
     found = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     if not found:
         raise InputError(f"a method that changes the head needs an nn.Linear with {classes} outputs. The model has none; leave "
                          "that method out.")
-    return found[-1]
+    names = ", ".join(k or type(m).__name__ for k, m in found)
+    if data is None and len(found) > 1:
+        raise InputError(f"which linear layer makes the logits must be plain. {names} have "
+                         f"{classes} outputs; pass data, so that a forward pass shows it, or "
+                         "leave that method out.")
+    if data is not None: found = _making_logits(model, found, data, forward)
+    if not found:
+        raise InputError("a method that changes the head needs a linear layer that is used once "
+                         f"and whose output is the logits, or their log-softmax. None of {names} "
+                         "is; leave that method out.")
+    name, head = found[0]
+    mine, inside = {id(p) for p in head.parameters()}, set(head.modules())
+    tied = [
+        k
+        for k, m in model.named_modules()
+        if m not in inside and any(id(p) in mine for p in m._parameters.values())
+    ]
+    if tied:
+        raise InputError("a method that changes the head needs weights that are the head's "
+                         f"alone. {name} shares some with {tied[0]}; leave that method out.")
+    return name, head
+
+# %% ../nbs/02b_models.ipynb #1a8827c1
+@torch.no_grad()
+def _making_logits(model, layers, data, forward) -> list: # of (name, module) -> those
+    "Layers that are called once, whose output is the logits and moves them one to one."
+    net, device = Forward(model, forward), next(model.parameters()).device
+    X = to_device(rows_of(next(iter(as_batches(data))), slice(0, 4))[0], device)
+    def logits(layers, hook):
+        hooks = [m.register_forward_hook(hook) for m in layers]
+        try: return functional_logits(net, {}, X)
+        finally:
+            for h in hooks: h.remove()
+    seen = {m: [] for _, m in layers}
+    z = logits(seen, lambda m, args, out: seen[m].append(out.clone()))
+    # farther than any other image would move them
+    far = (
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+        * 1000
+        * (1 + z.abs().max())
+    )
+    def same(z, out):
+        return z.shape == out.shape and any(
+            torch.allclose(z, t, rtol=1e-4, atol=1e-4 * out.abs().max().item())
+            for t in (out, out.log_softmax(-1))
+        )
+    found = [(k, m) for k, m in layers if len(seen[m]) == 1 and same(z, seen[m][0])]
+    return [
+        (k, m)
+        for k, m in found
+        if same(logits([m], lambda m, args, out: out + far), seen[m][0] + far)
+    ]

@@ -7,19 +7,35 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .data import check_same_classes, class_files, decoded, read_image, torchvision_part, unseen_folder
+from hessian_surgery_nb.data import (
+    ORDERS,
+    check_same_classes,
+    class_files,
+    class_order,
+    decoded,
+    read_image,
+    seed_of,
+    torchvision_part,
+    unseen_folder,
+    whole,
+)
 from .hvp import InputError
-from .models import load_weights
+from .models import first_line, load_weights
+from .train import predict
 
 # %% auto #0
-__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'own_files', 'own_sets']
+__all__ = ['Preparation', 'load_network', 'ImageBatches', 'OwnSets', 'network_labels', 'label_order', 'own_files', 'own_sets',
+           'check_labels']
 
 # %% ../nbs/09a_own.ipynb #9a15eb82
 @dataclass(frozen=True)
@@ -31,7 +47,14 @@ class Preparation:
     std: tuple[float, ...] = (1., 1., 1.)
 
     def __post_init__(self):
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0: raise InputError(f"mean and std are three numbers each, std positive. Got {self.mean} and {self.std}.")
+        good = (
+            len(self.mean) == len(self.std) == 3
+            and all(map(math.isfinite, (*self.mean, *self.std)))
+            and min(self.std) > 0
+        )
+        if not good:
+            raise InputError(f"mean and std are three numbers each, std positive. Got {self.mean} "
+                             f"and {self.std}.")
         if any(v is not None and v < 1 for v in (self.resize, self.crop)): raise InputError(f"resize and crop are pixels, at least 1. Got {self.resize} and {self.crop}.")
 
     def image(self, path) -> torch.Tensor: # (3, H, W) uint8
@@ -52,20 +75,34 @@ def _torchvision(name: str, classes: int, weights):
     models = torchvision_part("models")
     if name not in models.list_models(): raise InputError(f"torchvision has no network {name!r}. It has, for example, {', '.join(n for n in models.list_models() if n[:3] == name[:3]) or 'resnet50'}.")
     offered = models.get_model_weights(name).DEFAULT
-    try: net = models.get_model(name, weights=None, num_classes=classes) if weights else models.get_model(name, weights=offered)
+    try: # before the network is made, which for a detector would fetch weights
+        seen = offered.transforms()
+        preparation = Preparation(
+            seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std)
+        )
+    except (AttributeError, TypeError) as e:
+        raise InputError(f"a network must classify images. torchvision's {name} wants something "
+                         f"else ({first_line(e)}); name a classifier, such as resnet50.") from e
+    try:
+        return (
+            models.get_model(name, weights=None, num_classes=classes)
+            if weights
+            else models.get_model(name, weights=offered)
+        ), preparation
     except OSError as e: raise InputError(f"weights of {name} could not be fetched ({e}); name a file of weights.") from e
-    seen = offered.transforms()
-    return net, Preparation(seen.resize_size[0], seen.crop_size[0], tuple(seen.mean), tuple(seen.std))
 
 def _timm(name: str, classes: int, weights):
     if importlib.util.find_spec("timm") is None: raise InputError("timm: networks need timm, which is not installed; pip install timm.")
     import timm
     try: net = timm.create_model(name, pretrained=False, num_classes=classes) if weights else timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError) as e: raise InputError(f"timm could not make {name!r} ({str(e).splitlines()[0]}).") from e
+    except Exception as e:
+        raise InputError(f"timm could not make {name!r} ({first_line(e)}); see "
+                         "timm.list_models().") from e
     seen = timm.data.resolve_model_data_config(net)
     side = seen["input_size"][-1]
     return net, Preparation(int(side / seen["crop_pct"]), side, tuple(seen["mean"]), tuple(seen["std"]))
 
+# %% ../nbs/09a_own.ipynb #73734198
 def _function(place: str, name: str):
     try:
         if place.endswith(".py"):
@@ -74,10 +111,14 @@ def _function(place: str, name: str):
             sys.modules.setdefault(spec.name, module)
             spec.loader.exec_module(module)
         else: module = importlib.import_module(place)
-    except Exception as e: raise InputError(f"{place} could not be imported ({type(e).__name__}: {e}); mend it, or name a file, or a module on the path.") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{place}:{name} could not be imported ({type(e).__name__}: {e}); mend it, or "
+                         "name a file, or a module on the path.") from e
     if not callable(getattr(module, name, None)): raise InputError(f"{place} has no function {name!r}.")
     try: net = getattr(module, name)()
-    except Exception as e: raise InputError(f"{place}:{name}() must return a network. It raised {type(e).__name__}: {e}; mend it, or see --debug.") from e
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{place}:{name}() must return a network. It raised {type(e).__name__}: "
+                         f"{e}; mend it, or see --debug.") from e
     if not isinstance(net, nn.Module): raise InputError(f"{place}:{name} must return an nn.Module. Got {type(net).__name__}.")
     return net, Preparation()
 
@@ -117,19 +158,77 @@ class OwnSets:
     classes: tuple[str, ...]
     def __repr__(self): return f"OwnSets({len(self.classes)} classes; hessian {len(self.hessian.y)}, sensitivity {len(self.sensitivity.y)}, held_out {len(self.held_out.y)})"
 
+# %% ../nbs/09a_own.ipynb #871ba702
+def network_labels(
+    net: nn.Module,
+) -> tuple[str, ...] | None: # in the order of its outputs
+    "The names of the classes, where the network has them."
+    config, seen = getattr(net, "config", None), getattr(net, "pretrained_cfg", None)
+    places = [
+        getattr(net, "label_names", None),
+        getattr(net, "id2label", None),
+        getattr(config, "id2label", None),
+        seen.get("label_names") if isinstance(seen, Mapping) else None,
+    ]
+    for found in places:
+        if isinstance(found, Mapping) and all(str(k).isdecimal() for k in found):
+            found = [found[k] for k in sorted(found, key=int)]
+        if isinstance(found, (list, tuple)) and found: return tuple(map(str, found))
+    return None
+
+# %% ../nbs/09a_own.ipynb #ea898c70
+def label_order(
+    names, # of the class folders
+    order=None, # "natural", "name", "network" (its own labels), or all names in order; None: labels that fit, else natural
+    labels=None, # names of the network's outputs, where it has them
+) -> list[str]:
+    "Class names in the order of the network's outputs; a warning where that is a guess."
+    names, fits = list(names), labels is not None and sorted(labels) == sorted(names)
+    if order == "network" and not fits:
+        raise InputError("the network's own labels must be the names of the class folders. It "
+                         f"has {', '.join(labels[:4]) + ', ...' if labels else 'none'}, the "
+                         f"folders are {', '.join(sorted(names)[:4])}, ...; give one of the "
+                         f"orders {', '.join(ORDERS)}.")
+    if order == "network" or order is None and fits: return list(labels)
+    if order is not None and not isinstance(order, str):
+        if sorted(map(str, order)) != sorted(names):
+            raise InputError("an order of the classes must name each of them once. Got "
+                             f"{', '.join(map(str, order))} for {', '.join(sorted(names))}.")
+        return list(map(str, order))
+    found = class_order(names, order or "natural")
+    if order is not None and fits and found != list(labels):
+        warnings.warn(
+            f"the network's own labels are in another order than {order!r}: "
+            f"{', '.join(labels[:4])}, ...; --class-order network takes them.",
+            stacklevel=2,
+        )
+    other = class_order(names, "name")
+    if order is None and found != other:
+        i = next(i for i, (a, b) in enumerate(zip(found, other)) if a != b)
+        warnings.warn("class folders have two orders, and a network's outputs follow the one "
+                      f"that it was trained with. Taken here: natural, as timm, where output {i} "
+                      f"is {found[i]!r}; by name, as torchvision's ImageFolder, it is "
+                      f"{other[i]!r}. Give --class-order natural or name.", stacklevel=2)
+    return found
+
 # %% ../nbs/09a_own.ipynb #d5ec8cfc
 def own_files(
     folder, # train/CLASS/* and test/CLASS/*, or CLASS/*; or two folders, (train, test)
+    order=None, # of the classes, as for `label_order`
 ) -> tuple[dict, dict]: # class -> images to see the curvature with; class -> images to decide and report with, maybe the same
     "What lies in a folder."
     if isinstance(folder, tuple): train, test = (Path(f).expanduser() for f in folder)
     else:
         folder = Path(folder).expanduser()
         train, test = folder/"train", unseen_folder(folder)
-        if test is None or not train.is_dir(): return (files := class_files(test or folder)), files
+        if test is None or not train.is_dir():
+            return (files := _in_order(class_files(test or folder), order)), files
     learned, rest = class_files(train), class_files(test)
     check_same_classes(learned, rest, test)
-    return learned, rest
+    learned = _in_order(learned, order)
+    return learned, {c: rest[c] for c in learned}
+
+def _in_order(files: dict, order) -> dict: return {c: files[c] for c in label_order(files, order)}
 
 def _parts(learned, rest, hessian: int, g) -> tuple[list, dict]: # (file, class) for the curvature; class -> files for the rest
     every = [(f, c) for c, files in learned.items() for f in files]
@@ -142,15 +241,16 @@ def own_sets(
     folder, # as for `own_files`
     preparation: Preparation = Preparation(),
     *,
+    order=None, # of the classes, as for `label_order`
     seed: int = 0, # which images go where
     hessian: int = 128, # images that show the curvature
     batch: int = 100,
     progress: bool = False,
 ) -> OwnSets:
     "Images to see the curvature, to decide, to report."
-    if hessian < 1 or batch < 1: raise InputError(f"hessian and batch are numbers of images, at least 1. Got {hessian} and {batch}.")
+    hessian, batch, seed = whole("hessian", hessian), whole("batch", batch), seed_of(seed)
     g = torch.Generator().manual_seed(seed)
-    curved, rest = _parts(*own_files(folder), hessian, g)
+    curved, rest = _parts(*own_files(folder, order), hessian, g)
     halves = [], []
     for c, files in rest.items():
         if len(files) < 2: raise InputError(f"every class needs at least 2 images to decide and to report. {c} has {len(files)}.")
@@ -161,3 +261,34 @@ def own_sets(
         files, labels = zip(*pairs)
         return ImageBatches(decoded(files, preparation.image, progress=progress, way_out="give resize and crop"), torch.tensor([classes.index(c) for c in labels]), preparation, batch)
     return OwnSets(read(curved), *map(read, halves), classes)
+
+# %% ../nbs/09a_own.ipynb #786da71b
+def check_labels(
+    net: nn.Module, sets: OwnSets,
+    chosen: bool = False, # whether the order of the classes was asked for
+):
+    "Refuse an order of the classes that was guessed and is wrong; warn where accuracy is below chance."
+    from scipy.stats import binom
+    part, classes = sets.sensitivity, list(sets.classes)
+    rows = torch.linspace(0, len(part.y) - 1, min(len(part.y), 200)).long()
+    z, y = (t.cpu() for t in predict(net, replace(part, x=part.x[rows], y=part.y[rows])))
+    found, n = z.argmax(1), len(rows)
+    right = found == y
+    for order in ORDERS:
+        other = class_order(classes, order)
+        there = found == torch.tensor([other.index(c) for c in classes])[y]
+        gain, changed = int(there.sum() - right.sum()), int((there != right).sum())
+        if gain <= 3 * changed ** .5:
+            continue # three standard errors of a difference that is chance
+        here, other_way = right.double().mean(), there.double().mean()
+        says = f"On {n} images the network is right in {here:.0%} with the classes in this order, in {other_way:.0%} with order {order!r}"
+        if not chosen:
+            raise InputError("class folders must be in the order of the network's outputs. "
+                             f"{says}; give --class-order {order}.")
+        warnings.warn(f"{says}: see --class-order.", stacklevel=2)
+        return
+    if binom.cdf(int(right.sum()), n, 1 / z.shape[1]) < 1e-3:
+        warnings.warn(f"the network is right in {right.double().mean():.1%} of {n} images, below "
+                      f"chance ({1 / z.shape[1]:.1%}). Are the class folders in the order of its "
+                      "outputs (--class-order), and the images prepared as in its training "
+                      "(--mean, --std, --resize, --crop)?", stacklevel=2)

@@ -13,12 +13,14 @@ import platform
 import re
 import subprocess
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 
 from . import __file__ as init_file
@@ -103,6 +105,7 @@ class RunStore:
     "Stored runs, a JSON file each."
     directory: Path # of the JSON files
     work: Path # of weights and half-done runs, a directory a run
+    made_from: dict = field(default_factory=dict) # fingerprints of images and weights, if known
 
     def folder(self, name: str) -> Path:
         "Where a run may keep files."
@@ -121,18 +124,47 @@ class RunStore:
         wanted, there = json.loads(json_bytes(config)), run["config"]
         odd = [f"{k} = {there.get(k)!r} there, {wanted.get(k)!r} now" for k in sorted(wanted.keys() | there.keys()) if wanted.get(k) != there.get(k)]
         if odd: raise InputError(f"a stored run must have been asked for in the same way. {path} differs: {'; '.join(odd)}. Remove it to run it again, or name another directory.")
+        self._compare(path, run.get("made_from"))
         return run
 
-    def run(self, name: str, config: dict, make, *, device="cpu", seeds=()) -> dict: # make(folder) -> results, for JSON
-        "The stored run, or a new one, which is then stored."
-        stored = self.read(name, config)
+# %% ../nbs/02d_runs.ipynb #41540476
+@patch
+def _compare(self: RunStore, path: Path, then: dict | None):
+    "Refuse a run of other images or weights."
+    if not then: # an earlier version wrote it
+        if self.made_from:
+            warnings.warn(f"{self.directory} holds runs that do not say which images they "
+                          "were made from. They are taken to be these; remove them if they "
+                          "are not.", stacklevel=2)
+        return
+    odd = [k for k in self.made_from if then.get(k) != self.made_from[k]]
+    if odd:
+        raise InputError(f"a stored run must be of the same {' and '.join(self.made_from)}. "
+                         f"{path} is of other {' and '.join(odd)}; remove it to run it again, "
+                         "or name another directory.")
+
+# %% ../nbs/02d_runs.ipynb #e75ec83d
+@patch
+def run(self: RunStore,
+    name: str, config: dict,
+    make, # make(folder) -> results, for JSON
+    *, device="cpu", seeds=(),
+) -> dict:
+    "The stored run, or a new one, which is then stored."
+    stored = self.read(name, config)
+    if stored is not None: return stored
+    out_dir(self.directory)
+    with self.alone(name):
+        stored = self.read(name, config) # another process may have made it meanwhile
         if stored is not None: return stored
-        out_dir(self.directory)
-        with self.alone(name):
-            stored = self.read(name, config) # another process may have made it meanwhile
-            if stored is not None: return stored
-            start = time.perf_counter()
-            results = make(self.folder(name))
-            run = dict(name=name, config=config, about=circumstances(device) | dict(seeds=list(seeds)), seconds=time.perf_counter() - start, results=results)
-            write_atomic(self.directory/f"{name}.json", json_bytes(run))
-        return json.loads(json_bytes(run))
+        start = time.perf_counter()
+        results = make(self.folder(name))
+        run = dict(
+            name=name,
+            config=config,
+            about=circumstances(device) | dict(seeds=list(seeds)),
+            seconds=time.perf_counter() - start,
+            results=results,
+        ) | (dict(made_from=self.made_from) if self.made_from else {})
+        write_atomic(self.directory/f"{name}.json", json_bytes(run))
+    return json.loads(json_bytes(run))

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
 import numbers
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,44 @@ from torch import nn
 
 from .class_structure import class_subspace
 from .data import check_disjoint
-from .hvp import HessianOperator, InputError, select_params
+from hessian_surgery_nb.fingerprints import (
+    code_fingerprint,
+    data_fingerprint,
+    fingerprint,
+    model_fingerprint,
+)
+from hessian_surgery_nb.hvp import (
+    HessianOperator,
+    InputError,
+    as_batches,
+    select_params,
+    split_batch,
+)
 from .lanczos import Eigenpairs, top_eigenpairs
-from .models import named_part, read_tensors, weights_bytes, write_atomic, write_tensors
-from .ranks import team
-from .runs import check_out, json_bytes, out_dir
-from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
-from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
            'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
            'change_errors', 'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
-           'as_steps', 'plot_before_after', 'plot_history', 'report_dict', 'report_dicts']
+           'as_steps', 'request_of', 'answers', 'check_answers', 'plot_before_after', 'plot_history', 'report_dict',
+           'report_dicts']
+
+# %% ../nbs/05_surgery.ipynb #e4f336a1
+from hessian_surgery_nb.models import (
+    check_storable,
+    copy_model,
+    named_part,
+    read_tensors,
+    set_tensors,
+    state_tensors,
+    weights_bytes,
+    write_atomic,
+    write_tensors,
+)
+from .ranks import team
+from .runs import check_out, json_bytes, out_dir
+from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
+from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -185,23 +209,61 @@ class SurgeryConfig:
     micro_batch: int | None = None # images at a time in them; None: as many as memory allows
     seed: int = 0
 
+    # NumPy's numbers become Python's, a list of names a tuple: settings are compared, and stored
+    def __post_init__(self):
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if isinstance(v, np.generic): object.__setattr__(self, f.name, v.item())
+            if isinstance(v, (list, np.ndarray)) and f.name == "params":
+                object.__setattr__(self, "params", tuple(map(str, v)))
+
     @property
     def product_options(self) -> dict: return dict(precision=self.precision, micro_batch=self.micro_batch)
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
+_WHOLE = "iterations", "num_spikes", "micro_batch", "seed"
+_REAL = "eps", "probe_eps", "p", "tau", "max_drop", "rollback_sigma", "rollback_drop", "rollback_errors", "tol"
+_MAY_BE_NONE = "num_spikes", "micro_batch", "eps", "probe_eps", "tau"
+
+def _check_kinds(c: SurgeryConfig):
+    "Refuse settings that are no numbers, or no names."
+    for name in (*_WHOLE, *_REAL):
+        v = getattr(c, name)
+        if v is None and name in _MAY_BE_NONE: continue
+        if name == "p" and isinstance(v, str) and v == "auto": continue
+        kind = numbers.Integral if name in _WHOLE else numbers.Real
+        if isinstance(v, kind) and not isinstance(v, bool): continue
+        rule = "a whole number" if name in _WHOLE else "a number"
+        raise InputError(f"{name} must be {rule}{', or auto' if name == 'p' else ''}. Got {v!r}.")
+    if c.params is None or isinstance(c.params, str): return
+    if not isinstance(c.params, tuple) or not all(isinstance(k, str) for k in c.params):
+        raise InputError(f"params must be a name, a pattern or a tuple of them. Got {c.params!r}.")
+
+# %% ../nbs/05_surgery.ipynb #e90d3a48
 def check_config(c: SurgeryConfig):
     "Refuse settings that make no sense."
-    for name in ("iterations", "num_spikes", "seed", "eps", "probe_eps", "tau", "max_drop", "rollback_sigma", "rollback_drop", "rollback_errors", "tol"):
-        kind, v = (int, "a whole number") if name in ("iterations", "num_spikes", "seed") else (numbers.Real, "a number"), getattr(c, name)
-        if v is not None and (not isinstance(v, kind[0]) or isinstance(v, bool)): raise InputError(f"{name} must be {kind[1]}. Got {v!r}.")
-    rules = [("iterations", c.iterations >= 1, "at least 1"), ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
-             ("eps", c.eps is None or c.eps > 0, "positive"), ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
-             ("p", c.p == "auto" or (not isinstance(c.p, str) and c.p >= 0), "'auto', 0 or positive"),
-             ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"), ("directions", c.directions in DIRECTIONS, ", ".join(map(repr, DIRECTIONS))),
-             ("max_drop", c.max_drop >= 0, "0 or positive"), ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
-             ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"), ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
-             ("rollback_errors", c.rollback_errors >= 0, "0 or positive"), ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"), ("tol", c.tol > 0, "positive"),
-             ("scheme", c.scheme in ("central", "forward"), "'central' or 'forward'"), ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'")]
+    _check_kinds(c)
+    rules = [
+        ("iterations", 1 <= c.iterations < 2**31, f"at least 1 and below {2**31}"),
+        ("seed", -(2**63) <= c.seed < 2**63, f"in {-(2**63)}..{2**63 - 1}"),
+        ("micro_batch", c.micro_batch is None or c.micro_batch >= 1, "at least 1"),
+        ("precision", c.precision in (None, "bf16"), "None or 'bf16'"),
+        ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
+        ("eps", c.eps is None or c.eps > 0, "positive"),
+        ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
+        ("p", c.p == "auto" or 0 <= c.p < math.inf, "'auto', 0 or positive, and finite"),
+        ("schedule", c.schedule in ("adam", "gamma"), "'adam' or 'gamma'"),
+        ("directions", c.directions in DIRECTIONS, ", ".join(map(repr, DIRECTIONS))),
+        ("max_drop", c.max_drop >= 0, "0 or positive"),
+        ("rollback_sigma", 0 <= c.rollback_sigma <= 1, "a fraction in 0..1, not percent"),
+        ("rollback_drop", 0 <= c.rollback_drop <= 1, "a fraction in 0..1, not percent"),
+        ("max_drop", c.max_drop <= 1, "a fraction in 0..1, not percent"),
+        ("rollback_errors", c.rollback_errors >= 0, "0 or positive"),
+        ("tau", c.tau is None or 0 <= c.tau <= 1, "a fraction in 0..1, not percent"),
+        ("tol", c.tol > 0, "positive"),
+        ("scheme", c.scheme in ("central", "forward"), "'central' or 'forward'"),
+        ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'"),
+    ]
     for name, ok, rule in rules:
         if not ok: raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
 
@@ -308,7 +370,7 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
     if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
-    g = torch.Generator().manual_seed(1_000_003 * config.seed + iteration)
+    g = torch.Generator().manual_seed((1_000_003 * config.seed + iteration) % 2**63)
     V, _ = torch.linalg.qr(torch.randn(n, K, generator=g))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
     return Eigenpairs(nothing, team().mine(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool))
@@ -317,10 +379,11 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
 class SurgeryOperation:
     "Algorithm 2 between two iterations. The caller's model is copied and never touched."
     def __init__(self, model, loss_fn, hessian_data, data, config: SurgeryConfig, names, forward):
-        self.model, self.loss_fn, self.hessian_data, self.data = copy.deepcopy(model), loss_fn, hessian_data, data
-        self.config, self.names, self.forward = config, names, forward
+        self.model, self.loss_fn = copy_model(model), loss_fn
+        self.hessian_data, self.data, self.config, self.forward = hessian_data, data, config, forward
+        self.names = None if names is None else tuple(map(str, names))
         self.now, self.seen = self.measure(data)
-        self.start = self.now
+        self.start, self.source = self.now, None
         C = len(self.now.accuracy)
         if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
         self.num_spikes = config.num_spikes or C - 1
@@ -353,11 +416,35 @@ class SurgeryOperation:
 
 # %% ../nbs/05_surgery.ipynb #a222c12a
 @patch
+def made_from(self: SurgeryOperation) -> dict[str, str]: # asked for before anything has moved
+    "Fingerprints of what the result depends on besides the settings."
+    def content(data): return data_fingerprint(map(split_batch, as_batches(data)))
+    if self.source is None:
+        self.source = {
+            "loss": fingerprint(self.loss_fn),
+            "hessian data": content(self.hessian_data),
+            "sensitivity data": content(self.data),
+            "network, or weights": model_fingerprint(self.model),
+            "forward function": code_fingerprint(self.forward),
+        }
+    return self.source
+
+@patch
 def once(self: SurgeryOperation, make, *what): # what: tells it from other things that are made along the same directions
     "Make something, unless an operation that shares `looks` made it at the same start."
     if self.looks is None or self.now is not self.start: return make()
-    c, weights = self.config, hashlib.sha256(weights_bytes(self.model)).digest()
-    key = (weights, c.directions, self.num_spikes, c.params, c.tol, c.seed, *c.product_options.values(), *what)
+    c = self.config
+    key = (
+        *self.made_from().values(),
+        fingerprint(self.seen),
+        c.directions,
+        self.num_spikes,
+        c.params,
+        c.tol,
+        c.seed,
+        *c.product_options.values(),
+        *what,
+    )
     if key not in self.looks: self.looks[key] = make()
     return self.looks[key]
 
@@ -366,6 +453,7 @@ def draw(self: SurgeryOperation, when: int):
     def found(): return _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward)
     self.pairs, self.drawn = self.once(found, "directions", when), when
 
+# %% ../nbs/05_surgery.ipynb #9ca34187
 @patch
 def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
     c, matvecs, passes, S = self.config, 0, 0, None
@@ -381,6 +469,7 @@ def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity,
     self.first = self.first or (self.pairs, S)
     return S, matvecs, passes
 
+# %% ../nbs/05_surgery.ipynb #72dbec55
 @patch
 def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
     c, box = self.config, None
@@ -432,7 +521,7 @@ def operate(
     check_overlap: bool = True, # compare the sets' images first
     run_dir=None, # keep the state there after every step; an interrupted run goes on
     stop=None, # called after every step; true ends the run there
-    looks: dict | None = None, # {}, the same for several operations with the same data, loss and forward: what one finds before its first step, the others need not look for
+    looks: dict | None = None, # {}, the same for several: what one finds at the start, others share
     progress: bool = True, # a bar
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
@@ -442,12 +531,12 @@ def operate(
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     op.looks = looks
-    (before, labels, was), kept = op.reported(held_out), _State(op, run_dir)
-    kept.load()
+    (before, labels, was), kept = op.reported(held_out), _State(op, run_dir, held_out)
+    kept.take_up()
     for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress or team().rank > 0)):
         if op.over: break
         op.over = not op.iterate()
-        kept.save()
+        kept.keep()
         LOG.info("%s", op.history[-1])
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
         if stop and team().any(stop()): break
@@ -461,36 +550,104 @@ def as_steps(records: list[dict]) -> list[StepRecord]:
     "Steps from JSON."
     return [StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records]
 
+def request_of(
+    op: SurgeryOperation, held_out, # as it is at its start
+    **more, # what else was asked for
+) -> dict: # for `write_tensors`
+    "Settings, fingerprints, and how the classes fare at the start."
+    of_held_out = (
+        {}
+        if held_out is None
+        else {"held-out data": data_fingerprint(map(split_batch, as_batches(held_out)))}
+    )
+    return (
+        dict(
+            asdict(op.config),
+            start=op.start.accuracy.tolist(),
+            made_from=op.made_from() | of_held_out,
+        )
+        | more
+    )
+
+def answers(op: SurgeryOperation) -> list[list[float]]: # of each output: mean, root mean square
+    "What tells the logits on the sensitivity set from those of another function."
+    z = op.seen[0].double()
+    return torch.stack([z.mean(0), z.square().mean(0).sqrt()]).tolist()
+
+# %% ../nbs/05_surgery.ipynb #31b17b4f
+def check_answers(then: list, op: SurgeryOperation, path):
+    "Refuse to go on with a network that computes something else, though its weights are the same."
+    was, now = (
+        torch.tensor(then, dtype=torch.float64),
+        torch.tensor(answers(op), dtype=torch.float64),
+    )
+    if was.shape == now.shape and torch.allclose(
+        was, now, rtol=1e-3, atol=1e-3 * was.abs().max().item()
+    ):
+        return # another number of threads, another machine: rounding
+    raise InputError(f"a run goes on with what it began with. {path} has another forward "
+                     "function, or another network with these weights: its logits at the start "
+                     "differ; remove it, or name another run_dir.")
+
+# %% ../nbs/05_surgery.ipynb #4a0b8351
 class _State:
     "An operation between two steps, in a directory."
-    def __init__(self, op: SurgeryOperation, run_dir):
-        self.op, self.dir = op, None if run_dir is None else check_out(run_dir) # made when there is something to keep
-        self.request, t = dict(asdict(op.config), start=op.start.accuracy.tolist()), team()
-        if t.size > 1: self.request["processes"] = t.size
+    def __init__(self, op: SurgeryOperation, run_dir, held_out):
+        # made when there is something to keep
+        self.op, self.dir, t = op, None if run_dir is None else check_out(run_dir), team()
+        if self.dir is None: return
+        check_storable(op.model)
+        self.request, self.answers = (
+            request_of(op, held_out, **(dict(processes=t.size) if t.size > 1 else {})),
+            answers(op),
+        )
         self.first = "start.safetensors" if t.size == 1 else f"start-{t.rank + 1}of{t.size}.safetensors" # of the spikes each process keeps its rows
 
-    def save(self):
-        if self.dir is None: return
-        op, (pairs, S) = self.op, self.op.first
-        out_dir(self.dir)
-        if len(op.history) == 1:
-            write_tensors(self.dir/self.first, dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
-                          **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
-                          dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
-        team().wait() # until all have written theirs
-        if team().rank: return
-        write_tensors(self.dir/"surgery.safetensors", {f"model.{k}": v for k, v in op.model.state_dict().items()} | {f"best.{k}": v for k, v in op.best[1].items()},
-                      dict(request=self.request, history=[asdict(h) for h in op.history], control=asdict(op.control), best=[op.best[0], op.best[2]], same=op.pairs is not None, drawn=op.drawn, over=op.over))
+# %% ../nbs/05_surgery.ipynb #4cfbad86
+@patch
+def keep(self: _State):
+    if self.dir is None: return
+    op, (pairs, S) = self.op, self.op.first
+    out_dir(self.dir)
+    if len(op.history) == 1:
+        write_tensors(self.dir/self.first, dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
+                      **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
+                      dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
+    team().wait() # until all have written theirs
+    if team().rank: return
+    best = {k: v for k, v in op.best[1].items() if torch.is_tensor(v)}
+    write_tensors(
+        self.dir / "surgery.safetensors",
+        {f"model.{k}": v for k, v in state_tensors(op.model).items()}
+        | {f"best.{k}": v for k, v in best.items()},
+        dict(
+            request=self.request,
+            answers=self.answers,
+            history=[asdict(h) for h in op.history],
+            control=asdict(op.control),
+            best=[op.best[0], op.best[2]],
+            same=op.pairs is not None,
+            drawn=op.drawn,
+            over=op.over,
+        ),
+    )
 
-    def load(self):
-        if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
-        op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/self.first, self.request)
-        op.model.load_state_dict(named_part(t, "model"))
-        op.now, op.seen = op.measure(op.data)
-        op.history, op.over, op.best = as_steps(facts["history"]), facts["over"], (facts["best"][0], named_part(t, "best"), facts["best"][1])
-        op.control = type(amplitude_control(op.config, 1., op.start.sigma))(**facts["control"])
-        op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **named_part(s, "pairs")), Sensitivity(**first["S"], **named_part(s, "S"))
-        if facts["same"] and not op.over: op.draw(facts["drawn"])
+# %% ../nbs/05_surgery.ipynb #a53a8134
+@patch
+def take_up(self: _State):
+    if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
+    op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/self.first, self.request)
+    check_answers(facts["answers"], op, self.dir)
+    set_tensors(op.model, named_part(t, "model"))
+    op.now, op.seen = op.measure(op.data)
+    op.history, op.over, op.best = (
+        as_steps(facts["history"]),
+        facts["over"],
+        (facts["best"][0], op.model.state_dict() | named_part(t, "best"), facts["best"][1]),
+    )
+    op.control = type(amplitude_control(op.config, 1., op.start.sigma))(**facts["control"])
+    op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **named_part(s, "pairs")), Sensitivity(**first["S"], **named_part(s, "S"))
+    if facts["same"] and not op.over: op.draw(facts["drawn"])
 
 # %% ../nbs/05_surgery.ipynb #b3dc1f8e
 @patch

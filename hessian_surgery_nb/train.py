@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .guards import ChangingFunction, InputError, fingerprint, plainly
+from .guards import ChangingFunction, InputError, checksum, plainly
 from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, tensors_in, to_device, unflatten
 from .models import named_part, read_tensors, write_tensors
 from .ranks import Team, team
@@ -244,7 +244,7 @@ def _check_repeats(net: Forward, batches, batch, device):
     if not same and alike(one, logits()): raise InputError("a network must be the same function with and without derivatives. Its logits differ where torch.is_grad_enabled(); pass forward=, or a network that does not ask.")
     if same and not isinstance(batches, list):
         again, what = next(iter(batches)), "loader (random augmentation, another order?)"
-        same = [fingerprint(t).item() for t in tensors_in(again)] == [fingerprint(t).item() for t in tensors_in(batch)]
+        same = [checksum(t).item() for t in tensors_in(again)] == [checksum(t).item() for t in tensors_in(batch)]
     if not same: warnings.warn(f"accuracies need a network and images that stay what they are. This {what} gave something else the second time; what is measured is one draw.", ChangingFunction, stacklevel=4)
 
 def _check_alone(net: Forward, batch, device): # where several processes share a batch
@@ -266,10 +266,12 @@ def class_means(
     where: str = "the data", # likewise
 ) -> torch.Tensor: # (C, ...) float64
     "The mean over the images of each class. A class without an image has none, and is refused."
+    wrong = y[(y < 0) | (y >= classes)]
+    if len(wrong): raise InputError(f"labels of {where} must lie in 0..{classes - 1}: an image without a class cannot be measured. Got {wrong[0].item()} in {len(wrong)} of {len(y)}; leave those images out.")
     n = torch.bincount(y, minlength=classes)
     if (n == 0).any():
         c = int((n == 0).nonzero()[0])
-        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names else ''} has none; pass "
+        raise InputError(f"every class must have an image in {where}. Class {c}{f' ({names[c]})' if names is not None else ''} has none; pass "
                          f"a stratified set that holds all {classes} classes.")
     total = torch.zeros(classes, *per_image.shape[1:], dtype=torch.float64, device=y.device).index_add_(0, y, per_image.double())
     return total / n.view(-1, *[1] * (per_image.ndim - 1))
@@ -328,7 +330,7 @@ def class_report_of(
     names=None, measured_on: str = "held_out",
 ) -> ClassReport:
     "The same from logits."
-    names = tuple(names) if names else tuple(map(str, range(z.shape[1])))
+    names = tuple(map(str, range(z.shape[1]))) if names is None or len(names) == 0 else tuple(map(str, names)) # a list, an array or an index
     if len(names) != z.shape[1]: raise InputError(f"names must be one for each of the {z.shape[1]} outputs. Got {len(names)}.")
     acc = class_means(z.argmax(1) == y, y, z.shape[1], names, f"the {measured_on} set").cpu()
     return ClassReport(acc, torch.bincount(y.cpu(), minlength=len(acc)), names, measured_on)
