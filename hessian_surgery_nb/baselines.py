@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from .guards import plainly, whole
 from .hvp import InputError, as_batches, rows_of
 from .models import copy_model, find_head
-from .data import whole
 from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
@@ -59,6 +59,7 @@ class Head:
         return {self.key: self.own / self.lengths(tau).reshape(-1, *[1] * (self.own.ndim - 1))}
 
 # %% ../nbs/05a_baselines.ipynb #de7caea5
+@plainly()
 @torch.no_grad()
 def head_of(
     model: nn.Module, classes: int, # C
@@ -91,6 +92,7 @@ def head_of(
                      "own; leave that method out.")
 
 # %% ../nbs/05a_baselines.ipynb #0e9577e9
+@plainly()
 def tau_norm_state(
     model: nn.Module,
     classes: int, # C
@@ -101,6 +103,7 @@ def tau_norm_state(
     return head_of(model, classes, data, forward).state(tau)
 
 # %% ../nbs/05a_baselines.ipynb #5417420d
+@plainly()
 @torch.no_grad()
 def head_inputs(
     model: nn.Module, data,
@@ -117,6 +120,7 @@ def head_inputs(
     return x if same else None
 
 # %% ../nbs/05a_baselines.ipynb #ab7737e2
+@plainly()
 @torch.no_grad()
 def tau_norm_sweep(
     model: nn.Module, data, logits: torch.Tensor, # as for `head_inputs`

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 
+from .guards import plainly
 from hessian_surgery_nb.hvp import (
     Forward,
     InputError,
@@ -98,6 +99,7 @@ def _own_loss(loss_fn, z, labels) -> tuple: # a sum over images, weights of its 
     return loss if known_reduction(loss_fn) == "sum" else len(z) * loss, torch.ones(len(z))
 
 # %% ../nbs/03a_class_structure.ipynb #57ebcf05
+@plainly()
 def class_gradients(
     model: nn.Module, data, # as for `HessianOperator`; the loss is the mean cross-entropy
     *,
@@ -154,6 +156,7 @@ def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor: # (n, columns)
     return torch.stack([g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1)
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa
+@plainly()
 def class_subspace(
     model: nn.Module, data, # as for `class_gradients`
     k: int | None = None, # directions; None: classes - 1, or as many as there are

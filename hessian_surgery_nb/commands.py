@@ -28,8 +28,8 @@ from torch import nn
 
 from .baselines import paired_interval
 from .comparison import Comparison, compare, controls_of, plot_comparison
-from .data import whole
 from .effective_rank import screen
+from .guards import whole
 from .hvp import HessianOperator, InputError, select_params
 from .lanczos import top_eigenpairs
 from .linearised import Front, linearised_operate, plot_front

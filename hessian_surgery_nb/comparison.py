@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import Rival, paired_interval, post_hoc, rival
-from .data import check_disjoint, whole
+from .data import check_disjoint
+from .guards import plainly, whole
 from .hvp import InputError, as_batches, split_batch
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head
@@ -80,6 +81,7 @@ def _at_price(model, loss_fn, sets, held_out, price, config, names, forward, pro
     yield rival("biases at that price", Zh + b, yh, Zs + b, ys, names, f"price {100 * price:g} pp, within +-{b.abs().max():.1f}", 1)
 
 # %% ../nbs/05c_comparison.ipynb #fcba7c2e
+@plainly()
 def compare(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, held_out, # as for `operate`
     *,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import numbers
 import os
 import re
 import warnings
@@ -18,30 +17,15 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from .guards import seed_of, whole
 from .hvp import InputError, as_batches, split_batch, tensors_in
 
 # %% auto #0
-__all__ = ['IMAGES', 'ORDERS', 'whole', 'seed_of', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits',
-           'long_tail_counts', 'Splits', 'long_tail_splits', 'plot_counts', 'as_rgb', 'read_image', 'cache_dir',
-           'decoded', 'read_images', 'natural_key', 'class_order', 'class_files', 'image_folder', 'write_toy_images',
-           'torchvision_part', 'data_dir', 'dataset_folder', 'unseen_folder', 'check_same_classes', 'read_dataset',
-           'normalised', 'image_splits', 'sharpness', 'held_back_splits']
-
-# %% ../nbs/02a_data.ipynb #f6c58bf8
-def whole(
-    name: str, value, # a setting, and what it is
-    least: int = 1, below: int = 2**31,
-) -> int:
-    "A whole number of Python's or NumPy's, from a range."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InputError(f"{name} must be a whole number. Got {value!r}.")
-    if not least <= value < below:
-        raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
-    return int(value)
-
-def seed_of(seed) -> int:
-    "A seed that every generator takes."
-    return whole("seed", seed, -2**63, 2**63)
+__all__ = ['IMAGES', 'ORDERS', 'Samples', 'fast_layout', 'input_digests', 'check_disjoint', 'load_digits', 'long_tail_counts',
+           'Splits', 'long_tail_splits', 'plot_counts', 'as_rgb', 'read_image', 'cache_dir', 'decoded', 'read_images',
+           'natural_key', 'class_order', 'class_files', 'image_folder', 'write_toy_images', 'torchvision_part',
+           'data_dir', 'dataset_folder', 'unseen_folder', 'check_same_classes', 'read_dataset', 'normalised',
+           'image_splits', 'sharpness', 'held_back_splits']
 
 # %% ../nbs/02a_data.ipynb #c942fa33
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .data import check_disjoint
+from .guards import plainly
 from .hvp import HessianOperator, InputError, as_operator, length
 from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
 from hessian_surgery_nb.models import (
@@ -110,6 +111,7 @@ class SpikeStore:
         return overlap
 
 # %% ../nbs/06_deflation.ipynb #b0299f67
+@plainly()
 def deflated_eigenpairs(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     phases, # how many pairs each phase looks for, such as (15, 15, 15)
@@ -288,6 +290,7 @@ def _end_phase(state: _Phases, eps: float, steps):
     op.pairs = op.first = None # large, and in the store by now
 
 # %% ../nbs/06_deflation.ipynb #658c3067
+@plainly()
 def deflated_operate(
     model: nn.Module, # in evaluation mode; left as it is
     loss_fn, hessian_data, sensitivity_data, # as for `operate`

@@ -12,6 +12,7 @@ from torch import nn
 
 from .class_structure import class_subspace
 from .data import check_disjoint
+from .guards import plainly
 from .hvp import HessianOperator, InputError
 from .lanczos import top_eigenpairs
 from .sensitivity import Sensitivity, sensitivity_matrix
@@ -107,6 +108,7 @@ class Screening:
         return {k: v for k, v in vars(self).items() if k != "sensitivity"} | dict(signal_to_noise=self.sensitivity.signal_to_noise)
 
 # %% ../nbs/08_effective_rank.ipynb #9a42963a
+@plainly()
 def look_at(
     s: Sensitivity,
     *,
@@ -119,6 +121,7 @@ def look_at(
     return Screening(effective_rank(s), rank_interval(s, seed=seed), rank_noise_floor(s, seed=seed), effective_rank(s, weights="amplitude"), (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0.,
                      tuple(energy.tolist()), s.accuracy.std(correction=0).item(), predicted, tuple(interval), s.eps, matvecs, s.num_passes if passes is None else passes, s)
 
+@plainly()
 def screen(
     model: nn.Module, loss_fn, hessian_data, sensitivity_data, # as for `operate`
     *,

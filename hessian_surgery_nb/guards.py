@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import sys
 import threading
 import weakref
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_hooks
 
 # %% auto #0
-__all__ = ['InputError', 'ChangingFunction', 'whole_number', 'seed_number', 'plainly', 'checksum', 'undisturbed']
+__all__ = ['InputError', 'ChangingFunction', 'whole', 'seed_of', 'plainly', 'checksum', 'undisturbed']
 
 # %% ../nbs/000c_guards.ipynb #6575aeb3
 class InputError(ValueError):
@@ -28,26 +29,20 @@ class ChangingFunction(UserWarning):
     "Two passes over the same data gave two answers: the network or the data are not a fixed function."
 
 # %% ../nbs/000c_guards.ipynb #df73e486
-def whole_number(
-    name: str, # for the message
-    value, # what the caller gave
-    least: int | None = None,
-    most: int | None = None,
+def whole(
+    name: str, value, # a setting, and what it is
+    least: int = 1, below: int = 2**31,
 ) -> int:
-    "A whole number within bounds, NumPy's included; anything else is refused."
-    whole = hasattr(value, "__index__") and not isinstance(value, bool) and type(value).__name__ != "bool"
-    if torch.is_tensor(value): whole = value.ndim == 0 and not value.is_floating_point() and value.dtype != torch.bool
-    if not whole: raise InputError(f"{name} must be a whole number. Got {value!r}.")
-    number = int(value)
-    if least is not None and number < least: raise InputError(f"{name} must be at least {least}. Got {number}.")
-    if most is not None and number > most: raise InputError(f"{name} must be at most {most}. Got {number}.")
-    return number
+    "A whole number of Python's or NumPy's, from a range."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} must be a whole number. Got {value!r}.")
+    if not least <= value < below:
+        raise InputError(f"{name} must be at least {least} and below {below}. Got {value}.")
+    return int(value)
 
-def seed_number(
-    seed, # what the caller gave
-) -> int:
-    "A seed that a `torch.Generator` takes: any whole number of 64 bits."
-    return whole_number("seed", seed, -2**63, 2**63 - 1)
+def seed_of(seed) -> int:
+    "A seed that every generator takes."
+    return whole("seed", seed, -2**63, 2**63)
 
 # %% ../nbs/000c_guards.ipynb #22102b59
 _DEVICES = "cpu", "cuda", "xpu", "mps"
@@ -193,10 +188,10 @@ class _Attributes:
             now.update(self.saved)
         for there, entries in self.containers:
             if not _same_entries(there, entries): _refill(there, entries)
-        for there, numbers, version in self.tensors:
-            if there._version == version and torch.equal(there, numbers): continue
-            if there.shape == numbers.shape: there.data.copy_(numbers)
-            else: there.data = numbers
+        for there, before, version in self.tensors:
+            if there._version == version and torch.equal(there, before): continue
+            if there.shape == before.shape: there.data.copy_(before)
+            else: there.data = before
 
 def _same_entries(there, entries) -> bool:
     if len(there) != len(entries): return False

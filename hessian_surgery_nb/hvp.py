@@ -24,9 +24,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from .guards import ChangingFunction, InputError, checksum, plainly, seed_number, undisturbed
+from .guards import ChangingFunction, InputError, checksum, plainly, seed_of, undisturbed
 from .layers import LeanLayers, TrueGradients
-from .losses import LossDivisor, as_loss_module, call_loss, is_cross_entropy, known_reduction
+from .losses import LossDivisor, as_loss_module, call_loss, is_cross_entropy
 from .ranks import Team, team
 
 # %% auto #0
@@ -1017,7 +1017,7 @@ class OperatorCheck:
 @plainly()
 def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) -> OperatorCheck: # step: relative to |theta|
     "Symmetry of the product and agreement with one central difference of gradients (Hessian only). The model is not moved."
-    g = torch.Generator().manual_seed(seed_number(seed))
+    g = torch.Generator().manual_seed(seed_of(seed))
     u, v = (torch.randn(self.shape[0], generator=g, dtype=torch.float64).to(self.device, self.dtype) for _ in range(2))
     u, v = u / u.norm(), v / v.norm()
     Hu, Hv = self @ u, self @ v

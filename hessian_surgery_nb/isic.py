@@ -10,15 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hessian_surgery_nb.data import (
-    Samples,
-    Splits,
-    input_digests,
-    normalised,
-    read_images,
-    seed_of,
-    whole,
-)
+from .data import Samples, Splits, input_digests, normalised, read_images
+from .guards import seed_of, whole
 from .hvp import InputError
 from .train import ClassReport, wilson_interval
 

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
-from .data import check_disjoint, whole
+from .data import check_disjoint
+from .guards import plainly, whole
 from .hvp import InputError, select_params
 from .lanczos import Eigenpairs
 from .models import copy_model
@@ -269,6 +270,7 @@ def trusted(self: _Path, slack: float): # (K,) step, what it truly does, whether
 # %% ../nbs/05b_linearised.ipynb #dd168450
 PRICES = (0., .0025, .005, .01, .02)
 
+@plainly()
 def linearised_operate(
     model: nn.Module, # in evaluation mode; left as it is
     loss_fn, hessian_data, sensitivity_data, # as for `operate`

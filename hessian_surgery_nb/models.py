@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import seed_of, torchvision_part, whole
+from .data import torchvision_part
+from .guards import plainly, seed_of, whole
 from hessian_surgery_nb.hvp import (
     Forward,
     InputError,
@@ -395,6 +396,7 @@ def _within(value):
     elif isinstance(value, Mapping): yield from (t for v in value.values() for t in _within(v))
     elif isinstance(value, (list, tuple)): yield from (t for v in value for t in _within(v))
 
+@plainly()
 def copy_model(
     model: nn.Module,
 ) -> nn.Module:
@@ -413,6 +415,7 @@ def copy_model(
                          "remove that attribute, or build the network anew.") from e
 
 # %% ../nbs/02b_models.ipynb #2ef49ecb
+@plainly()
 def find_head(
     model: nn.Module,
     classes: int, # C

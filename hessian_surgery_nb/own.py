@@ -24,11 +24,10 @@ from hessian_surgery_nb.data import (
     class_order,
     decoded,
     read_image,
-    seed_of,
     torchvision_part,
     unseen_folder,
-    whole,
 )
+from .guards import plainly, seed_of, whole
 from .hvp import InputError
 from .models import first_line, load_weights
 from .train import predict
@@ -263,6 +262,7 @@ def own_sets(
     return OwnSets(read(curved), *map(read, halves), classes)
 
 # %% ../nbs/09a_own.ipynb #786da71b
+@plainly()
 def check_labels(
     net: nn.Module, sets: OwnSets,
     chosen: bool = False, # whether the order of the classes was asked for

@@ -26,6 +26,7 @@ from hessian_surgery_nb.fingerprints import (
     fingerprint,
     model_fingerprint,
 )
+from .guards import plainly
 from hessian_surgery_nb.hvp import (
     HessianOperator,
     InputError,
@@ -274,6 +275,7 @@ def paper_amplitude(
     "0.6 over its root: the product is 0.61 in all three phases of Table 10, 0.58 on CIFAR-10. 1 without curvature (choice)."
     return .6 / math.sqrt(largest) if largest > 0 else 1.
 
+@plainly()
 def choose_amplitude(
     model: nn.Module, spikes: Eigenpairs, data, # as for `sensitivity_matrix`
     *,
@@ -508,6 +510,7 @@ def move(self: SurgeryOperation, step: torch.Tensor): # (n,)
 # %% ../nbs/05_surgery.ipynb #c6cc2dfd
 LOG = logging.getLogger("hessian_surgery_nb")
 
+@plainly()
 def operate(
     model: nn.Module, # in evaluation mode; left as it is
     loss_fn, # the loss it was trained with
