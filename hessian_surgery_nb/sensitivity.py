@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
+from .fingerprints import fingerprint
 from .guards import InputError, plainly
 from .hvp import dual_level, length, select_params, unflatten
 from .lanczos import extent
@@ -138,7 +139,7 @@ def plot_sensitivity(
     top = s.matrix.abs().max().item() or 1.
     small = C <= 20 and K <= 20
     sns.heatmap(s.matrix.numpy(), cmap="RdBu_r", vmin=-top, vmax=top, ax=ax, annot=small, fmt=".1f", annot_kws=dict(size=7),
-                xticklabels=[f"{k + 1}" for k in range(K)], yticklabels=list(names) if names else True, cbar_kws=dict(label="pp per 0.01"))
+                xticklabels=[f"{k + 1}" for k in range(K)], yticklabels=True if names is None else list(names), cbar_kws=dict(label="pp per 0.01"))
     for text, v, e in zip(ax.texts, s.matrix.flatten(), s.noise.flatten()):
         if abs(v) < 2 * e: text.set_color("#8c8c8c")
     ax.set(xlabel="spike", ylabel="class"); ax.grid(False); ax.tick_params(rotation=0)
@@ -225,12 +226,16 @@ def _tangent(model, data, chosen, v, forward) -> torch.Tensor: # (N, C)
     return torch.zeros_like(z) if tangent is None else tangent
 
 # %% ../nbs/04_sensitivity.ipynb #9d336516
-def keep_jacobian(j: LogitJacobian, path, **request): # what must be the same when it is read: weights, data, spikes by any name
+def _asked(request: dict) -> dict: # names and numbers as they are; of anything else a fingerprint
+    if not request: raise InputError("a stored Jacobian must say what it belongs to. Got nothing; pass weights, data, spikes, by any name.")
+    return {k: v if isinstance(v, (str, int, float, bool, type(None))) else fingerprint(v) for k, v in request.items()}
+
+def keep_jacobian(j: LogitJacobian, path, **request): # what must be the same when it is read: network, data, spikes by any name
     "Write it to a safetensors file, whole or not at all."
     parts = dict(logits=j.logits, jacobian=j.jacobian, labels=j.labels) | ({} if j.curvature is None else dict(curvature=j.curvature))
-    write_tensors(Path(path), parts, dict(request=request, eps=j.eps, scheme=j.scheme, num_passes=j.num_passes))
+    write_tensors(Path(path), parts, dict(request=_asked(request), eps=j.eps, scheme=j.scheme, num_passes=j.num_passes))
 
 def kept_jacobian(path, **request) -> LogitJacobian:
     "The same again; refused if it was kept for something else."
-    t, facts = read_tensors(Path(path), request)
+    t, facts = read_tensors(Path(path), _asked(request))
     return LogitJacobian(t["logits"], t["jacobian"], t.get("curvature"), t["labels"], facts["eps"], facts["scheme"], facts["num_passes"])

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .data import fast_layout
+from .fingerprints import code_fingerprint, data_fingerprint, fingerprint, model_fingerprint
 from .guards import ChangingFunction, InputError, checksum, plainly
 from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, tensors_in, to_device, unflatten
-from .models import named_part, read_tensors, write_tensors
+from .models import named_part, read_tensors, set_tensors, state_tensors, write_tensors
 from .ranks import Team, team
 from .testbed import seeded
 
@@ -60,15 +61,16 @@ def shifted(
 class _Checkpoint:
     "The state of a training run in one file."
     def __init__(self, run_dir, request: dict):
-        self.path, self.request = None if run_dir is None else Path(run_dir)/"training.safetensors", request
-        if run_dir is not None: Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self.path = None if run_dir is None else Path(run_dir)/"training.safetensors" # made when there is something to keep
+        self.request = request
 
     def save(self, model, opt, sched, generator, log):
         if self.path is None: return
         state, moments = opt.state_dict(), {}
         for i, entry in state["state"].items(): moments |= {f"opt.{i}.{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None}
         plain = {k: v for k, v in sched.state_dict().items() if isinstance(v, (int, float, str, list, bool)) and k != "_schedule_phases"}
-        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | moments | dict(order=generator.get_state(), rng=torch.get_rng_state())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{k}": v for k, v in state_tensors(model).items()} | moments | dict(order=generator.get_state(), rng=torch.get_rng_state())
         facts = dict(request=self.request, log=log, sched=plain, groups=[{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]])
         write_tensors(self.path, tensors, facts)
 
@@ -76,7 +78,7 @@ class _Checkpoint:
         "The log so far; None when there is nothing to go on with."
         if self.path is None or not self.path.exists(): return None
         t, facts = read_tensors(self.path, self.request)
-        model.load_state_dict(named_part(t, "model"))
+        set_tensors(model, named_part(t, "model"))
         entries = {}
         for k, v in named_part(t, "opt").items(): entries.setdefault(int(k.split(".")[0]), {})[k.split(".", 1)[1]] = v
         opt.load_state_dict(dict(state=entries, param_groups=[g | dict(params=own["params"]) for g, own in zip(facts["groups"], opt.state_dict()["param_groups"])]))
@@ -109,6 +111,7 @@ def train(
     from tqdm.auto import tqdm
     (X, y), loss_fn, device = data, loss_fn or nn.CrossEntropyLoss(), next(model.parameters()).device
     request = _checked(X, epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, shift=shift, precision=precision, seed=seed)
+    if run_dir is not None: request["made_from"] = _made_from(model, loss_fn, data, project)
     steps, g = max(1, len(y) // batch_size), torch.Generator().manual_seed(seed)
     (opt, sched), kept = _optimizer(model, optimizer, lr, weight_decay, schedule, epochs * steps), _Checkpoint(run_dir, request)
     with seeded(seed):
@@ -127,6 +130,11 @@ def train(
     return TrainLog(*map(tuple, zip(*log)))
 
 # %% ../nbs/02c_train.ipynb #96b4bcf6
+def _made_from(model, loss_fn, data, project) -> dict: # of strings
+    "Fingerprints of what a trained network depends on besides the settings."
+    return {"loss": fingerprint(loss_fn), "images": data_fingerprint([data]), "network, or weights": model_fingerprint(model),
+            "projection": code_fingerprint(project)}
+
 def _batch(X, rows, shift, generator):
     x = X[rows]
     if shift: x = shifted(x, shift, generator)
