@@ -1,0 +1,204 @@
+"""Products with the Hessian and the Gauss-Newton matrix of networks drawn at random, against dense matrices by PyTorch alone.
+
+Every product is right or refused. 50 networks are drawn here, always the same; `pytest --slow` draws 500 others.
+"""
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import layer_kinds as kinds
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.utils.data import DataLoader
+
+from hessian_surgery_nb.hvp import HessianOperator, InputError
+
+EXACT = 1e-8  # two double backward passes in float64 differ by rounding, which inverses in a network enlarge
+ROUGH = 1e-5  # central differences in float64: about (2e-16)^(2/3) = 4e-11, times third derivatives of the network
+FLOOR = 1e-12  # where the matrix is 0
+MODES = ("auto", "kept", "rebuilt", "forward", "difference")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    "A network, a loss, data in batches, and a way to compute with them."
+    front: str
+    blocks: tuple
+    head: str
+    loss: str
+    sizes: tuple  # images of each batch
+    in_order: bool = False  # of classes
+    kind: str = "hessian"
+    mode: str = "auto"
+    micro_batch: int | None = None
+    params: str | None = None
+    loader: bool = False
+    memory: float | None = None
+    seed: int = 0
+
+    def parts(self):
+        chosen = [kinds.BLOCKS[b] for b in self.blocks]
+        return [kinds.FRONTS[self.front], *chosen, kinds.LOSSES[self.loss]]
+
+    def crowd(self): return any(kinds.BLOCKS[b].crowd for b in self.blocks)
+    def cut(self): return len(self.sizes) > 1 or self.micro_batch is not None
+
+    def may_be_refused(self):
+        "Is there something that no rule could promise here?"
+        parts = self.parts()
+        if any(p.refusable for p in parts): return True
+        by_hand = self.mode != "auto" or self.kind == "gauss_newton"
+        if by_hand and any(p.hard for p in parts): return True
+        loss = kinds.LOSSES[self.loss]
+        if loss.unknown and (self.cut() or self.memory is not None): return True
+        known = type(loss.make()).__module__.startswith("torch.nn")
+        few = min(self.sizes) < 3 or (self.micro_batch is not None and self.micro_batch < 3)
+        return self.mode == "forward" or (not known and loss.told is None and self.cut() and few)
+
+
+def rows(X, s):
+    if isinstance(X, dict): return {k: t[s] for k, t in X.items()}
+    return tuple(t[s] for t in X) if isinstance(X, tuple) else X[s]
+
+
+def batches(X, y, sizes):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [(rows(X, slice(e - n, e)), y[e - n:e]) for n, e in zip(sizes, ends)]
+
+
+def problem(d):
+    "The network, its twin by other operations, and all data."
+    g = torch.Generator().manual_seed(d.seed)
+    loss, n = kinds.LOSSES[d.loss], sum(d.sizes)
+    y = torch.arange(n) % kinds.CLASSES
+    y = y.sort().values if d.in_order else y[torch.randperm(n, generator=g)]
+    X, t = kinds.FRONTS[d.front].inputs(n, g), loss.targets(y, g)
+    net, twin = (kinds.network(d.front, d.blocks, d.head, after=loss.after, seed=d.seed, twin=b) for b in (False, True))
+    return net, kinds.Truth(twin, loss.twin(), X, t), loss.make(), X, t
+
+
+def chosen_rows(truth, net, pattern):
+    "Which entries of all parameters belong to those whose names begin so."
+    if pattern is None: return slice(None)
+    wanted = [k.startswith(pattern[:-1]) for k, p in net.named_parameters() if p.requires_grad]
+    return torch.cat([torch.full((s.numel(),), w) for w, s in zip(wanted, truth.shapes)])
+
+
+def operator(d, net, loss_fn, X, y):
+    data = batches(X, y, d.sizes)
+    if d.loader: data = DataLoader(data, batch_size=None)
+    return HessianOperator(net, loss_fn, data, params=d.params, kind=d.kind, mode=d.mode, micro_batch=d.micro_batch,
+                           memory=d.memory, reduction=kinds.LOSSES[d.loss].told)
+
+
+def has_rule_and_way_out(e):
+    "Does a refusal say what must hold, what was found, and what to do?"
+    text = str(e)
+    rule = re.search(r"\b(must|needs?|cannot|can only|has to|have to)\b", text)
+    return bool(rule and re.search(r"[;.] ?\w+.*", text[rule.end():]) and ";" in text)
+
+
+def outcome(d, truth_checked=False):
+    "'right' or 'refused'; anything else is an assertion error."
+    net, truth, loss_fn, X, y = problem(d)
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    which = chosen_rows(truth, net, d.params)
+    M = truth.gauss_newton() if d.kind == "gauss_newton" else truth.hessian()
+    v = torch.randn(len(M), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if truth_checked and d.kind == "hessian":  # the double backward that judges is judged by single ones
+        assert off(M @ v[:, 0], truth.curvature(v[:, 0]), M) < 1e-4
+    M, v = M[which][:, which], v[which]
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            op = operator(d, net, loss_fn, X, y)
+            product, mode = op @ v, op.plan().mode
+        value, gradient = op.gradient()
+    except InputError as e:
+        assert has_rule_and_way_out(e), f"a refusal must name the rule and the way out: {e}"
+        assert d.may_be_refused(), f"this is sound, and was refused: {e}"
+        return "refused"
+    if d.mode == "auto" and mode == "difference":
+        assert any("difference" in str(w.message) for w in said), "differences are announced"
+    error = off(product, M @ v, M)
+    assert error < (ROUGH if mode == "difference" else EXACT), (error, mode)
+    g = truth.gradient()[which]
+    assert abs(value - truth.loss(truth.theta).item()) <= EXACT * max(abs(value), 1.), "the loss"
+    assert (gradient - g).norm() <= EXACT * max(g.norm().item(), 1e-3), "the gradient"
+    after = net.state_dict()
+    assert all(torch.equal(after[k], t) for k, t in before.items()), "the network is left as it was"
+    return "right"
+
+
+def off(a, b, M):
+    "Distance of two products, relative to what a product with M is like."
+    return ((a - b).norm() / (b.norm() + M.norm() * FLOOR + FLOOR)).item()
+
+
+# Each kind alone --------------------------------------------------------------------------------------------------------
+
+EACH = ([("block", b) for b in kinds.BLOCKS] + [("front", f) for f in kinds.FRONTS] + [("head", h) for h in kinds.HEADS]
+        + [("loss", name) for name in kinds.LOSSES])
+
+
+def alone(what, name, **more):
+    parts = dict(front="vectors", blocks=("tanh",), head="linear", loss="cross-entropy", sizes=(4, 1, 5)) | more
+    parts[what if what != "block" else "blocks"] = name if what != "block" else (name,)
+    if what == "block" and kinds.BLOCKS[name].crowd: parts["sizes"] = (10,)
+    if what == "loss": parts["sizes"] = more.get("sizes", (4, 3, 3))
+    return Drawn(**parts)
+
+
+@pytest.mark.parametrize("what, name", EACH, ids=[f"{w}: {n}" for w, n in EACH])
+def test_each_kind_alone(what, name):
+    outcome(alone(what, name), truth_checked=True)
+    outcome(alone(what, name, kind="gauss_newton", sizes=(10,)))
+
+
+# Drawn together ---------------------------------------------------------------------------------------------------------
+
+@st.composite
+def drawn(draw):
+    front, loss = draw(st.sampled_from(sorted(kinds.FRONTS))), draw(st.sampled_from(sorted(kinds.LOSSES)))
+    blocks = tuple(draw(st.lists(st.sampled_from(sorted(kinds.BLOCKS)), min_size=1, max_size=2)))
+    crowd = any(kinds.BLOCKS[b].crowd for b in blocks)
+    smooth = all(p.smooth for p in (kinds.FRONTS[front], kinds.LOSSES[loss], *(kinds.BLOCKS[b] for b in blocks)))
+    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if crowd else 4))
+    mode = draw(st.sampled_from([m for m in MODES if smooth or m != "difference"]))
+    free = not crowd and mode != "kept"
+    return Drawn(front, blocks, draw(st.sampled_from(sorted(kinds.HEADS))), loss, tuple(sizes), draw(st.booleans()),
+                 "gauss_newton" if draw(st.integers(0, 3)) == 0 else "hessian", mode,
+                 draw(st.sampled_from([None, None, 1, 2, 4])) if free else None,
+                 draw(st.sampled_from([None, None, "head*"])), draw(st.booleans()),
+                 1. if mode == "auto" and draw(st.integers(0, 3)) == 0 else None, draw(st.integers(0, 999)))
+
+
+def tally(examples, derandomize):
+    "How many networks came out right and refused, and the kinds of layers that were seen."
+    count, seen = Counter(), set()
+    @settings(max_examples=examples, derandomize=derandomize, deadline=None, database=None, print_blob=True,
+              suppress_health_check=list(HealthCheck))
+    @given(drawn())
+    def each(d):
+        truth = problem(d)[1]
+        if not torch.isfinite(truth.loss(truth.theta)): return  # every label ignored: there is no loss
+        count[outcome(d)] += 1
+        seen.update(d.blocks + (d.front + " (front)", d.head + " (head)"))
+    each()
+    return count, seen
+
+
+def judge(count, seen, examples):
+    assert sum(count.values()) >= .9 * examples and len(seen) >= 60
+    assert count["refused"] <= .1 * sum(count.values()), count
+
+
+def test_fifty_networks():
+    judge(*tally(50, derandomize=True), 50)
+
+
+@pytest.mark.slow
+def test_five_hundred_networks():
+    judge(*tally(500, derandomize=False), 500)
