@@ -948,13 +948,32 @@ def call(net, state, X):
     return getattr(out, "logits", out)
 
 
-class WeightNormWritten(TorchFunctionMode):
-    "PyTorch's second derivative of its fused weight norm is not symmetric, and wrong; that of its formula is right."
+class Written(TorchFunctionMode):
+    """Formulas where PyTorch's own second derivative is wrong.
+
+    That of the fused weight norm is not symmetric; that of instance norm is wrong for one image whose gradient lies with
+    its channels last.
+    """
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch._weight_norm: return func(*args, **(kwargs or {}))
-        v, g, dim = args
-        axes = [i for i in range(v.ndim) if i != dim] if dim != -1 else list(range(v.ndim))
-        return v * g / v.square().sum(axes, keepdim=True).sqrt()
+        if func is torch._weight_norm: return weight_norm_written(*args)
+        if func is torch.instance_norm: return instance_norm_written(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def weight_norm_written(v, g, dim):
+    axes = list(range(v.ndim)) if dim == -1 else [i for i in range(v.ndim) if i != dim]
+    return v * g / v.square().sum(axes, keepdim=True).sqrt()
+
+
+def instance_norm_written(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn):
+    axes, shape = list(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+    if use_input_stats:
+        m = x.mean(axes, keepdim=True)
+        s = (x - m).square().mean(axes, keepdim=True)
+    else: m, s = mean.view(shape), var.view(shape)
+    out = (x - m) / (s + eps).sqrt()
+    if weight is not None: out = out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 class Truth:
@@ -967,7 +986,7 @@ class Truth:
 
     def logits(self, theta):
         parts = theta.split([s.numel() for s in self.shapes])
-        with sdpa_kernel(SDPBackend.MATH), WeightNormWritten(): # the fused kernels have no second derivative
+        with sdpa_kernel(SDPBackend.MATH), Written(): # the fused kernels have no second derivative
             return call(self.net, {k: p.view(s) for k, p, s in zip(self.names, parts, self.shapes)}, self.X)
 
     def loss(self, theta): return self.loss_fn(self.logits(theta), self.y)
@@ -993,7 +1012,7 @@ class Truth:
         M = torch.autograd.functional.hessian(lambda flat: self.loss_fn(flat.view_as(z), self.y), z.detach().flatten())
         return J.T @ M @ J
 
-    def curvature(self, v, step=1e-5):
+    def curvature(self, v, step=1e-7):
         "H v by differences of gradients: knows nothing of second derivatives."
         up, down = (self.gradient(self.theta + s * step * v) for s in (1, -1))
         return (up - down) / (2 * step)

@@ -2,15 +2,15 @@
 
 Every product is right or refused. 50 networks are drawn here, always the same; `pytest --slow` draws 500 others.
 """
-import re
+import random
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import layer_kinds as kinds
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from hessian_surgery_nb.hvp import HessianOperator, InputError
@@ -51,11 +51,11 @@ class Drawn:
         if any(p.refusable for p in parts): return True
         by_hand = self.mode != "auto" or self.kind == "gauss_newton"
         if by_hand and any(p.hard for p in parts): return True
-        loss = kinds.LOSSES[self.loss]
-        if loss.unknown and (self.cut() or self.memory is not None): return True
+        loss, several = kinds.LOSSES[self.loss], self.cut() or self.loader or self.memory is not None
+        if loss.unknown and several: return True
         known = type(loss.make()).__module__.startswith("torch.nn")
-        few = min(self.sizes) < 3 or (self.micro_batch is not None and self.micro_batch < 3)
-        return self.mode == "forward" or (not known and loss.told is None and self.cut() and few)
+        few = min(self.sizes) < 3 or (self.micro_batch is not None and self.micro_batch < 3) or self.memory is not None
+        return self.mode == "forward" or (not known and loss.told is None and several and few)
 
 
 def rows(X, s):
@@ -95,9 +95,8 @@ def operator(d, net, loss_fn, X, y):
 
 def has_rule_and_way_out(e):
     "Does a refusal say what must hold, what was found, and what to do?"
-    text = str(e)
-    rule = re.search(r"\b(must|needs?|cannot|can only|has to|have to)\b", text)
-    return bool(rule and re.search(r"[;.] ?\w+.*", text[rule.end():]) and ";" in text)
+    rule, _, way_out = str(e).rpartition(";")
+    return len(rule.split()) > 5 and len(way_out.split()) > 1
 
 
 def outcome(d, truth_checked=False):
@@ -159,28 +158,30 @@ def test_each_kind_alone(what, name):
 
 # Drawn together ---------------------------------------------------------------------------------------------------------
 
-@st.composite
-def drawn(draw):
-    front, loss = draw(st.sampled_from(sorted(kinds.FRONTS))), draw(st.sampled_from(sorted(kinds.LOSSES)))
-    blocks = tuple(draw(st.lists(st.sampled_from(sorted(kinds.BLOCKS)), min_size=1, max_size=2)))
-    crowd = any(kinds.BLOCKS[b].crowd for b in blocks)
-    smooth = all(p.smooth for p in (kinds.FRONTS[front], kinds.LOSSES[loss], *(kinds.BLOCKS[b] for b in blocks)))
-    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if crowd else 4))
-    mode = draw(st.sampled_from([m for m in MODES if smooth or m != "difference"]))
-    free = not crowd and mode != "kept"
-    return Drawn(front, blocks, draw(st.sampled_from(sorted(kinds.HEADS))), loss, tuple(sizes), draw(st.booleans()),
-                 "gauss_newton" if draw(st.integers(0, 3)) == 0 else "hessian", mode,
-                 draw(st.sampled_from([None, None, 1, 2, 4])) if free else None,
-                 draw(st.sampled_from([None, None, "head*"])), draw(st.booleans()),
-                 1. if mode == "auto" and draw(st.integers(0, 3)) == 0 else None, draw(st.integers(0, 999)))
+def from_number(number):
+    "A network and all that goes with it. (Hypothesis draws one number: drawn piece by piece, examples repeat each other.)"
+    pick = random.Random(number)
+    def some(choices): return pick.choice(sorted(choices))
+    front, loss, blocks = some(kinds.FRONTS), some(kinds.LOSSES), tuple(pick.choices(sorted(kinds.BLOCKS), k=pick.choice([1, 2])))
+    d = Drawn(front, blocks, some(kinds.HEADS), loss, sizes=(1,), in_order=pick.random() < .5, loader=pick.random() < .3, seed=number % 1000)
+    smooth = all(p.smooth for p in d.parts())
+    mode = pick.choice([m for m in MODES if smooth or m != "difference"])
+    sizes = tuple(pick.randint(1, 6) for _ in range(1 if d.crowd() else pick.randint(1, 4)))
+    d = replace(d, sizes=sizes, mode=mode, kind=pick.choice(["hessian"] * 3 + ["gauss_newton"]), params=pick.choice([None, None, "head*"]))
+    if mode == "auto" and pick.random() < .3: d = replace(d, memory=1.)
+    if not d.crowd() and mode != "kept": d = replace(d, micro_batch=pick.choice([None, None, 1, 2, 4]))
+    return d
+
+
+drawn = st.integers(0, 2**63 - 1).map(from_number)
 
 
 def tally(examples, derandomize):
     "How many networks came out right and refused, and the kinds of layers that were seen."
     count, seen = Counter(), set()
     @settings(max_examples=examples, derandomize=derandomize, deadline=None, database=None, print_blob=True,
-              suppress_health_check=list(HealthCheck))
-    @given(drawn())
+              phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(drawn)
     def each(d):
         truth = problem(d)[1]
         if not torch.isfinite(truth.loss(truth.theta)): return  # every label ignored: there is no loss
