@@ -399,7 +399,9 @@ def sampled_by_hand(x, w):
             out = out + h[:, :, iy.clamp(0, 3).long(), ix.clamp(0, 3).long()] * weight * inside
     return out
 def mask_filled(x, w): return (x * w).masked_fill(torch.arange(WIDTH) % 3 == 0, -1.).softmax(1) * x
-def complex_linear(x, A): return torch.view_as_real(torch.view_as_complex(x.view(len(x), 8, 2)) @ torch.view_as_complex(A)).tanh()
+def complex_linear(x, A):
+    x = x.view(len(x), 8, 2)
+    return torch.view_as_real(torch.complex(x[..., 0], x[..., 1]) @ torch.complex(A[..., 0], A[..., 1])).tanh()
 def attention(x, A):
     q = (x @ A)[:, None]
     return F.scaled_dot_product_attention(q, x[:, None], torch.tanh(x)[:, None])
