@@ -42,6 +42,11 @@ class Drawn:
         chosen = [kinds.BLOCKS[b] for b in self.blocks]
         return [kinds.FRONTS[self.front], *chosen, kinds.LOSSES[self.loss]]
 
+    def known(self):
+        "Is what the loss divides by PyTorch's rule, or told?"
+        loss = kinds.LOSSES[self.loss]
+        return type(loss.make()).__module__.startswith("torch.nn") or loss.told is not None
+
     def crowd(self): return any(kinds.BLOCKS[b].crowd for b in self.blocks)
     def cut(self): return len(self.sizes) > 1 or self.micro_batch is not None
 
@@ -53,9 +58,8 @@ class Drawn:
         if by_hand and any(p.hard for p in parts): return True
         loss, several = kinds.LOSSES[self.loss], self.cut() or self.loader or self.memory is not None
         if loss.unknown and several: return True
-        known = type(loss.make()).__module__.startswith("torch.nn")
         few = min(self.sizes) < 3 or (self.micro_batch is not None and self.micro_batch < 3) or self.memory is not None
-        return self.mode == "forward" or (not known and loss.told is None and several and few)
+        return self.mode == "forward" or (not self.known() and several and few)
 
 
 def rows(X, s):
@@ -174,11 +178,13 @@ def from_number(number):
     d = Drawn(mostly_sure(kinds.FRONTS), blocks, some(kinds.HEADS), mostly_sure(kinds.LOSSES), (1,), seed=number % 1000)
     smooth, hard = all(p.smooth for p in d.parts()), any(p.hard for p in d.parts())
     modes = [m for m in MODES if smooth or m != "difference"] + ["auto"] * (30 if hard else 2)
-    sizes = tuple(pick.randint(1, 6) for _ in range(1 if d.crowd() else pick.randint(1, 4)))
+    least = 1 if d.known() else 3  # images that a piece must hold
+    sizes = tuple(pick.randint(least, 6) for _ in range(1 if d.crowd() else pick.randint(1, 4)))
     d = replace(d, sizes=sizes, in_order=pick.random() < .5, mode=pick.choice(modes), loader=pick.random() < .3,
                 kind=pick.choice(["hessian"] * (9 if hard else 3) + ["gauss_newton"]), params=pick.choice([None, None, "head*"]))
-    if d.mode == "auto" and pick.random() < .3: d = replace(d, memory=1.)
-    if not d.crowd() and d.mode != "kept": d = replace(d, micro_batch=pick.choice([None, None, 1, 2, 4]))
+    if d.mode == "auto" and pick.random() < .3 and least == 1: d = replace(d, memory=1.)
+    if not d.crowd() and d.mode != "kept":
+        d = replace(d, micro_batch=pick.choice([None, None, 1, 2, 4] if least == 1 else [None, None, None, 3, 4]))
     return d
 
 
