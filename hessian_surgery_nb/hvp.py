@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
+import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -18,26 +19,23 @@ import numpy as np
 import psutil
 import torch
 import torch.autograd.forward_ad as fwAD
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from .layers import LeanLayers
+from .guards import ChangingFunction, InputError, fingerprint, plainly, seed_number, undisturbed
+from .layers import LeanLayers, TrueGradients
+from .losses import LossDivisor, as_loss_module, call_loss, is_cross_entropy, known_reduction
 from .ranks import Team, team
 
 # %% auto #0
-__all__ = ['InputError', 'select_params', 'check_model', 'flatten', 'unflatten', 'length', 'inner', 'as_batches', 'to_device',
-           'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'as_loss_module',
-           'known_reduction', 'call_loss', 'loss_denominator', 'infer_reduction', 'backward_through',
-           'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'check_mode', 'check_batch', 'check_inputs',
-           'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of', 'python_functions', 'difference', 'cut',
-           'OperatorCheck', 'MatrixOperator', 'as_operator']
-
-# %% ../nbs/00_hvp.ipynb #a6a62290
-class InputError(ValueError):
-    "Something the caller passed breaks a rule. The message names the rule, the value, and the way out."
+__all__ = ['select_params', 'check_model', 'flatten', 'unflatten', 'length', 'inner', 'as_batches', 'map_tensors', 'to_device',
+           'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'backward_through',
+           'forward_over_reverse', 'dual_level', 'logits_and_change', 'gauss_newton', 'HessianOperator', 'check_mode',
+           'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of',
+           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'MatrixOperator', 'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #58dff2c0
 def select_params(
@@ -131,23 +129,46 @@ def as_batches(
         raise InputError(f"data must give the same batches on every pass. Got a one-shot {type(data).__name__}; pass a list of its batches.")
     if "Random" in type(getattr(data, "sampler", None)).__name__:
         raise InputError("data must give the same images in the same order on every pass. Got a loader that shuffles; build it with shuffle=False.")
-    return data
+    return _in_one_order(data) if isinstance(data, DataLoader) else data
+
+_ORDERS = weakref.WeakKeyDictionary() # a loader -> the same images, in an order that is written down
+
+def _in_one_order(loader: DataLoader):
+    "A loader with a sampler of its own: what it draws is drawn once, and kept for as long as the loader lives."
+    grouped = loader.batch_sampler
+    plain = type(grouped.sampler if type(grouped) is BatchSampler else loader.sampler) is SequentialSampler and type(grouped) in (BatchSampler, type(None))
+    if plain or isinstance(loader.dataset, IterableDataset): return loader
+    if loader not in _ORDERS:
+        with torch.random.fork_rng(devices=[]):
+            order = list(loader.sampler) if loader.batch_sampler is None else [list(rows) for rows in loader.batch_sampler]
+        how = {k: getattr(loader, k) for k in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor", "persistent_workers")}
+        how |= dict(batch_size=None, sampler=order) if loader.batch_sampler is None else dict(batch_sampler=order)
+        _ORDERS[loader] = DataLoader(loader.dataset, **how)
+    return _ORDERS[loader]
 
 # %% ../nbs/00_hvp.ipynb #86bc382d
+def map_tensors(
+    change, # function of a tensor
+    x, # a tensor, or tensors in dicts, lists and tuples
+):
+    "The same structure with every tensor changed."
+    if torch.is_tensor(x): return change(x)
+    if isinstance(x, Mapping): return {k: map_tensors(change, v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [map_tensors(change, v) for v in x]
+    return x
+
 def to_device(
     x, # a tensor, or tensors in dicts, lists and tuples
     device: torch.device,
 ):
-    "Move whatever a batch is made of to a device."
-    if torch.is_tensor(x): return x.to(device)
-    if isinstance(x, Mapping): return {k: to_device(v, device) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [to_device(v, device) for v in x]
-    return x
+    "Move whatever a batch is made of to a device; tensors made in inference mode become ordinary ones."
+    return map_tensors(lambda t: (t.clone() if t.is_inference() else t.detach()).to(device), x)
 
 def tensors_in(X) -> list[torch.Tensor]:
     "The tensors that a batch of inputs is made of."
-    parts = X.values() if isinstance(X, Mapping) else X if isinstance(X, (list, tuple)) else [X]
-    return [t for t in parts if torch.is_tensor(t)]
+    found = []
+    map_tensors(found.append, X)
+    return found
 
 def split_batch(
     batch, # what the data yields
@@ -172,8 +193,7 @@ def rows_of(
 ) -> tuple: # (X, y) of these rows
     "Some images of a batch."
     X, y = split_batch(batch)
-    def part(t): return t[s] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
-    return ({k: part(t) for k, t in X.items()} if isinstance(X, Mapping) else [part(t) for t in X] if isinstance(X, (list, tuple)) else part(X)), y[s]
+    return map_tensors(lambda t: t[s] if t.ndim and len(t) == len(y) else t, X), y[s]
 
 class _Mine:
     "This process's rows of every batch of a loader."
@@ -200,6 +220,7 @@ class Forward(nn.Module):
     ):
         super().__init__()
         self.model, self.fn = model, forward
+        self.writes = None # does a pass write its inputs or weights? None: not known yet
 
     def forward(self, X):
         if self.fn is not None: out = self.fn(self.model, X)
@@ -215,80 +236,29 @@ class Forward(nn.Module):
 # %% ../nbs/00_hvp.ipynb #b8d71618
 def functional_logits(
     net: Forward,
-    state: dict[str, torch.Tensor], # parameter name -> tensor to use in its place
+    state: dict[str, torch.Tensor], # parameter (or buffer) name -> tensor to use in its place
     X, # one batch of inputs
 ) -> torch.Tensor: # logits
-    "Logits at other weights. The network's own parameters and buffers are neither changed nor written to."
-    own = {f"model.{k}": b.clone() for k, b in net.model.named_buffers()}
+    "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
+    model, careful = net.model, net.writes is not False
+    lent = {k: t.clone() if careful else t for k, t in state.items()}
+    if careful: # the first time, to find out, and always where a pass does write
+        lent = {k: p.detach().clone() for k, p in model.named_parameters() if k not in state} | lent
+        X = map_tensors(torch.clone, X)
+    watched = [*lent.values(), *tensors_in(X)] + ([] if careful else list(model.parameters()))
+    versions = [t._version for t in watched if not t.is_inference()]
+    buffers = {k: b.clone() for k, b in model.named_buffers() if k not in lent}
     try:
-        with sdpa_kernel(SDPBackend.MATH): return functional_call(net, {**own, **{f"model.{k}": t for k, t in state.items()}}, (X,))
+        with undisturbed(model), sdpa_kernel(SDPBackend.MATH), TrueGradients():
+            out = functional_call(net, {f"model.{k}": t for k, t in (buffers | lent).items()}, (X,))
     except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as e:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as e:
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
-        raise InputError(f"the network must accept the inputs. Given {shapes} it said: {e}; check their shape and type, or pass forward=.") from e
-
-# %% ../nbs/00_hvp.ipynb #d24599be
-_ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss)
-_FUNCTIONS = {F.cross_entropy: nn.CrossEntropyLoss, F.nll_loss: nn.NLLLoss, F.mse_loss: nn.MSELoss,
-              F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss}
-
-def as_loss_module(loss_fn):
-    "A functional loss (or a `partial` of one) as the module that knows its reduction; anything else as it is."
-    if isinstance(loss_fn, functools.partial) and loss_fn.func in _FUNCTIONS and not loss_fn.args: return _FUNCTIONS[loss_fn.func](**loss_fn.keywords)
-    return _FUNCTIONS[loss_fn]() if callable(loss_fn) and not isinstance(loss_fn, nn.Module) and loss_fn in _FUNCTIONS else loss_fn
-
-# %% ../nbs/00_hvp.ipynb #961bfab8
-def known_reduction(loss_fn) -> str | None: # "mean", "sum", "batchmean"; None for a loss that is not PyTorch's own
-    "The reduction of PyTorch's own losses. What another class calls its reduction need not be one, so it is not trusted."
-    return getattr(loss_fn, "reduction", None) if type(loss_fn).__module__.startswith("torch.nn") else None
-
-def call_loss(loss_fn, output, target) -> torch.Tensor: # a scalar
-    "The loss of a batch, or the reason why there is none."
-    try: loss = loss_fn(output, target)
-    except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as e:
-        raise InputError(f"the loss must accept logits and labels. Given {str(output.dtype)[6:]} {tuple(output.shape)} and "
-                         f"{str(target.dtype)[6:]} {tuple(target.shape)} it said: {e}; check labels, class weights and the loss.") from e
-    if not torch.is_tensor(loss) or loss.numel() != 1:
-        raise InputError(f"a loss must return one number, as a tensor. Got {f'shape {tuple(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__}; "
-                         "use reduction='mean' or 'sum'.")
-    return loss.reshape(())
-
-# %% ../nbs/00_hvp.ipynb #1e48cce2
-def loss_denominator(
-    loss_fn, # a loss module or function
-    output: torch.Tensor, # logits of one batch
-    target: torch.Tensor,
-    reduction: str | None = None, # for losses without a .reduction: "mean" over the first axis, or "sum"
-) -> float: # d_b; 1 for a sum
-    "What this loss divided its sum by on this batch."
-    reduction = known_reduction(loss_fn) or reduction or "mean"
-    if reduction == "sum": return 1.
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not target.is_floating_point():
-        kept = target[target != loss_fn.ignore_index]
-        return float(len(kept)) if loss_fn.weight is None else loss_fn.weight.to(target.device, torch.float64)[kept].sum().item()
-    if isinstance(loss_fn, nn.CrossEntropyLoss): return output.numel() / output.shape[1]
-    if isinstance(loss_fn, _ELEMENTWISE) and reduction == "mean": return float(output.numel())
-    return float(len(target))
-
-# %% ../nbs/00_hvp.ipynb #c100a567
-def infer_reduction(
-    loss_fn, # any callable loss_fn(output, target) -> scalar
-    output: torch.Tensor, target: torch.Tensor, # one batch, at least 3 rows
-) -> str: # "mean" or "sum"
-    "Whether an unknown loss averages over the first axis or adds."
-    n = len(target)
-    if n < 3:
-        raise InputError(f"the reduction of a custom loss is found on a first batch of at least 3 rows. Got {n}; pass "
-                         "reduction='mean' or 'sum'.")
-    k = n // 3
-    whole, a, b = (call_loss(loss_fn, output[s], target[s]).item() for s in (slice(None), slice(0, k), slice(k, None)))
-    if not all(map(math.isfinite, (whole, a, b))):
-        raise InputError(f"the loss must be finite. Got {whole:.6g} on {n} images; check weights, images and the loss.")
-    tol = 1e4 * torch.finfo(output.dtype).eps * max(abs(whole), abs(a), abs(b), 1e-30)
-    if abs(whole - (k * a + (n - k) * b) / n) <= tol: return "mean"
-    if abs(whole - (a + b)) <= tol * 2: return "sum"
-    raise InputError(f"a loss must be a mean or a sum over the first axis. Got {whole:.6g} whole, {a:.6g} and {b:.6g} in parts; use a single batch{', in one process' if team().size > 1 else ''}.")
+        raise InputError(f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=.") from e
+    wrote = versions != [t._version for t in watched if not t.is_inference()]
+    if careful: net.writes = bool(net.writes) or wrote
+    elif wrote: raise InputError("a pass must write its inputs and weights always or never. This network wrote some on this batch and none on the first; mend it, or set max_norm=None.")
+    return out
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 def backward_through(
@@ -309,7 +279,8 @@ def _explained(rule, way_out):
     "What PyTorch says of a derivative it does not have, as an error that helps."
     try: yield
     except (NotImplementedError, RuntimeError) as e:
-        if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in ("not implemented", "not differentiable")): raise
+        known = "not implemented", "not differentiable", "does not support", "double backward", "jvp"
+        if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in known): raise
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
@@ -318,11 +289,40 @@ def forward_over_reverse(
     leaves, v, # parameters and direction, lists of one shape
 ) -> tuple[torch.Tensor, ...]: # H v, like leaves
     "The same product as the derivative of the gradient along v, by forward-mode differentiation."
-    with _explained("mode='forward' needs layers whose backward pass can be differentiated forward", "use mode='rebuilt'"), fwAD.dual_level():
+    with _explained("mode='forward' needs layers whose backward pass can be differentiated forward", "use mode='rebuilt'"), dual_level():
         loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
-    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(leaves, tangents))
+    return tuple(torch.zeros_like(p) if t is None or t._is_zerotensor() else t for p, t in zip(leaves, tangents))
+
+# %% ../nbs/00_hvp.ipynb #cf8e24c8
+_FORWARD_MODE = threading.RLock() # PyTorch has one level of forward differentiation for the whole process
+
+@contextlib.contextmanager
+def dual_level():
+    "Forward-mode differentiation, a thread at a time."
+    with _FORWARD_MODE, fwAD.dual_level(): yield
+
+def logits_and_change(
+    logits_of, # function from a list of tensors to logits
+    leaves, v, # parameters and direction, lists of one shape
+) -> tuple[torch.Tensor, torch.Tensor | None]: # z, and J v; None where v does not reach the logits
+    "Logits and their derivative along v, by forward mode; where a layer has none, by two backward passes: J'u is linear in u."
+    try:
+        with dual_level(): return tuple(fwAD.unpack_dual(logits_of([fwAD.make_dual(p, t) for p, t in zip(leaves, v)])))
+    except (InputError, RuntimeError) as e:
+        if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e): raise
+        if not isinstance(e, (InputError, NotImplementedError)) and not any(s in str(e) for s in ("forward AD", "jvp", "not implemented")): raise
+    z = logits_of(leaves)
+    if not z.requires_grad: return z, None
+    u = torch.zeros_like(z).requires_grad_()
+    with _explained("a Gauss-Newton product needs the derivative of the logits along a direction", "replace the layer, or leave its parameters out with params="):
+        pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+        if any(n.name().endswith("::Error") for n in nodes_of(pulled)): raise NotImplementedError(f"one of {', '.join(python_functions([z]))} is marked once_differentiable")
+        reached = [(g, t) for g, t in zip(pulled, v) if g.requires_grad]
+        if not reached: return z, None
+        parts, directions = zip(*reached)
+        return z, torch.autograd.grad(parts, u, directions)[0]
 
 # %% ../nbs/00_hvp.ipynb #e4b49286
 def gauss_newton(
@@ -331,8 +331,7 @@ def gauss_newton(
     leaves, v, # parameters and direction, lists of one shape
 ) -> tuple[torch.Tensor, ...]: # G v, like leaves
     "G v = J' M J v: positive semidefinite for any loss that is convex in the logits."
-    with fwAD.dual_level():
-        z, u = fwAD.unpack_dual(logits_of([fwAD.make_dual(p, t) for p, t in zip(leaves, v)]))
+    z, u = logits_and_change(logits_of, leaves, v)
     if u is None: return tuple(torch.zeros_like(p) for p in leaves)
     zd = z.detach().requires_grad_()
     g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
@@ -361,7 +360,7 @@ class HessianOperator:
         kind: str = "hessian", # "hessian" or "gauss_newton"
         mode: str = "auto", # "kept", "rebuilt", "forward", "difference"; "auto" picks by network and memory
         forward=None, # forward(model, X) -> logits, for unusual networks
-        reduction: str | None = None, # "mean" or "sum" for a custom loss; None: found out
+        reduction: str | None = None, # "mean" or "sum" where a custom loss cannot be asked what it divides by; None: found out
         memory: float | None = None, # bytes that graphs may take; None: half of what is free at the first product
         micro_batch: int | None = None, # images at a time; None: whole batches, cut only by "auto" and when memory asks for it
         precision: str | None = None, # "bf16": the network runs in bfloat16, see check(); None: as its weights are
@@ -369,12 +368,18 @@ class HessianOperator:
         _check_options(loss_fn, kind=kind, mode=mode, precision=precision, micro_batch=micro_batch, memory=memory)
         self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), my_batches(data), kind, mode
         chosen = select_params(model, params)
-        self.names, self.reduction, self.num_matvecs, self.denominator = list(chosen), reduction, 0, None
+        self.names, self.num_matvecs, self.denominator = list(chosen), 0, None
+        self._divisor = LossDivisor(self.loss_fn, reduction)
         self.memory, self.micro_batch, self.precision = memory, micro_batch, precision
         first = next(iter(chosen.values()))
         n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
-        self._net, self._graphs, self._seen, self._plan, self._total, self._team = Forward(model, forward), None, None, None, 0., team()
+        self._net, self._team = Forward(model, forward), team()
+        self._plan = self._graphs = None
+        self._trace = [] # what the pass that runs now has seen
+        self._seen = self._stamped = None # what every pass should see, and the weights of that
+        self.changing = False # did two passes disagree, though the weights had not moved?
+        self.changes = 0 # how often what is seen became another, for good
         check_mode(model)
 
 # %% ../nbs/00_hvp.ipynb #2592ceeb
@@ -393,7 +398,15 @@ def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
 def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     "The selected parameters, as the model has them now."
     named = dict(self.model.named_parameters())
+    missing = [k for k in self.names if k not in named]
+    if missing or sum(named[k].numel() for k in self.names) != self.shape[0]:
+        raise InputError(f"an operator belongs to the parameters it was made for. The network has changed{f', {missing[0]} is gone' if missing else ' their shapes'}; make a new operator.")
     return {k: named[k] for k in self.names}
+
+@patch(as_prop=True)
+def reduction(self: HessianOperator) -> str | None:
+    "Whether the loss is a mean or a sum; None where that is not known yet."
+    return self._divisor.found or self._divisor.said
 
 @patch
 def __repr__(self: HessianOperator):
@@ -419,25 +432,36 @@ def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
     check_inputs(X, self.model)
-    if isinstance(self.loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) and not y.is_floating_point(): y = y.long()
+    if is_cross_entropy(self.loss_fn) and not y.is_floating_point(): y = y.long()
     return X, y
 
 @patch
 def _batch(self: HessianOperator, batch):
-    "One batch: its inputs, and the function logits -> undivided loss (which finds the denominator on the way)."
+    "One batch: its inputs, and the function logits -> undivided loss, which notes what it saw."
     X, y = self._load(batch)
     def loss_of(z):
         if self._seen is None: check_batch(X, y, z, self.loss_fn)
-        if self.reduction is None and known_reduction(self.loss_fn) is None: self.reduction = "sum" if self._whole else infer_reduction(self.loss_fn, z.detach(), y)
+        d = self._divided_by(z, y)
         loss = call_loss(self.loss_fn, z, y)
-        d = loss_denominator(self.loss_fn, z, y, self.reduction)
         if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
         if self._seen is None and not torch.isfinite(loss):
-            raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y)}; check weights, images and class "
+            raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y) if y.ndim else 1}; check weights, images and class "
                              "weights.")
-        self._total += 0. if self._sums() else d
+        self._trace.append(_noted(z, y, loss, d))
         return loss * d
     return X, loss_of
+
+@patch
+def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float: # 1 for a sum
+    if not self._divisor.known and self._whole: return 1. # all data in one piece: nobody need know
+    turn, seen = len(self._trace), self._seen
+    if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == fingerprint(y): return seen[turn, 4].item()
+    return self._divisor(z, y)
+
+def _noted(z, y, loss, d) -> torch.Tensor: # (5,) float64
+    "A fingerprint of logits, their size, a fingerprint of labels, the loss, what it was divided by."
+    z, loss = z.detach(), loss.detach().double()
+    return torch.stack([fingerprint(z), z.double().norm(), fingerprint(y), loss, loss.new_tensor(d)])
 
 @patch(as_prop=True)
 def _whole(self: HessianOperator) -> bool:
@@ -445,7 +469,7 @@ def _whole(self: HessianOperator) -> bool:
     return isinstance(self.data, list) and len(self.data) == 1 and not self.plan().micro_batch and self._team.size == 1
 
 @patch
-def _sums(self: HessianOperator) -> bool: return (known_reduction(self.loss_fn) or self.reduction) == "sum"
+def _sums(self: HessianOperator) -> bool: return self._divisor.sums or (not self._divisor.known and self._whole)
 
 # %% ../nbs/00_hvp.ipynb #eade7ba7
 def check_batch(
@@ -456,9 +480,9 @@ def check_batch(
     "Refuse images that are not finite, and for cross-entropy labels outside [0, C)."
     for t in tensors_in(X):
         if t.is_floating_point() and not torch.isfinite(t).all():
-            rows = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
+            rows = (~torch.isfinite(t)).reshape(len(t) if t.ndim else 1, -1).any(1).nonzero().flatten().tolist()
             raise InputError(f"inputs must be finite. Rows {rows[:5]} of a batch hold NaN or infinity; remove or mend them.")
-    if y.is_floating_point() or not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)): return
+    if y.is_floating_point() or not is_cross_entropy(loss_fn): return
     if y.shape != logits.shape[:1] + logits.shape[2:]:
         raise InputError(f"labels must be one class number for each prediction. Got shape {tuple(y.shape)} for logits of shape "
                          f"{tuple(logits.shape)}; squeeze them, or turn one-hot labels into numbers with y.argmax(1).")
@@ -554,11 +578,27 @@ class Plan:
 
 # %% ../nbs/00_hvp.ipynb #7544d469
 @patch
+@plainly()
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
     if self._plan is None and self._team.size > 1 and next(iter(self.data), None) is None: raise InputError(f"every process needs an image. Rank {self._team.rank} of {self._team.size} has none; use fewer processes, or larger batches.")
-    if self._plan is None: self._plan = self._agreed(self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan))
+    if self._plan is None:
+        plan = self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan)
+        self._check_cut(plan)
+        self._plan = self._agreed(plan)
     return self._plan
+
+@patch
+def _check_cut(self: HessianOperator, plan: Plan):
+    "Images may be taken a few at a time only where they do not see each other."
+    first = next(iter(self.data), None)
+    if first is None: raise InputError("data must hold at least one batch. Got none.")
+    small, large = (next(cut(first, size)) for size in (2, 4))
+    sound = self._sound(small)
+    if sound and self.mode == "forward" and self.kind == "hessian" and self._forward_off(small) > .05:
+        raise InputError("mode='forward' needs layers whose backward pass can be differentiated forward. On two images its product is not that of differences of gradients; use mode='rebuilt'.")
+    if sound and plan.micro_batch and not self._separable(small, large):
+        raise InputError(f"a batch can only be cut where images do not see each other. Logits of two images are others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a row for each label.")
 
 @patch
 def _agreed(self: HessianOperator, plan: Plan) -> Plan:
@@ -582,6 +622,7 @@ def _auto(self: HessianOperator) -> Plan:
     if mode == "difference": return Plan(mode, self.micro_batch, math.nan, math.nan)
     rows = lambda y: len(y) if y.ndim else 1
     sizes = [2 * self._graph_size(b) for b in (small, large)]
+    if math.isnan(sum(sizes)): return Plan("rebuilt" if mode == "kept" else mode, self.micro_batch, math.nan, allowed)
     slope = max(sizes[1] - sizes[0], 0) / max(rows(large[1]) - rows(small[1]), 1)
     need = lambda n: sizes[1] + slope * (n - rows(large[1]))
     batches = [rows(split_batch(b)[1]) for b in self.data] if isinstance(self.data, list) else [rows(split_batch(first)[1])]
@@ -600,13 +641,14 @@ def _graph_size(self: HessianOperator, batch):
         if self.kind == "gauss_newton": return self._logits(leaves, X)
         return gradient_graph(lambda: call_loss(self.loss_fn, self._logits(leaves, X), y), leaves)
     own = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-    return max(graph_bytes(build) - sum(own.values()), 0)
+    try: return max(graph_bytes(build) - sum(own.values()), 0)
+    except (RuntimeError, InputError): return math.nan # a network that lets nobody look at what it saves
 
 @patch
 def _sound(self: HessianOperator, batch) -> bool:
     try:
         X, y = self._load(batch)
-        with torch.no_grad(): z = self._logits(self._leaves(), X)
+        with torch.no_grad(): z = self._logits(self._leaves(), X) # the first pass: it also finds out whether passes write
         check_batch(X, y, z, self.loss_fn)
         call_loss(self.loss_fn, z, y)
         return True
@@ -615,6 +657,7 @@ def _sound(self: HessianOperator, batch) -> bool:
 @patch
 def _separable(self: HessianOperator, small, large):
     with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
+    if a.ndim and b.ndim and a.shape[1:] != b.shape[1:]: return False
     return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 # %% ../nbs/00_hvp.ipynb #f5ed6abc
@@ -644,30 +687,105 @@ def difference(
     h = scale * torch.finfo(v.dtype).eps ** (1 / 3) * max(theta.norm().item(), 1.) / size
     return (gradient_at(theta + h * v) - gradient_at(theta - h * v)) / (2 * h)
 
-def _apart(a, b): return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else (0. if not a.norm() else math.inf)
+def _apart(a: torch.Tensor, b: torch.Tensor, least: float) -> float: # least: a length that is as good as none
+    "Relative distance of two vectors; 0 where both are as good as none."
+    size = max(a.norm().item(), b.norm().item())
+    return 0. if size <= least else ((a - b).norm() / size).item()
 
 # %% ../nbs/00_hvp.ipynb #2665f1ee
+class _TryOut:
+    "A scalar function of a list of tensors, on which derivatives are compared with differences."
+    def __init__(self, value, at: list[torch.Tensor]): # value(tensors) -> scalar
+        self.value, self.leaves = value, [t.detach().requires_grad_() for t in at]
+        self.theta = flatten(self.leaves).detach()
+        self.level = self.value(self.leaves).detach().abs().item()
+        along = torch.randn(len(self.theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.theta)
+        g = self.gradient_at(self.theta)
+        self.v = along / along.norm() + (g / g.norm() if g.norm() > 0 else 0.)
+        self.eps = torch.finfo(self.theta.dtype).eps
+        self.least = 1e3 * self.eps ** (2 / 3) * max(self.level, 1e-30) / max(self.theta.norm().item(), 1.)
+
+    def tensors(self, theta): return [t.detach().requires_grad_() for t in unflatten(theta, self.leaves)]
+    def gradient_at(self, theta):
+        ts = self.tensors(theta)
+        return flatten(torch.autograd.grad(self.value(ts), ts, allow_unused=True, materialize_grads=True))
+
+    def slope_off(self) -> float:
+        "How far the gradient is from the difference of values."
+        with torch.no_grad(): slope = difference(lambda theta: self.value(self.tensors(theta)).reshape(1), self.theta, self.v)
+        return _apart((self.gradient_at(self.theta) @ self.v).reshape(1), slope, self.least)
+    def product_off(self, product) -> float: # product(value, leaves, v) -> H v, like leaves
+        "How far a product is from the difference of gradients."
+        return _apart(flatten(product(self.value, self.leaves, unflatten(self.v, self.leaves))).detach(), self.bent(1.), self.least)
+    def bent(self, scale): return difference(self.gradient_at, self.theta, self.v, scale)
+
+def _by_graph(value, leaves, v): return backward_through(gradient_graph(lambda: value(leaves), leaves), leaves, v, False)
+_PRODUCTS = dict(kept=_by_graph, forward=forward_over_reverse)
+
+# %% ../nbs/00_hvp.ipynb #ecdaf61b
+@patch
+def _try_out(self: HessianOperator, batch, dtype) -> _TryOut:
+    "The network on a few images, in a type of choice, as a smooth function of its logits that no label makes flat."
+    wide = lambda t: t.detach().to(dtype) if t.is_floating_point() else t.detach()
+    X, model = map_tensors(wide, self._load(batch)[0]), self.model
+    rest = {k: wide(t) for k, t in (*model.named_parameters(), *model.named_buffers()) if k not in self.names}
+    def logits(ts): return functional_logits(self._net, rest | dict(zip(self.names, ts)), X)
+    with torch.no_grad(): z = logits([wide(p) for p in self.params.values()])
+    size, target = z.abs().max().clamp(min=1e-12), torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    return _TryOut(lambda ts: (logits(ts) / size - target).square().sum() / 2, [wide(p) for p in self.params.values()])
+
+def _in_double(make): # make(dtype) -> a trial
+    "In double precision, where rounding hides nothing; as it is where the code takes no doubles."
+    try: return make(torch.float64)
+    except (InputError, NotImplementedError, RuntimeError): return make(None)
+
+@patch
+def _trials(self: HessianOperator, batch, z: torch.Tensor, y, foreign) -> list[_TryOut]:
+    "What to compare with differences: the network, and the loss, where strangers wrote their derivatives."
+    inside, trials = python_functions([z]), []
+    if inside: trials.append(_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)))
+    if set(foreign) - set(inside):
+        at = z.detach()
+        trials.append(_in_double(lambda dtype: _TryOut(lambda ts: call_loss(self.loss_fn, ts[0], y), [at.to(dtype or at.dtype)])))
+    return trials
+
+# %% ../nbs/00_hvp.ipynb #167b7119
 @patch
 def _possible(self: HessianOperator, batch) -> str:
     "The best mode that the network's layers allow, tried on a few images."
-    if self.kind == "gauss_newton": return "rebuilt"
     (X, y), leaves, said = self._load(batch), self._leaves(), None
+    z = self._logits(leaves, X)
+    value = call_loss(self.loss_fn, z, y)
+    foreign = python_functions([value])
+    trials = self._trials(batch, z, y, foreign) if foreign else []
+    for trial in trials:
+        if (off := trial.slope_off()) > .05:
+            raise InputError(f"a Hessian needs gradients that are derivatives. That of {', '.join(foreign)} is {off:.0%} away from differences of the values; replace the layer, or leave its parameters out with params=.")
+    if self.kind == "gauss_newton" or not value.requires_grad: return "rebuilt" if self.kind == "gauss_newton" else "kept"
     def loss(ts): return call_loss(self.loss_fn, self._logits(ts, X), y)
-    def gradient_at(theta):
-        ts = [t.detach().requires_grad_() for t in unflatten(theta, leaves)]
-        return flatten(torch.autograd.grad(loss(ts), ts, allow_unused=True, materialize_grads=True))
-    value = loss(leaves)
-    if not value.requires_grad: return "kept"
-    foreign, theta = python_functions([value]), flatten(leaves).detach()
-    v = torch.randn(self.shape[0], generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype) if foreign else torch.ones_like(theta)
-    parts = unflatten(v, leaves)
-    products = dict(kept=lambda: backward_through(gradient_graph(lambda: loss(leaves), leaves), leaves, parts, False), forward=lambda: forward_over_reverse(loss, leaves, parts))
-    for mode, product in products.items():
-        try: off = _apart(flatten(product()), difference(gradient_at, theta, v)) if foreign else product() and 0.
-        except InputError as e: said = said or str(e).split(";")[0]; continue
-        if off < .05: return mode
-        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign)} is off by {off:.0%}"
-    off = _apart(difference(gradient_at, theta, v, 2.), difference(gradient_at, theta, v))
+    for mode, product in _PRODUCTS.items():
+        try:
+            product(loss, leaves, [torch.ones_like(p) for p in leaves])
+            off = max((t.product_off(product) for t in trials), default=0.)
+        except (InputError, RuntimeError) as e:
+            if isinstance(e, torch.OutOfMemoryError): raise
+            said = said or str(e).split(";")[0].split("\n")[0]
+            continue
+        if off < .05 and not (mode == "forward" and not trials and self._forward_off(batch) > .05): return mode
+        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} is off by {off:.0%}"
+    return self._last_resort(batch, said)
+
+@patch
+def _forward_off(self: HessianOperator, batch) -> float:
+    "How far forward mode is from differences of gradients: PyTorch's is wrong for some layers (`linalg.solve`, `slogdet`)."
+    return _in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)).product_off(forward_over_reverse)
+
+@patch
+def _last_resort(self: HessianOperator, batch, said: str) -> str:
+    "Differences of gradients, if two steps agree."
+    trial = self._try_out(batch, self.dtype)
+    one, two = trial.bent(1.), trial.bent(2.)
+    off = _apart(two, one, trial.least)
     if not off < .1: raise InputError(f"{said}, and differences of gradients with two steps are {off:.0%} apart; use model.double(), or replace the layer.")
     warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
     return "difference"
@@ -683,51 +801,148 @@ def cut(
     for i in range(0, len(y), size): yield rows_of(batch, slice(i, i + size))
 
 @patch
-def _pass(self: HessianOperator, each):
-    "Visit every piece with `each(piece)`, then settle the denominator; refuse data that changed since the last pass."
+def _pass(self: HessianOperator, each, moved: bool = False): # moved: at other weights than the model's own
+    "Visit every piece with `each(piece)`, then settle the denominator, and see whether data and network are what they were."
     check_mode(self.model)
-    self._total, out = 0., None
-    for piece in (p for batch in self.data for p in cut(batch, self.plan().micro_batch)):
+    size, out = self.plan().micro_batch, None
+    self._trace = []
+    for piece in (p for batch in self.data for p in cut(batch, size)):
         part = each(piece)
         out = part if out is None else tuple(a.add_(b) for a, b in zip(out, part))
     if out is None: raise InputError("data must hold at least one batch. Got none.")
-    D = 1. if self._sums() else self._team.add(torch.tensor(self._total, dtype=torch.float64)).item()
+    trace = torch.stack(self._trace)
+    D = 1. if self._sums() else self._team.add(trace[:, 4].sum().cpu()).item()
     if D == 0: raise InputError("the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0.")
-    if self._seen is not None and not math.isclose(D, self._seen, rel_tol=1e-9):
-        raise InputError(f"data must give the same images on every pass. Their total weight went from {self._seen:g} to {D:g}; "
+    if self._seen is not None and not math.isclose(D, self.denominator or D, rel_tol=1e-9):
+        raise InputError(f"data must give the same images on every pass. Their total weight went from {self.denominator:g} to {D:g}; "
                          "fix the sampling.")
-    self._seen = self.denominator = D
+    self.denominator = D
+    self._compare(trace, moved)
     return out
+
+# %% ../nbs/00_hvp.ipynb #6d55f1ec
+def same_pass(
+    a: torch.Tensor, b: torch.Tensor, # (pieces, 5) each: what two passes saw
+    unit: float, # rounding unit of the logits
+    moved: bool = False, # at other weights: only labels can be compared
+) -> bool:
+    "Whether two passes saw the same labels and, to rounding, the same logits."
+    if a.shape != b.shape or not torch.equal(a[:, 2], b[:, 2]): return False
+    if moved: return True
+    few = min(unit ** .7, .02) # the same code gives the same bits; other kernels may be chosen where gradients are asked for
+    logits = (a[:, 0] - b[:, 0]).abs() <= few * torch.minimum(a[:, 1], b[:, 1])
+    loss = (a[:, 3] - b[:, 3]).abs() <= few * (a[:, 3].abs() + b[:, 3].abs() + 1e-3 * a[:, 1]) + 1e-300
+    return bool((logits & (loss | a[:, 3].isnan())).all())
+
+def _stamp(model: nn.Module) -> list:
+    "What changes when any parameter or buffer does."
+    ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    return [(t.data_ptr(), n) for t, n in zip(ts, torch.stack([fingerprint(t).cpu() for t in ts]).tolist())]
+
+@patch
+def _same(self: HessianOperator, a, b, moved=False) -> bool: # in every process
+    unit = torch.finfo(torch.bfloat16 if self.precision else self.dtype).eps
+    return not self._team.any(not same_pass(a, b, unit, moved))
+
+@patch
+def _compare(self: HessianOperator, trace: torch.Tensor, moved: bool):
+    "Take note of a first pass; of a later one that differs, find out why."
+    if self._seen is None: self._take(trace)
+    elif not self.changing and not self._same(trace, self._seen, moved): self._differs(trace, moved)
+
+@patch
+def _take(self: HessianOperator, trace: torch.Tensor):
+    self._seen, self._stamped = trace, _stamp(self.model)
+
+@patch
+def _differs(self: HessianOperator, trace: torch.Tensor, moved: bool):
+    if not moved:
+        if self._refreshed(): return self._take(trace) # the weights have moved, and products follow
+        if self._same(self._look(), trace): # the network, the data or the loss were exchanged, once
+            if self.mode == "auto": self._plan = None
+            return self._take(trace)
+    warnings.warn("the loss must be a fixed function of the weights. Two passes over the same data gave different logits or labels: random "
+                  "augmentation, dropout, a hidden state, or a loader that shuffles? Products are computed, and nothing is certified.", ChangingFunction, stacklevel=4)
+    self.changing = True
+
+@patch
+def _refreshed(self: HessianOperator) -> bool:
+    "Have weights or buffers moved since the last look?"
+    return self._team.any(self._stamped != _stamp(self.model))
+
+# %% ../nbs/00_hvp.ipynb #8d1d4aab
+@patch
+def _look(self: HessianOperator) -> torch.Tensor: # (pieces, 5)
+    "One forward pass: what it sees."
+    size, leaves = self.plan().micro_batch, [p.detach() for p in self.params.values()]
+    lean = self.kind == "hessian" and self.plan().mode in ("kept", "rebuilt")
+    self._trace = []
+    with torch.no_grad(), LeanLayers() if lean else contextlib.nullcontext():
+        for batch in self.data:
+            for piece in cut(batch, size):
+                X, loss_of = self._batch(piece)
+                loss_of(self._logits(leaves, X))
+    if not self._trace: raise InputError("data must hold at least one batch. Got none.")
+    return torch.stack(self._trace)
+
+@patch
+@plainly()
+def observe(self: HessianOperator) -> torch.Tensor: # (pieces, 5): fingerprint and size of logits, fingerprint of labels, loss, denominator
+    "What a forward pass over all data sees now; compare two with `unchanged`."
+    trace = self._look()
+    self._compare(trace, False)
+    return trace
+
+@patch
+def unchanged(self: HessianOperator, since: torch.Tensor) -> bool: # since: what `observe` gave
+    "Is this the same function as then? Costs one forward pass."
+    now = self.observe()
+    return self._same(now, since) and not self.changing
 
 # %% ../nbs/00_hvp.ipynb #caff8b06
 @patch
+@plainly()
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
     "The loss of all data and its gradient."
     leaves = self._leaves()
-    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)))
+    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)), moved=True)
     return self._team.add(loss).item() / self.denominator, self._team.add(flatten(grads)) / self.denominator
 
 # %% ../nbs/00_hvp.ipynb #0de4038a
 @patch
 def _kept(self: HessianOperator):
-    "The gradient graphs of all batches, built once for the present weights."
+    "Leaves and gradient graphs of all batches, built once for as long as nothing changes; None where another mode must be found."
     check_mode(self.model)
-    stamp = _stamp(self.model)
-    if self._graphs is None or self._graphs[0] != stamp:
-        self._graphs = None
-        leaves, graphs = self._leaves(), []
-        self._pass(lambda b: graphs.append(self._graph(b, leaves)) or ())
-        self._graphs = stamp, leaves, graphs
-    return self._graphs[1:]
-
-def _stamp(model: nn.Module) -> list:
-    "What changes when any parameter or buffer does."
-    ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    norms = torch.stack([(t if t.is_floating_point() else t.double()).norm().double() for t in ts]).tolist()
-    return [(t._version, t.data_ptr(), n) for t, n in zip(ts, norms)]
+    if self._team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
+        self._graphs, leaves, graphs, probes = None, self._leaves(), [], []
+        def build(b):
+            X, loss_of = self._batch(b)
+            def loss():
+                z = self._logits(leaves, X)
+                probes.append((z.detach(), self._load(b)[1]))
+                return loss_of(z)
+            graphs.append(gradient_graph(loss, leaves))
+            return ()
+        self._pass(build)
+        if self.plan().mode != "kept": return None # a layer was exchanged for one that allows less
+        self._graphs = self._present(probes), leaves, graphs, probes
+    return self._graphs[1:3]
 
 @patch
+def _present(self: HessianOperator, probes: list) -> list: # probes: logits and labels of each batch
+    "What changes when weights, data, network or loss do: their contents, two images sent through the network, and the loss of logits that are kept."
+    tensors = [t for batch in self.data for t in (*tensors_in(batch[0]), batch[1])]
+    X, _ = self._load(next(cut(self.data[0], 2)))
+    with torch.no_grad():
+        z = self._logits([p.detach() for p in self.params.values()], X)
+        losses = [call_loss(self.loss_fn, *pair).double() for pair in probes]
+    seen = torch.stack([t.cpu() for t in (*map(fingerprint, tensors), fingerprint(z), *losses)])
+    return [*_stamp(self.model), *torch.nan_to_num(seen).tolist()]
+
+# %% ../nbs/00_hvp.ipynb #0f41ea38
+@patch
 def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
+    if self._seen is None: self.observe()
     mode, leaves = self.plan().mode, self._leaves()
     parts = unflatten(v, leaves)
     if self.kind == "gauss_newton":
@@ -737,11 +952,16 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         def each(b): X, loss_of = self._batch(b); return forward_over_reverse(lambda ts: loss_of(self._logits(ts, X)), leaves, parts)
     elif mode == "rebuilt":
         def each(b): return backward_through(self._graph(b, leaves), leaves, parts, False)
-    else:
-        leaves, graphs = self._kept()
-        outs = [backward_through(g, leaves, parts, True) for g in graphs]
-        return self._team.add(flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])).div_(self.denominator)
+    else: return self._kept_product(v)
     return self._team.add(flatten(self._pass(each))).div_(self.denominator)
+
+@patch
+def _kept_product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
+    kept = self._kept()
+    if kept is None: return self._product(v)
+    leaves, graphs = kept
+    outs = [backward_through(g, leaves, unflatten(v, leaves), True) for g in graphs]
+    return self._team.add(flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])).div_(self.denominator)
 
 # %% ../nbs/00_hvp.ipynb #4c9dc14d
 @patch
@@ -750,11 +970,13 @@ def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> to
 
 @patch
 def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
+    if self._seen is None: self.observe()
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
-    return self._team.add(flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1]))) / self.denominator
+    return self._team.add(flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1], moved=True))) / self.denominator
 
 # %% ../nbs/00_hvp.ipynb #cabe4061
 @patch
+@plainly()
 def __matmul__(self: HessianOperator,
     v: torch.Tensor, # (n,) or (n, k)
 ) -> torch.Tensor: # H v, same shape
@@ -777,9 +999,10 @@ class OperatorCheck:
     precision: float # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
 
 @patch
+@plainly()
 def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) -> OperatorCheck: # step: relative to |theta|
     "Symmetry of the product and agreement with one central difference of gradients (Hessian only). The model is not moved."
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed_number(seed))
     u, v = (torch.randn(self.shape[0], generator=g, dtype=torch.float64).to(self.device, self.dtype) for _ in range(2))
     u, v = u / u.norm(), v / v.norm()
     Hu, Hv = self @ u, self @ v

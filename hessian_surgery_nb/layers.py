@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['SMALL', 'LeanLayers']
+__all__ = ['SMALL', 'LeanLayers', 'TrueGradients']
 
 # %% ../nbs/000a_layers.ipynb #c46b51e5
 SMALL = 4 # pixels; up to here a kernel larger than one by one is taken apart into taps
@@ -160,7 +160,7 @@ def _channels(t, x): return t.view(-1, *[1] * (x.ndim - 2))
 
 # %% ../nbs/000a_layers.ipynb #ef1dad84
 class LeanLayers(TorchFunctionMode):
-    "While active, convolutions, linear layers, frozen batch norm and weight norm are swapped for equals that are good to differentiate twice."
+    "While active, convolutions, linear layers and frozen batch norm are swapped for equals that are good to differentiate twice."
     def __init__(self):
         super().__init__()
         self.unread = False # are weight gradients left out at present?
@@ -175,9 +175,13 @@ class LeanLayers(TorchFunctionMode):
         finally: self.unread = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        swap = _SWAPS.get(func)
+        swap = None if _steps_aside() else _SWAPS.get(func)
         out = NotImplemented if swap is None else swap(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is NotImplemented else out
+
+def _steps_aside() -> bool:
+    "Inside `torch.func` transforms, and where a network keeps its activations in its own way, its layers run as they are."
+    return torch._C._are_functorch_transforms_active() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 # %% ../nbs/000a_layers.ipynb #d00a65ce
 def _plain(*tensors): return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point()) for t in tensors)
@@ -198,7 +202,7 @@ def _swap_conv(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, 
     return y if b is None else y + _channels(b, y)
 
 def _swap_linear(mode, input, weight, bias=None):
-    if input.ndim < 2 or not _plain(input, weight, bias): return NotImplemented
+    if input.ndim < 2 or weight.ndim != 2 or not _plain(input, weight, bias): return NotImplemented
     x, w, b = _cast(input, weight, bias)
     y = _Linear.apply(x, w, mode if weight.is_leaf else False)
     return y if b is None else y + b
@@ -209,9 +213,73 @@ def _swap_batch_norm(mode, input, running_mean, running_var, weight=None, bias=N
     t = -running_mean * s if bias is None else bias - running_mean * s
     return _Affine.apply(input, s, t)
 
-def _swap_weight_norm(mode, v, g, dim=0):
+_SWAPS = {torch.conv1d: _swap_conv, torch.conv2d: _swap_conv, torch.conv3d: _swap_conv, F.linear: _swap_linear, F.batch_norm: _swap_batch_norm}
+
+# %% ../nbs/000a_layers.ipynb #1e5ea7d6
+def _true_embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
+    "Rows of a table. The padding row is a constant, as in PyTorch; a row that is too long is shortened without being written."
+    if padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse: return NotImplemented
+    rows = F.embedding(input, weight)
+    if max_norm is not None:
+        size = rows.detach().norm(norm_type, dim=-1, keepdim=True)
+        short = torch.where(size > max_norm, max_norm / (size + 1e-7), torch.ones_like(size))
+        rows = rows + (rows.detach() * short - rows.detach())
+    if padding_idx is None: return rows
+    pad = padding_idx % len(weight)
+    return torch.where((input == pad)[..., None], rows.detach(), rows)
+
+def _true_embedding_bag(input, weight, offsets=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, mode="mean", sparse=False,
+                        per_sample_weights=None, include_last_offset=False, padding_idx=None):
+    "Sums, means or maxima of the rows of each bag, by operations that can be differentiated twice."
+    if not _plain(weight, per_sample_weights) or input.ndim not in (1, 2): return NotImplemented
+    rows = _true_embedding(input, weight, None, max_norm, norm_type, True)
+    counted = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
+    if per_sample_weights is not None: rows = rows * per_sample_weights[..., None]
+    if input.ndim == 1:
+        starts = offsets[:-1] if include_last_offset else offsets
+        ends = torch.cat([starts[1:], offsets[-1:] if include_last_offset else starts.new_tensor([len(input)])])
+        bag = torch.repeat_interleave(torch.arange(len(starts), device=input.device), ends - starts)
+        rows, counted = _padded(rows[:len(bag)], bag, len(starts)), _padded(counted[:len(bag)], bag, len(starts))
+    kept = counted[..., None]
+    if mode == "max":
+        some = counted.any(1, keepdim=True)
+        if not rows.shape[1]: return rows.sum(1)
+        lowest = torch.where(kept, rows, torch.full_like(rows, -torch.inf))
+        return torch.where(some[..., None], lowest, torch.zeros_like(rows)).max(1).values
+    total = torch.where(kept, rows, torch.zeros_like(rows)).sum(1)
+    return total / counted.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
+
+def _padded(t, bag, bags): # (entries, ...), (entries,) -> (bags, longest, ...), zeros where a bag has ended
+    sizes = torch.bincount(bag, minlength=bags)
+    place = torch.arange(len(bag), device=bag.device) - (sizes.cumsum(0) - sizes)[bag]
+    longest = int(sizes.max()) if bags else 0
+    full = t.new_zeros(bags, longest, *t.shape[1:])
+    return full.index_put((bag, place), t)
+
+# %% ../nbs/000a_layers.ipynb #c8771e27
+def _true_instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=.1, eps=1e-5):
+    "Each channel of each image with mean 0 and variance 1. PyTorch's second derivative is wrong for a single image in channels-last order."
+    if not use_input_stats or running_mean is not None or running_var is not None: return NotImplemented
+    axes = list(range(2, input.ndim))
+    centred = input - input.mean(axes, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    if weight is not None: out = out * _channels(weight, out)
+    return out if bias is None else out + _channels(bias, out)
+
+def _true_hardsigmoid(input, inplace=False):
+    line = F.relu6(input + 3) / 6
+    return input.copy_(line) if inplace else line
+
+def _true_weight_norm(v, g, dim=0):
     if not _plain(v, g): return NotImplemented
     axes = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else list(range(v.ndim))
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
 
-_SWAPS = {torch._weight_norm: _swap_weight_norm, torch.conv1d: _swap_conv, torch.conv2d: _swap_conv, torch.conv3d: _swap_conv, F.linear: _swap_linear, F.batch_norm: _swap_batch_norm}
+_TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, F.instance_norm: _true_instance_norm, torch._weight_norm: _true_weight_norm}
+
+class TrueGradients(TorchFunctionMode):
+    "While active, layers whose gradient is not the derivative of their output are swapped for equals of which it is."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        swap = _TRUE.get(func)
+        out = NotImplemented if swap is None else swap(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if out is NotImplemented else out

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .hvp import Forward, InputError, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, to_device, unflatten
+from .guards import ChangingFunction, InputError, plainly
+from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, to_device, unflatten
 from .models import named_part, read_tensors, write_tensors
 from .ranks import Team, team
 from .testbed import seeded
@@ -83,6 +85,7 @@ class _Checkpoint:
         return facts["log"]
 
 # %% ../nbs/02c_train.ipynb #5ff7ebc7
+@plainly()
 def train(
     model: nn.Module, # changed in place, left in evaluation mode
     data: tuple, # (X, y)
@@ -195,6 +198,7 @@ def _checked_logits(net: Forward, X, y: torch.Tensor, state) -> torch.Tensor:
     return z
 
 # %% ../nbs/02c_train.ipynb #86279cf6
+@plainly()
 @torch.no_grad()
 def predict(
     model: nn.Module, # in evaluation mode
@@ -209,16 +213,31 @@ def predict(
     net, device, t, out, labels, seen = Forward(model, forward), next(model.parameters()).device, team(), [], [], 0
     for turn, batch in enumerate(as_batches(data)):
         X, y = split_batch(batch)
-        if y.is_floating_point() or y.ndim != 1: raise InputError(f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        _check_labels(y)
         labels.append(y.to(device).long())
         mine = t.rows(len(y), turn)
         if t.size > 1 and not turn and not state: _check_alone(net, batch, device)
+        if not turn and not state: _check_repeats(net, batch, device)
         if mine.stop > mine.start:
             X = to_device(X if t.size == 1 else rows_of(batch, mine)[0], device)
             out.append((seen + mine.start, _checked_logits(net, X, labels[-1][mine], state or {})))
         seen += len(y)
     if not out: raise InputError("data must hold at least one batch, and an image for each process. Got none.")
     return _all_logits(out, seen, t), torch.cat(labels)
+
+def _check_labels(y: torch.Tensor):
+    if y.ndim == 1 and not y.is_floating_point(): return
+    shown = f"labels must be one whole number an image, shape (N,). Got {y.dtype} of shape {tuple(y.shape)}; "
+    if y.ndim == 1: raise InputError(shown + "convert them with y.long().")
+    raise InputError(shown + "class accuracies need one class an image: y.argmax(1) for one-hot rows; several labels an image are not covered.")
+
+def _check_repeats(net: Forward, batch, device): # two images, twice
+    X = to_device(rows_of(batch, slice(0, 2))[0], device)
+    try: one, two = (functional_logits(net, {}, X) for _ in range(2))
+    except InputError: return # the pass itself will say what is wrong
+    if torch.equal(one, two) or torch.equal(one.isnan(), two.isnan()) and (one - two).nan_to_num().norm() <= torch.finfo(one.dtype).eps ** .7 * two.nan_to_num().norm(): return
+    warnings.warn("a network must give the same logits on every pass. Two images, sent through twice, got different ones: dropout by F.dropout, noise? "
+                  "What is measured is one draw.", ChangingFunction, stacklevel=4)
 
 def _check_alone(net: Forward, batch, device): # where several processes share a batch
     one, two = (functional_logits(net, {}, to_device(rows_of(batch, slice(0, n))[0], device)) for n in (1, 2))
