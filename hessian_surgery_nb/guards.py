@@ -14,6 +14,7 @@ from collections import deque
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_hooks
 
 # %% auto #0
@@ -55,20 +56,25 @@ _DEVICES = "cpu", "cuda", "xpu", "mps"
 def _saved_as_they_are():
     "Autograd keeps activations as they are: the caller's hooks on saved tensors rest meanwhile."
     autograd, hooks = torch._C._autograd, []
-    while (pair := autograd._top_saved_tensors_default_hooks(False)) is not None:
+    forbidden = autograd._saved_tensors_hooks_get_disabled_error_message()
+    if forbidden is not None: autograd._saved_tensors_hooks_enable()
+    while (pair := autograd._top_saved_tensors_default_hooks(False)) is not None and not getattr(pair[0], "measures", False):
         hooks.append(pair)
         autograd._pop_saved_tensors_default_hooks()
     try:
         yield
     finally:
         for pair in reversed(hooks): autograd._push_saved_tensors_default_hooks(*pair)
+        if forbidden is not None: autograd._saved_tensors_hooks_disable(forbidden)
 
 @contextlib.contextmanager
-def plainly():
+def plainly(
+    derivatives: bool = True, # False: leave them as they are, on or off
+):
     "For the block, or for each call of a function that it decorates: derivatives on, full precision, no hooks of the caller's."
     with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled(): stack.enter_context(torch.enable_grad())
+        if derivatives and torch.is_inference_mode_enabled(): stack.enter_context(torch.inference_mode(False))
+        if derivatives and not torch.is_grad_enabled(): stack.enter_context(torch.enable_grad())
         for device in _DEVICES:
             if torch.is_autocast_enabled(device): stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_saved_as_they_are())
@@ -125,6 +131,7 @@ def _settings_of_pytorch():
     before = {name: getattr(checkpointing, name) for name in shims}
     fast, hooks = torch.backends.mha.get_fastpath_enabled(), {name: dict(getattr(module_hooks, name)) for name in _GLOBAL_HOOKS}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH)) # the fused kernels of attention have no second derivative
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"): stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, shim in shims.items(): setattr(checkpointing, name, shim)
         for name in _GLOBAL_HOOKS: getattr(module_hooks, name).clear()

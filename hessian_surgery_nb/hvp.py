@@ -22,7 +22,6 @@ import torch.autograd.forward_ad as fwAD
 from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from .guards import ChangingFunction, InputError, fingerprint, plainly, seed_number, undisturbed
@@ -35,7 +34,8 @@ __all__ = ['select_params', 'check_model', 'flatten', 'unflatten', 'length', 'in
            'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'backward_through',
            'forward_over_reverse', 'dual_level', 'logits_and_change', 'gauss_newton', 'HessianOperator', 'check_mode',
            'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of',
-           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'MatrixOperator', 'as_operator']
+           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'steady', 'MatrixOperator',
+           'as_operator']
 
 # %% ../nbs/00_hvp.ipynb #58dff2c0
 def select_params(
@@ -234,10 +234,13 @@ class Forward(nn.Module):
         return out
 
 # %% ../nbs/00_hvp.ipynb #b8d71618
+@plainly(derivatives=False)
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor], # parameter (or buffer) name -> tensor to use in its place
     X, # one batch of inputs
+    *,
+    short: bool = False, # run the network in bfloat16
 ) -> torch.Tensor: # logits
     "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
     model, careful = net.model, net.writes is not False
@@ -249,7 +252,8 @@ def functional_logits(
     versions = [t._version for t in watched if not t.is_inference()]
     buffers = {k: b.clone() for k, b in model.named_buffers() if k not in lent}
     try:
-        with undisturbed(model), sdpa_kernel(SDPBackend.MATH), TrueGradients():
+        precision = torch.autocast(next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False) if short else contextlib.nullcontext()
+        with undisturbed(model), TrueGradients(), precision:
             out = functional_call(net, {f"model.{k}": t for k, t in (buffers | lent).items()}, (X,))
     except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as e:
@@ -261,6 +265,7 @@ def functional_logits(
     return out
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
+@plainly()
 def backward_through(
     grads, # the gradient, a tuple with its graph
     leaves, # the parameters it was taken for
@@ -284,6 +289,7 @@ def _explained(rule, way_out):
         raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
+@plainly()
 def forward_over_reverse(
     batch_loss, # function from a list of tensors to the scalar loss of a batch
     leaves, v, # parameters and direction, lists of one shape
@@ -303,6 +309,7 @@ def dual_level():
     "Forward-mode differentiation, a thread at a time."
     with _FORWARD_MODE, fwAD.dual_level(): yield
 
+@plainly()
 def logits_and_change(
     logits_of, # function from a list of tensors to logits
     leaves, v, # parameters and direction, lists of one shape
@@ -325,6 +332,7 @@ def logits_and_change(
         return z, torch.autograd.grad(parts, u, directions)[0]
 
 # %% ../nbs/00_hvp.ipynb #e4b49286
+@plainly()
 def gauss_newton(
     logits_of, # function from a list of tensors to logits
     loss_of, # function from logits to the scalar loss of a batch
@@ -334,8 +342,9 @@ def gauss_newton(
     z, u = logits_and_change(logits_of, leaves, v)
     if u is None: return tuple(torch.zeros_like(p) for p in leaves)
     zd = z.detach().requires_grad_()
-    g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
-    Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
+    with _explained("a Gauss-Newton product needs the second derivative of the loss", "use another loss"):
+        g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
+        Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
 # %% ../nbs/00_hvp.ipynb #1afddf7f
@@ -376,6 +385,7 @@ class HessianOperator:
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
         self._net, self._team = Forward(model, forward), team()
         self._plan = self._graphs = None
+        self._steady = 0 # how many blocks of `steady` are open
         self._trace = [] # what the pass that runs now has seen
         self._seen = self._stamped = None # what every pass should see, and the weights of that
         self.changing = False # did two passes disagree, though the weights had not moved?
@@ -441,8 +451,8 @@ def _batch(self: HessianOperator, batch):
     X, y = self._load(batch)
     def loss_of(z):
         if self._seen is None: check_batch(X, y, z, self.loss_fn)
-        d = self._divided_by(z, y)
         loss = call_loss(self.loss_fn, z, y)
+        d = self._divided_by(z, y)
         if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
         if self._seen is None and not torch.isfinite(loss):
             raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y) if y.ndim else 1}; check weights, images and class "
@@ -513,8 +523,7 @@ def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in
 @patch
 def _logits(self: HessianOperator, leaves, X):
     "Logits with the given tensors for the selected parameters, in the wanted precision; at least single precision when they come out."
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
-        z = functional_logits(self._net, dict(zip(self.names, leaves)), X)
+    z = functional_logits(self._net, dict(zip(self.names, leaves)), X, short=self.precision == "bf16")
     return z.to(self.dtype) if self.precision else z
 
 @patch
@@ -526,6 +535,7 @@ def _batch_grads(self: HessianOperator, batch, leaves):
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 # %% ../nbs/00_hvp.ipynb #e092ada0
+@plainly()
 def gradient_graph(
     loss_of, # function without arguments: the scalar loss
     leaves, # what it is differentiated for
@@ -555,6 +565,7 @@ def graph_bytes(
         s = t.untyped_storage()
         seen[s.data_ptr()] = s.nbytes()
         return t.detach()
+    pack.measures = True # unlike a caller's hooks, these change nothing
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): build()
     return sum(seen.values())
 
@@ -913,6 +924,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradi
 def _kept(self: HessianOperator):
     "Leaves and gradient graphs of all batches, built once for as long as nothing changes; None where another mode must be found."
     check_mode(self.model)
+    if self._graphs is not None and self._steady: return self._graphs[1:3]
     if self._team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
         self._graphs, leaves, graphs, probes = None, self._leaves(), [], []
         def build(b):
@@ -1012,6 +1024,25 @@ def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) ->
     diff = full._difference(v, 1. if step is None else step / torch.finfo(self.dtype).eps ** (1 / 3))
     off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
     return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
+
+# %% ../nbs/00_hvp.ipynb #39e98bc9
+class steady:
+    "Around many products: what they are computed from is looked at before and after. `fixed` says whether it was the same."
+    def __init__(self, op): # any operator; one that wraps another holds it as `op`
+        while not isinstance(op, HessianOperator) and hasattr(op, "op"): op = op.op
+        self.op, self.fixed = (op if isinstance(op, HessianOperator) else None), True
+
+    def __enter__(self):
+        if self.op is None: return self
+        self.before = self.op.observe()
+        self.weights = self.op._stamped
+        self.op._steady += 1
+        return self
+
+    def __exit__(self, kind, *exception):
+        if self.op is None: return
+        self.op._steady -= 1
+        if kind is None: self.fixed = self.op.unchanged(self.before) and self.weights == self.op._stamped
 
 # %% ../nbs/00_hvp.ipynb #3953e98c
 class MatrixOperator:

@@ -181,7 +181,9 @@ class LeanLayers(TorchFunctionMode):
 
 def _steps_aside() -> bool:
     "Inside `torch.func` transforms, and where a network keeps its activations in its own way, its layers run as they are."
-    return torch._C._are_functorch_transforms_active() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if torch._C._are_functorch_transforms_active(): return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and not getattr(hooks[0], "measures", False)
 
 # %% ../nbs/000a_layers.ipynb #d00a65ce
 def _plain(*tensors): return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_floating_point()) for t in tensors)
@@ -277,9 +279,16 @@ def _true_weight_norm(v, g, dim=0):
 
 _TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, F.instance_norm: _true_instance_norm, torch._weight_norm: _true_weight_norm}
 
+class _NoHook:
+    "What a hook that is not set returns."
+    def remove(self): pass
+
+_HOOKS = torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook
+
 class TrueGradients(TorchFunctionMode):
-    "While active, layers whose gradient is not the derivative of their output are swapped for equals of which it is."
+    "While active, layers whose gradient is not the derivative of their output are swapped for equals of which it is, and nobody sets hooks on gradients."
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _HOOKS: return _NoHook()
         swap = _TRUE.get(func)
         out = NotImplemented if swap is None else swap(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is NotImplemented else out

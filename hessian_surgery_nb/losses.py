@@ -133,7 +133,7 @@ def _weigh(loss_fn, z, y, row, label) -> tuple[bool, float, float]:
     share = 0. if share <= error else share
     return adds, m * share / (1 - share), error / max(share * (1 - share), 1e-12) if share else 0.
 
-# %% ../nbs/000d_losses.ipynb #0b6ff755
+# %% ../nbs/000d_losses.ipynb #39f7c5fc
 class LossDivisor:
     "What a loss divides by, batch by batch: known from its class, or found by asking it."
     def __init__(self,
@@ -155,7 +155,7 @@ class LossDivisor:
         t = team()
         fits = reference is not None and reference.label is not None
         if t.size > 1 and not t.any(not fits):
-            reference.label, *logits = (t.same(part.contiguous()) for part in (reference.label, *reference.logits))
+            reference.label, *logits = (t.same(part.detach().clone()) for part in (reference.label, *reference.logits))
             reference.logits = tuple(logits)
         self.reference = reference if fits else False
 
@@ -167,9 +167,11 @@ class LossDivisor:
         self.found = kind
         return 1. if kind == "sum" else weight
 
-# %% ../nbs/000d_losses.ipynb #e61dea64
+# %% ../nbs/000d_losses.ipynb #3cd5c636
 def _cannot_tell(divisor: LossDivisor, z, y, why: str) -> tuple[str, float]:
     "What the caller said, or the way out."
+    value = call_loss(divisor.loss_fn, z, y).item()
+    if not math.isfinite(value): raise InputError(f"the loss must be finite. Got {value} on a batch of {len(y) if y.ndim else 1}; check weights, images and the loss.")
     if divisor.said is None:
         alone = ", in one process" if team().size > 1 else ""
         raise InputError(f"what a loss divides by must be known where there are several batches. {why} on {len(y) if y.ndim else 1} rows; "

@@ -15,7 +15,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
-from .hvp import InputError, length, select_params, unflatten
+from .guards import InputError, plainly
+from .hvp import dual_level, length, select_params, unflatten
 from .lanczos import extent
 from .models import read_tensors, write_tensors
 from .ranks import team
@@ -72,6 +73,7 @@ def paired_noise(
     return torch.maximum(var / (n - 1).clamp(min=1), (var == 0) / n**2).sqrt()
 
 # %% ../nbs/04_sensitivity.ipynb #58d1d92b
+@plainly()
 def sensitivity_matrix(
     model: nn.Module, # in evaluation mode; not moved
     spikes, # Eigenpairs, or directions (n, K) of length 1
@@ -160,6 +162,7 @@ class LogitJacobian:
         return LogitJacobian(self.logits[rows], self.jacobian[rows], None if self.curvature is None else self.curvature[rows], self.labels[rows], self.eps, self.scheme, self.num_passes)
 
     def first(self, k: int): return replace(self, jacobian=self.jacobian[..., :k], curvature=None if self.curvature is None else self.curvature[..., :k]) # the leading spikes alone
+    @plainly()
     def at(self, alpha: torch.Tensor) -> torch.Tensor: # (K,) -> logits (N, C)
         "Predicted logits after a step of these coefficients; later spikes stay where they are if there are fewer."
         a, k = alpha.to(self.jacobian), len(alpha)
@@ -180,6 +183,7 @@ class LogitJacobian:
         return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (paired_noise(D, y, C) / (2 * eps)).cpu(), class_means(self.logits.argmax(1) == y, y, C).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
 
 # %% ../nbs/04_sensitivity.ipynb #61614b97
+@plainly()
 def logit_jacobian(
     model: nn.Module, spikes, data, # as for `sensitivity_matrix`
     *,
@@ -199,7 +203,8 @@ def logit_jacobian(
     for k in tqdm(range(V.shape[1]), desc="logits along spikes", leave=False, disable=not progress or team().rank > 0):
         if scheme == "jvp":
             try: J.append(_tangent(model, data, chosen, V[:, k], forward)); continue
-            except NotImplementedError as e:
+            except (NotImplementedError, InputError) as e:
+                if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e): raise
                 warnings.warn(f"scheme='jvp' needs layers with a forward derivative. PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.", stacklevel=2)
                 scheme, J = "logits", [] # before the first spike was done: all of them meet the same layers
         plus, minus = logits(eps * V[:, k]), logits(-eps * V[:, k])
@@ -214,7 +219,7 @@ def _difference_step(spikes, chosen) -> float:
     return .05 * (values.max().item() ** -.5 if sharp else .1 * size or 1.) # without curvature: half a per cent of the weights
 
 def _tangent(model, data, chosen, v, forward) -> torch.Tensor: # (N, C)
-    with fwAD.dual_level():
+    with dual_level():
         state = {k: fwAD.make_dual(p.detach(), u.to(p)) for (k, p), u in zip(chosen.items(), unflatten(v, chosen.values()))}
         z, tangent = fwAD.unpack_dual(predict(model, data, state=state, forward=forward)[0])
     return torch.zeros_like(z) if tangent is None else tangent

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 
-from .hvp import InputError, as_operator
+from .guards import InputError, plainly
+from .hvp import as_operator
 from .lanczos import top_eigenpairs
 from .slq import SpectralDensity, decades, spectral_density
 
@@ -94,6 +95,7 @@ def _ends(op, sd: SpectralDensity, tol: float, seed: int) -> tuple[list, bool]: 
     return ends, all(r <= 1.01 * tol * scale for _, r in ends)
 
 # %% ../nbs/03b_spectrum_type.ipynb #d457400d
+@plainly()
 def spectrum_type(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     *,

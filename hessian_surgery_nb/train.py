@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .guards import ChangingFunction, InputError, plainly
-from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, to_device, unflatten
+from .guards import ChangingFunction, InputError, fingerprint, plainly
+from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, tensors_in, to_device, unflatten
 from .models import named_part, read_tensors, write_tensors
 from .ranks import Team, team
 from .testbed import seeded
@@ -211,13 +211,14 @@ def predict(
     check_model(model)
     check_mode(model)
     net, device, t, out, labels, seen = Forward(model, forward), next(model.parameters()).device, team(), [], [], 0
-    for turn, batch in enumerate(as_batches(data)):
+    batches = as_batches(data)
+    for turn, batch in enumerate(batches):
         X, y = split_batch(batch)
         _check_labels(y)
         labels.append(y.to(device).long())
         mine = t.rows(len(y), turn)
         if t.size > 1 and not turn and not state: _check_alone(net, batch, device)
-        if not turn and not state: _check_repeats(net, batch, device)
+        if not turn and not state: _check_repeats(net, batches, batch, device)
         if mine.stop > mine.start:
             X = to_device(X if t.size == 1 else rows_of(batch, mine)[0], device)
             out.append((seen + mine.start, _checked_logits(net, X, labels[-1][mine], state or {})))
@@ -231,13 +232,16 @@ def _check_labels(y: torch.Tensor):
     if y.ndim == 1: raise InputError(shown + "convert them with y.long().")
     raise InputError(shown + "class accuracies need one class an image: y.argmax(1) for one-hot rows; several labels an image are not covered.")
 
-def _check_repeats(net: Forward, batch, device): # two images, twice
+def _check_repeats(net: Forward, batches, batch, device):
+    "Two images, sent through twice; and the first batch, where it is made anew on every pass. One draw of many is not a measurement."
     X = to_device(rows_of(batch, slice(0, 2))[0], device)
-    try: one, two = (functional_logits(net, {}, X) for _ in range(2))
+    try: one, two = (functional_logits(net, {}, X).nan_to_num() for _ in range(2))
     except InputError: return # the pass itself will say what is wrong
-    if torch.equal(one, two) or torch.equal(one.isnan(), two.isnan()) and (one - two).nan_to_num().norm() <= torch.finfo(one.dtype).eps ** .7 * two.nan_to_num().norm(): return
-    warnings.warn("a network must give the same logits on every pass. Two images, sent through twice, got different ones: dropout by F.dropout, noise? "
-                  "What is measured is one draw.", ChangingFunction, stacklevel=4)
+    same, what = (one - two).norm() <= torch.finfo(one.dtype).eps ** .7 * two.norm(), "network (F.dropout, noise?)"
+    if same and not isinstance(batches, list):
+        again, what = next(iter(batches)), "loader (random augmentation, another order?)"
+        same = [fingerprint(t).item() for t in tensors_in(again)] == [fingerprint(t).item() for t in tensors_in(batch)]
+    if not same: warnings.warn(f"accuracies need a network and images that stay what they are. This {what} gave something else the second time; what is measured is one draw.", ChangingFunction, stacklevel=4)
 
 def _check_alone(net: Forward, batch, device): # where several processes share a batch
     one, two = (functional_logits(net, {}, to_device(rows_of(batch, slice(0, n))[0], device)) for n in (1, 2))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PKG = "hessian_surgery_nb"
 # The line of reading. A new chapter takes its place here; `index` is read first and imports anything.
-LINE = """000_testbed 000a_layers 000b_ranks 00_hvp 01_lanczos 02_slq 02a_data 02b_models 02c_train 02d_runs 03_spike_validation 03a_class_structure 03b_spectrum_type
+LINE = """000_testbed 000a_layers 000b_ranks 000c_guards 000d_losses 00_hvp 01_lanczos 02_slq 02a_data 02b_models 02c_train 02d_runs 03_spike_validation 03a_class_structure 03b_spectrum_type
 04_sensitivity 05_surgery 05a_baselines 05b_linearised 05c_comparison 06_deflation 07_isic 08_effective_rank 08a_experiments 09_paper 09a_own 09b_pages 09c_commands 10_cli 10a_processes""".split()
 NOTEBOOKS = sorted((ROOT/"nbs").glob("[!._]*.ipynb"))
 CHAPTERS = [p for p in NOTEBOOKS if p.stem != "index"]
