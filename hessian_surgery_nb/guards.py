@@ -158,16 +158,27 @@ def _pytorch_set_aside():
 
 # %% ../nbs/000c_guards.ipynb #2b691f90
 _HOOKS = "_backward_pre_hooks", "_backward_hooks"
+_REGISTERED = "_parameters", "_buffers", "_modules"
 _OF_MODULE = set(vars(nn.Module()))
 _CONTAINERS = list, dict, set, deque
+
+def _parts(value, seen: dict):
+    "Every container and plain tensor within a value, each once."
+    if id(value) in seen or type(value) not in (*_CONTAINERS, tuple, torch.Tensor): return
+    seen[id(value)] = value
+    yield value
+    inside = value.values() if type(value) is dict else () if type(value) is torch.Tensor else value
+    for part in inside: yield from _parts(part, seen)
 
 class _Attributes:
     "The attributes of a module, to be put back: the references, the entries of containers, the numbers of plain tensors."
     def __init__(self, m: nn.Module):
-        self.m, self.saved = m, dict(vars(m))
+        self.m, self.saved, seen = m, dict(vars(m)), {}
         own = [v for k, v in self.saved.items() if k not in _OF_MODULE]
-        self.containers = [(v, type(v)(v)) for v in own if type(v) in _CONTAINERS]
-        self.tensors = [(v, v.detach().clone(), v._version) for v in own if type(v) is torch.Tensor and not v.is_inference()]
+        parts = [part for value in own for part in _parts(value, seen)]
+        registered = [self.saved[name] for name in _REGISTERED]
+        self.containers = [(part, type(part)(part)) for part in (*parts, *registered) if type(part) in _CONTAINERS]
+        self.tensors = [(t, t.detach().clone(), t._version) for t in parts if type(t) is torch.Tensor and not t.is_inference()]
 
     def set_aside(self):
         "Backward hooks and the compiled call."
@@ -181,10 +192,21 @@ class _Attributes:
             now.clear()
             now.update(self.saved)
         for there, entries in self.containers:
-            if isinstance(there, (list, deque)): there.clear(); there.extend(entries)
-            else: there.clear(); there.update(entries)
+            if not _same_entries(there, entries): _refill(there, entries)
         for there, numbers, version in self.tensors:
-            if there._version != version: there.data.copy_(numbers)
+            if there._version == version and torch.equal(there, numbers): continue
+            if there.shape == numbers.shape: there.data.copy_(numbers)
+            else: there.data = numbers
+
+def _same_entries(there, entries) -> bool:
+    if len(there) != len(entries): return False
+    if isinstance(there, set): return there == entries
+    if isinstance(there, dict): return all(there.get(k, there) is v for k, v in entries.items())
+    return all(a is b for a, b in zip(there, entries))
+
+def _refill(there, entries):
+    there.clear()
+    there.extend(entries) if isinstance(there, (list, deque)) else there.update(entries)
 
 _LOCKS, _MAKING = weakref.WeakKeyDictionary(), threading.Lock()
 

@@ -220,7 +220,7 @@ class Forward(nn.Module):
     ):
         super().__init__()
         self.model, self.fn = model, forward
-        self.writes = None # does a pass write its inputs or weights? None: not known yet
+        self.writes = None # does a pass write its weights? None: not known yet
 
     def forward(self, X):
         if self.fn is not None: out = self.fn(self.model, X)
@@ -247,8 +247,8 @@ def functional_logits(
     lent = {k: t.clone() if careful else t for k, t in state.items()}
     if careful: # the first time, to find out, and always where a pass does write
         lent = {k: p.detach().clone() for k, p in model.named_parameters() if k not in state} | lent
-        X = map_tensors(torch.clone, X)
-    watched = [*lent.values(), *tensors_in(X)] + ([] if careful else list(model.parameters()))
+    X = map_tensors(torch.clone, X) # a network may scale its inputs in place
+    watched = [*lent.values()] + ([] if careful else list(model.parameters()))
     versions = [t._version for t in watched if not t.is_inference()]
     buffers = {k: b.clone() for k, b in model.named_buffers() if k not in lent}
     try:
@@ -260,9 +260,12 @@ def functional_logits(
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=.") from e
     wrote = versions != [t._version for t in watched if not t.is_inference()]
-    if careful: net.writes = bool(net.writes) or wrote
-    elif wrote: raise InputError("a pass must write its inputs and weights always or never. This network wrote some on this batch and none on the first; mend it, or set max_norm=None.")
+    if net.writes is None: net.writes = wrote or not all(_equal(t, state.get(k)) for k, t in lent.items() if k in state) or not all(_equal(lent[k], p) for k, p in model.named_parameters() if k not in state)
+    elif wrote and not careful: raise InputError("a pass must write weights always or never. This network wrote some on this batch and none on the first; mend it.")
     return out
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 @plainly()

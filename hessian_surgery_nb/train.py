@@ -235,9 +235,13 @@ def _check_labels(y: torch.Tensor):
 def _check_repeats(net: Forward, batches, batch, device):
     "Two images, sent through twice; and the first batch, where it is made anew on every pass. One draw of many is not a measurement."
     X = to_device(rows_of(batch, slice(0, 2))[0], device)
-    try: one, two = (functional_logits(net, {}, X).nan_to_num() for _ in range(2))
+    def logits(derivatives=False):
+        with torch.set_grad_enabled(derivatives): return functional_logits(net, {}, X).detach().nan_to_num()
+    def alike(a, b): return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** .7 * b.norm())
+    try: one, two = logits(), logits(derivatives=True)
     except InputError: return # the pass itself will say what is wrong
-    same, what = (one - two).norm() <= torch.finfo(one.dtype).eps ** .7 * two.norm(), "network (F.dropout, noise?)"
+    same, what = alike(one, two), "network (F.dropout, noise?)"
+    if not same and alike(one, logits()): raise InputError("a network must be the same function with and without derivatives. Its logits differ where torch.is_grad_enabled(); pass forward=, or a network that does not ask.")
     if same and not isinstance(batches, list):
         again, what = next(iter(batches)), "loader (random augmentation, another order?)"
         same = [fingerprint(t).item() for t in tensors_in(again)] == [fingerprint(t).item() for t in tensors_in(batch)]
