@@ -62,6 +62,11 @@ def product(p, **options):
     return first, op @ given().v, op @ directions(), op.num_matvecs
 
 
+def steadily(p):
+    op = operator(p)
+    with hvp.steady(op): return op @ given().v, op @ given().v
+
+
 def trained(p):
     log = train.train(p.net, p.hessian, epochs=2, batch_size=8)
     return log, p.net.state_dict()
@@ -117,9 +122,9 @@ ENTRIES = {
     "check of bf16": lambda p: operator(p, precision="bf16").check(),
     "plan": lambda p: operator(p).plan().mode,
     "to_scipy": lambda p: operator(p).to_scipy() @ given().v.numpy(),
+    "steady": steadily,
     "as_operator": lambda p: hvp.as_operator(operator(p)) @ given().v,
     "select_params": lambda p: hvp.select_params(p.net),
-    "Forward": lambda p: hvp.Forward(p.net)(p.hessian[0]),
     "functional_logits": lambda p: hvp.functional_logits(hvp.Forward(p.net), {}, p.hessian[0]),
     "gradient_graph": graph_and_back,
     "forward_over_reverse": lambda p: by_hand(p, "forward"),
@@ -178,6 +183,7 @@ ENTRIES = {
 # What takes a network or an operator and is not tried here: checks that return nothing, records of results, and parts of
 # whole commands, which have tests of their own.
 LEFT_OUT = {"check_model", "check_mode", "check_inputs", "check_batch", "as_loss_module", "known_reduction", "load_weights", "dense_hessian",
+            "Forward",  # a network: called by the caller, in the caller's context
             "undisturbed", "DeflatedResult", "SurgeryResult", "Front", "difference"}
 PARTS_OF_COMMANDS = {"commands", "experiments", "own", "cli", "paper", "pages", "runs", "isic", "testbed"}
 
@@ -349,6 +355,7 @@ def hooks_on_the_output(p):
 PREPARED = {"data of inference mode": of_inference, "data that want gradients": wanting_gradients, "gradients there": gradients_there,
             "backward hooks": backward_hooks, "backward pre-hooks": backward_pre_hooks, "parameter hooks": parameter_hooks,
             "accumulation hooks": accumulation_hooks, "forward hooks": forward_hooks, "hooks on the output": hooks_on_the_output}
+OWN_FUNCTION = {"gradient_graph", "forward_over_reverse", "gauss_newton", "logits_and_change"}  # called on a function of the caller's
 CHANGES_TRAINING = {"backward hooks", "backward pre-hooks", "parameter hooks", "accumulation hooks", "hooks on the output"}
 
 
@@ -356,6 +363,7 @@ CHANGES_TRAINING = {"backward hooks", "backward pre-hooks", "parameter hooks", "
 @pytest.mark.parametrize("name", ENTRIES)
 def test_with_something_set_up_before(name, prepare):
     if name == "train" and prepare in CHANGES_TRAINING: pytest.skip("training is what such hooks are for")
+    if name in OWN_FUNCTION and prepare == "data of inference mode": pytest.skip("the caller's own function keeps these data")
     p = problem()
     PREPARED[prepare](p)
     same_or_refused(name, p)
