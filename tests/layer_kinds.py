@@ -1,4 +1,4 @@
-"Kinds of layers, of losses and of networks made of them, and their dense Hessians by PyTorch alone."
+"Kinds of layers, losses and networks made of them, and their Hessians by PyTorch alone."
 import functools
 from types import SimpleNamespace
 
@@ -18,10 +18,10 @@ FEATURES = 5  # of an input vector
 WORDS = 7  # that inputs of whole numbers are drawn from
 
 
-# Blocks -----------------------------------------------------------------------------------------------------------
+# Blocks -------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    "A layer between views: (N, 16) -> its own shape -> whatever it gives, projected to (N, 16) by a fixed matrix."
+    "(N, 16) in the shape of a layer; what the layer gives, projected to (N, 16) again."
     def __init__(self, shape, layer):
         super().__init__()
         self.shape, self.layer = shape, layer
@@ -44,7 +44,7 @@ def project(x, width): return x if x.shape[1] == width else x @ projection(x.sha
 
 
 class Call(nn.Module):
-    "A function as a layer; `weights` become its parameters, in order, and are handed to it after the input."
+    "A function as a layer; its parameters are handed to it after the input."
     def __init__(self, f, *weights):
         super().__init__()
         self.f = f
@@ -83,7 +83,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
-    def forward(self, x): return x * torch.sigmoid(self.b(F.silu(self.a(F.adaptive_avg_pool2d(x, 1)))))
+    def forward(self, x):
+        return x * torch.sigmoid(self.b(F.silu(self.a(F.adaptive_avg_pool2d(x, 1)))))
 
 
 class Experts(nn.Module):
@@ -128,11 +129,15 @@ class Buffered(nn.Module):
     "Scale and shift, by parameters and by buffers."
     def __init__(self):
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.rand(WIDTH) + .5), nn.Parameter(torch.randn(WIDTH) / 3)
+        self.scale, self.shift = (
+            nn.Parameter(torch.rand(WIDTH) + 0.5),
+            nn.Parameter(torch.randn(WIDTH) / 3),
+        )
         self.register_buffer("mean", torch.randn(WIDTH))
         self.register_buffer("spread", torch.rand(WIDTH) + .5)
         self.register_buffer("count", torch.tensor(3))
-    def forward(self, x): return torch.tanh((x - self.mean) / self.spread * self.scale + self.shift / self.count)
+    def forward(self, x):
+        return torch.tanh((x - self.mean) / self.spread * self.scale + self.shift / self.count)
 
 
 class Positions(nn.Module):
@@ -142,7 +147,9 @@ class Positions(nn.Module):
         self.place, self.qkv = nn.Parameter(torch.randn(4, 4) / 2), nn.Linear(4, 12)
     def forward(self, x):
         q, k, v = self.qkv(x + self.place).chunk(3, -1)
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[
+            :, 0
+        ]
 
 
 class Checkpointed(nn.Module):
@@ -352,7 +359,10 @@ def masked_linear():
 
 def fft_layer(x, w): return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(w[0], w[1]), n=WIDTH)
 def phases(x, w): return (torch.exp(1j * x * w)).real + torch.abs(torch.complex(x, x * w + 2))
-def solved(x, A): return torch.linalg.solve(A @ A.T + torch.eye(4, dtype=x.dtype), x.transpose(1, 2)).transpose(1, 2)
+def solved(x, A):
+    return torch.linalg.solve(A @ A.T + torch.eye(4, dtype=x.dtype), x.transpose(1, 2)).transpose(
+        1, 2
+    )
 def inverted(x, A): return x @ torch.linalg.inv(A @ A.T + torch.eye(4, dtype=x.dtype))
 def cholesky(x, A): return x @ torch.linalg.cholesky(A @ A.T + torch.eye(4, dtype=x.dtype))
 def exponential(x, A): return x @ torch.linalg.matrix_exp(A / 2)
@@ -364,32 +374,58 @@ def sorted_(x, w): return (x * w).sort(1).values * torch.linspace(-1, 1, WIDTH, 
 def best(x, w): return (x * w).topk(5, 1).values
 def picked(x, w): return (x * w)[:, torch.tensor([3, 3, 0, 7, 15])] * w[:5]
 def added(x, w): return torch.zeros_like(x).index_add(1, torch.arange(WIDTH) % 5, torch.tanh(x * w))
-def scattered(x, w): return torch.zeros_like(x).scatter_add(1, (torch.arange(WIDTH) % 7).expand(len(x), -1), torch.tanh(x * w))
+def scattered(x, w):
+    return torch.zeros_like(x).scatter_add(
+        1, (torch.arange(WIDTH) % 7).expand(len(x), -1), torch.tanh(x * w)
+    )
 def chosen(x, w): return torch.where(x * w > 0, torch.exp(-x * w), 1 + torch.sin(x * w))
 def summed(x, w): return torch.tanh(x * w).cumsum(1)
 def multiplied(x, w): return (1 + torch.tanh(x * w) / 4).cumprod(1)
 def log_sums(x, w): return torch.logcumsumexp(x * w, 1)
 def reduced(x, w):
     h = x * w
-    return torch.stack([h.logsumexp(1), h.amax(1), h.prod(1), h.var(1), h.std(1), h.norm(dim=1), h.median(1).values], 1)
+    return torch.stack(
+        [
+            h.logsumexp(1),
+            h.amax(1),
+            h.prod(1),
+            h.var(1),
+            h.std(1),
+            h.norm(dim=1),
+            h.median(1).values,
+        ],
+        1,
+    )
 def turned(x, w): return torch.roll(x * w, 3, 1) * x.flip(1) + torch.tanh(x * w)
 def contracted(x, A): return torch.einsum("nij,jk,nlk->nil", x, A, x) / 4
-def special(x, w): return torch.erf(x * w) + torch.special.expit(x) * torch.log1p((x * w) ** 2) + torch.atan2(x * w, 1 + x ** 2)
+def special(x, w):
+    return (
+        torch.erf(x * w)
+        + torch.special.expit(x) * torch.log1p((x * w) ** 2)
+        + torch.atan2(x * w, 1 + x**2)
+    )
 def batched(x, A): return torch.baddbmm(x, x, A.expand(len(x), 4, 4))
 def nearest(x, A): return torch.cdist(x, A.expand(len(x), 4, 4))
 def nearest_by_hand(x, A): return (x[:, :, None] - A).norm(dim=-1)
-def pair_distance(x, w): return F.pairwise_distance(x.view(len(x), 4, 4), w) * x.view(len(x), 4, 4).mean(2)
+def pair_distance(x, w):
+    return F.pairwise_distance(x.view(len(x), 4, 4), w) * x.view(len(x), 4, 4).mean(2)
 def alike(x, A): return F.cosine_similarity(x[:, None, :], A[None], dim=2)
 def normalised(x, w): return F.normalize(x * w, dim=1) * 2
-def strided(x, w): return torch.as_strided((x * w).contiguous(), (len(x), 5, 3), (WIDTH, 2, 1)).tanh()
+def strided(x, w):
+    return torch.as_strided((x * w).contiguous(), (len(x), 5, 3), (WIDTH, 2, 1)).tanh()
 def unfolded(x, w): return (x * w).unfold(1, 4, 2).tanh()
 def sampled(x, w):
-    grid = torch.stack(torch.meshgrid(torch.linspace(-.7, .8, 3), torch.linspace(-.6, .9, 3), indexing="ij"), -1).to(x)
+    grid = torch.stack(
+        torch.meshgrid(torch.linspace(-0.7, 0.8, 3), torch.linspace(-0.6, 0.9, 3), indexing="ij"),
+        -1,
+    ).to(x)
     return F.grid_sample(torch.tanh(x * w), grid.expand(len(x), 3, 3, 2), align_corners=False)
 def sampled_by_hand(x, w):
     "Bilinear interpolation at the same places: pixel = ((place + 1) * 4 - 1) / 2, zeros outside."
     h, out = torch.tanh(x * w), 0
-    gy, gx = torch.meshgrid(torch.linspace(-.7, .8, 3), torch.linspace(-.6, .9, 3), indexing="ij")  # the last axis: x, y
+    gy, gx = torch.meshgrid(
+        torch.linspace(-0.7, 0.8, 3), torch.linspace(-0.6, 0.9, 3), indexing="ij"
+    )  # the last axis: x, y
     px, py = ((gy.to(x) + 1) * 4 - 1) / 2, ((gx.to(x) + 1) * 4 - 1) / 2
     for dy in (0, 1):
         for dx in (0, 1):
@@ -401,7 +437,9 @@ def sampled_by_hand(x, w):
 def mask_filled(x, w): return (x * w).masked_fill(torch.arange(WIDTH) % 3 == 0, -1.).softmax(1) * x
 def complex_linear(x, A):
     x = x.view(len(x), 8, 2)
-    return torch.view_as_real(torch.complex(x[..., 0], x[..., 1]) @ torch.complex(A[..., 0], A[..., 1])).tanh()
+    return torch.view_as_real(
+        torch.complex(x[..., 0], x[..., 1]) @ torch.complex(A[..., 0], A[..., 1])
+    ).tanh()
 def attention(x, A):
     q = (x @ A)[:, None]
     return F.scaled_dot_product_attention(q, x[:, None], torch.tanh(x)[:, None])
@@ -414,7 +452,8 @@ def through(function): return lambda x, w: function.apply(x * w)
 def scaled(x, w): return torch.tanh(Scaled.apply(x, w)) * w
 
 
-def checkpoints(body, mode): return [functools.partial(lambda m: Checkpointed(body(), m), m) for m in (mode, None)]
+def checkpoints(body, mode):
+    return [functools.partial(lambda m: Checkpointed(body(), m), m) for m in (mode, None)]
 
 
 VEC, SEQ, TALL, GREY, IMAGE, VOLUME = (WIDTH,), (4, 4), (2, 8), (1, 4, 4), (4, 2, 2), (2, 2, 2, 2)
@@ -424,12 +463,20 @@ A44 = (4, 4)
 def entry(shape, build, twin=None, *, smooth=True, crowd=False, hard=False, refusable=False):
     """A kind of layer.
 
-    twin: the same function of the same parameters by other operations, where PyTorch has no second derivative of these, or
-    a wrong one. smooth: without kinks, so that differences of gradients are good. crowd: images see each other. hard: some
-    ways of differentiating it do not exist, so that a mode chosen by hand may be refused; refusable: `auto` may refuse it too.
+    twin: the same function of the same parameters by other operations, where PyTorch has no second
+    derivative of these, or a wrong one. smooth: without kinks, so that differences of gradients are
+    good. crowd: images see each other. hard: some ways of differentiating it do not exist, so that a
+    mode chosen by hand may be refused; refusable: `auto` may refuse it too.
     """
-    return SimpleNamespace(shape=shape, build=build, twin=build if twin is None else twin, smooth=smooth, crowd=crowd,
-                           hard=hard or twin is not None, refusable=refusable)
+    return SimpleNamespace(
+        shape=shape,
+        build=build,
+        twin=build if twin is None else twin,
+        smooth=smooth,
+        crowd=crowd,
+        hard=hard or twin is not None,
+        refusable=refusable,
+    )
 
 
 BLOCKS = {
@@ -447,7 +494,9 @@ BLOCKS = {
     "conv1d stride": entry(TALL, lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1)),
     "conv1d reflect": entry(TALL, lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="reflect")),
     "conv1d circular": entry(TALL, lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular")),
-    "conv1d replicate": entry(TALL, lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="replicate")),
+    "conv1d replicate": entry(
+        TALL, lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="replicate")
+    ),
     "conv1d dilated": entry(TALL, lambda: nn.Conv1d(2, 3, 3, dilation=2)),
     "conv1d groups": entry(TALL, lambda: nn.Conv1d(2, 4, 3, groups=2)),
     "conv1d same": entry(TALL, lambda: nn.Conv1d(2, 3, 4, padding="same")),
@@ -455,40 +504,68 @@ BLOCKS = {
     "conv2d without bias": entry(GREY, lambda: nn.Conv2d(1, 3, 2, bias=False)),
     "conv2d padded": entry(GREY, lambda: nn.Conv2d(1, 2, 3, padding=1)),
     "conv2d stride": entry(GREY, lambda: nn.Conv2d(1, 3, 3, stride=2, padding=1)),
-    "conv2d stride two numbers": entry(GREY, lambda: nn.Conv2d(1, 3, (2, 3), stride=(2, 1), padding=(0, 1))),
+    "conv2d stride two numbers": entry(
+        GREY, lambda: nn.Conv2d(1, 3, (2, 3), stride=(2, 1), padding=(0, 1))
+    ),
     "conv2d reflect": entry(GREY, lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")),
     "conv2d circular": entry(GREY, lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")),
-    "conv2d replicate": entry(GREY, lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="replicate")),
+    "conv2d replicate": entry(
+        GREY, lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="replicate")
+    ),
     "conv2d dilated": entry(GREY, lambda: nn.Conv2d(1, 3, 2, dilation=2)),
     "conv2d depthwise": entry(IMAGE, lambda: nn.Conv2d(4, 4, 2, groups=4)),
     "conv2d groups": entry(IMAGE, lambda: nn.Conv2d(4, 6, 2, groups=2, padding=1)),
     "conv2d of one pixel": entry(IMAGE, lambda: nn.Conv2d(4, 3, 1)),
     "conv2d of one pixel, stride": entry(IMAGE, lambda: nn.Conv2d(4, 3, 1, stride=2)),
     "conv2d same": entry(GREY, lambda: nn.Conv2d(1, 2, 2, padding="same")),
-    "conv2d separable": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.SiLU(), nn.Conv2d(4, 3, 1))),
+    "conv2d separable": entry(
+        IMAGE,
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.SiLU(), nn.Conv2d(4, 3, 1)
+        ),
+    ),
     "conv2d standardised": entry(GREY, lambda: Standardised(1, 3, 3, padding=1)),
     "conv2d of a computed weight": entry(GREY, lambda: Call(weighted_conv, (2, 1, 3, 3))),
     "conv3d": entry(VOLUME, lambda: nn.Conv3d(2, 2, 2)),
     "conv3d padded": entry(VOLUME, lambda: nn.Conv3d(2, 2, 2, padding=1, stride=2)),
-    "conv3d circular": entry(VOLUME, lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="circular")),
+    "conv3d circular": entry(
+        VOLUME, lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode="circular")
+    ),
     "conv3d of one pixel": entry(VOLUME, lambda: nn.Conv3d(2, 3, 1)),
     "transposed conv1d": entry(TALL, lambda: nn.ConvTranspose1d(2, 3, 3, stride=2)),
     "transposed conv2d": entry(IMAGE, lambda: nn.ConvTranspose2d(4, 2, 2, stride=2)),
-    "transposed conv2d, more": entry(IMAGE, lambda: nn.ConvTranspose2d(4, 4, 2, stride=2, padding=1, output_padding=1, groups=2, dilation=2)),
+    "transposed conv2d, more": entry(
+        IMAGE,
+        lambda: nn.ConvTranspose2d(
+            4, 4, 2, stride=2, padding=1, output_padding=1, groups=2, dilation=2
+        ),
+    ),
     "transposed conv3d": entry(VOLUME, lambda: nn.ConvTranspose3d(2, 1, 2)),
     "unfold": entry(GREY, lambda: nn.Sequential(nn.Unfold(2), Turn(), nn.Linear(4, 3), nn.Tanh())),
     "fold": entry(SEQ, lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Fold((3, 3), 2))),
     "pixel shuffle": entry(IMAGE, lambda: nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(1, 2, 2))),
     "pixel unshuffle": entry(GREY, lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 2, 1))),
-    "channel shuffle": entry(IMAGE, lambda: nn.Sequential(nn.ChannelShuffle(2), nn.Conv2d(4, 4, 1, groups=2))),
-    "zero padding": entry(GREY, lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(1, 2, 3))),
-    "reflection padding": entry(GREY, lambda: nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(1, 2, 3))),
-    "constant padding": entry(TALL, lambda: nn.Sequential(nn.ConstantPad1d(2, .5), nn.Conv1d(2, 2, 3))),
+    "channel shuffle": entry(
+        IMAGE, lambda: nn.Sequential(nn.ChannelShuffle(2), nn.Conv2d(4, 4, 1, groups=2))
+    ),
+    "zero padding": entry(
+        GREY, lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(1, 2, 3))
+    ),
+    "reflection padding": entry(
+        GREY, lambda: nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(1, 2, 3))
+    ),
+    "constant padding": entry(
+        TALL, lambda: nn.Sequential(nn.ConstantPad1d(2, 0.5), nn.Conv1d(2, 2, 3))
+    ),
     # recurrent, attention
     "rnn": entry(SEQ, lambda: nn.RNN(4, 3, batch_first=True)),
-    "rnn relu": entry(SEQ, lambda: nn.RNN(4, 3, batch_first=True, nonlinearity="relu"), smooth=False),
+    "rnn relu": entry(
+        SEQ, lambda: nn.RNN(4, 3, batch_first=True, nonlinearity="relu"), smooth=False
+    ),
     "lstm": entry(SEQ, lambda: nn.LSTM(4, 2, batch_first=True)),
-    "lstm both ways": entry(TALL, lambda: Turned(nn.LSTM(2, 1, batch_first=True, bidirectional=True))),
+    "lstm both ways": entry(
+        TALL, lambda: Turned(nn.LSTM(2, 1, batch_first=True, bidirectional=True))
+    ),
     "lstm projected": entry(SEQ, lambda: nn.LSTM(4, 3, batch_first=True, proj_size=1)),
     "gru": entry(SEQ, lambda: nn.GRU(4, 2, batch_first=True)),
     "gru of two layers": entry(SEQ, lambda: nn.GRU(4, 2, 2, batch_first=True, bias=False)),
@@ -497,68 +574,151 @@ BLOCKS = {
     "gru cell": entry(SEQ, lambda: PerDirection(nn.GRUCell(4, 2))),
     "attention layer": entry(SEQ, SelfAttention),
     "attention layer, masked": entry(SEQ, lambda: SelfAttention(True)),
-    "attention layer, more": entry(SEQ, lambda: SelfAttention(add_bias_kv=True, add_zero_attn=True)),
-    "encoder": entry(SEQ, lambda: nn.TransformerEncoderLayer(4, 2, 3, 0., batch_first=True), smooth=False),
-    "encoder, norm first": entry(SEQ, lambda: nn.TransformerEncoderLayer(4, 2, 3, .1, F.gelu, norm_first=True, batch_first=True)),
-    "encoder of two": entry(SEQ, lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 2, 0., batch_first=True, activation="gelu"), 2, enable_nested_tensor=False)),
+    "attention layer, more": entry(
+        SEQ, lambda: SelfAttention(add_bias_kv=True, add_zero_attn=True)
+    ),
+    "encoder": entry(
+        SEQ, lambda: nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True), smooth=False
+    ),
+    "encoder, norm first": entry(
+        SEQ,
+        lambda: nn.TransformerEncoderLayer(4, 2, 3, 0.1, F.gelu, norm_first=True, batch_first=True),
+    ),
+    "encoder of two": entry(
+        SEQ,
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 1, 2, 0.0, batch_first=True, activation="gelu"),
+            2,
+            enable_nested_tensor=False,
+        ),
+    ),
     "decoder": entry(SEQ, Decoded, smooth=False),
-    "fused attention": entry(SEQ, lambda: Call(attention, A44), lambda: Call(attention_by_hand, A44)),
+    "fused attention": entry(
+        SEQ, lambda: Call(attention, A44), lambda: Call(attention_by_hand, A44)
+    ),
     "causal attention": entry(SEQ, Positions),
     # norms
     "layer norm": entry(SEQ, lambda: nn.LayerNorm(4)),
-    "layer norm without weights": entry(SEQ, lambda: nn.Sequential(nn.LayerNorm((4, 4), elementwise_affine=False), nn.Linear(4, 3))),
+    "layer norm without weights": entry(
+        SEQ, lambda: nn.Sequential(nn.LayerNorm((4, 4), elementwise_affine=False), nn.Linear(4, 3))
+    ),
     "layer norm without bias": entry(SEQ, lambda: nn.LayerNorm(4, bias=False)),
     "group norm": entry(IMAGE, lambda: nn.GroupNorm(2, 4)),
     "instance norm 1d": entry(TALL, lambda: nn.InstanceNorm1d(2, affine=True)),
-    "instance norm 2d": entry(IMAGE, lambda: nn.Sequential(nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))),
-    "instance norm with statistics": entry(IMAGE, lambda: norm_with_statistics(nn.InstanceNorm2d(4, affine=True, track_running_stats=True))),
+    "instance norm 2d": entry(
+        IMAGE, lambda: nn.Sequential(nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))
+    ),
+    "instance norm with statistics": entry(
+        IMAGE,
+        lambda: norm_with_statistics(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    ),
     "batch norm 1d": entry(VEC, lambda: norm_with_statistics(nn.BatchNorm1d(16))),
     "batch norm of sequences": entry(SEQ, lambda: norm_with_statistics(nn.BatchNorm1d(4))),
     "batch norm 2d": entry(IMAGE, lambda: norm_with_statistics(nn.BatchNorm2d(4))),
-    "batch norm 2d without weights": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm_with_statistics(nn.BatchNorm2d(4, affine=False)))),
+    "batch norm 2d without weights": entry(
+        IMAGE,
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 1), norm_with_statistics(nn.BatchNorm2d(4, affine=False))
+        ),
+    ),
     "batch norm 3d": entry(VOLUME, lambda: norm_with_statistics(nn.BatchNorm3d(2))),
-    "batch norm without statistics": entry(IMAGE, lambda: nn.BatchNorm2d(4, track_running_stats=False), crowd=True),
+    "batch norm without statistics": entry(
+        IMAGE, lambda: nn.BatchNorm2d(4, track_running_stats=False), crowd=True
+    ),
     "sync batch norm": entry(IMAGE, lambda: norm_with_statistics(nn.SyncBatchNorm(4))),
-    "local response norm": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.LocalResponseNorm(3, alpha=.5))),
+    "local response norm": entry(
+        IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.LocalResponseNorm(3, alpha=0.5))
+    ),
     "rms norm": entry(SEQ, lambda: nn.RMSNorm(4)),
     "normalised": entry(VEC, lambda: Call(normalised, VEC)),
     # weights that are computed
     "weight norm, old": entry(SEQ, lambda: nn.utils.weight_norm(nn.Linear(4, 3))),
     "weight norm, whole": entry(SEQ, lambda: nn.utils.weight_norm(nn.Linear(4, 3), dim=None)),
     "weight norm": entry(SEQ, lambda: parametrizations.weight_norm(nn.Linear(4, 3))),
-    "weight norm of a conv": entry(GREY, lambda: parametrizations.weight_norm(nn.Conv2d(1, 3, 2), dim=1)),
+    "weight norm of a conv": entry(
+        GREY, lambda: parametrizations.weight_norm(nn.Conv2d(1, 3, 2), dim=1)
+    ),
     "weight norm of a conv, old": entry(GREY, lambda: nn.utils.weight_norm(nn.Conv2d(1, 3, 3))),
     "spectral norm, old": entry(SEQ, spectral_old),
     "spectral norm": entry(SEQ, lambda: parametrizations.spectral_norm(nn.Linear(4, 4))),
     "spectral norm of a conv": entry(GREY, spectral_conv),
-    "orthogonal": entry(SEQ, lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley")),
+    "orthogonal": entry(
+        SEQ, lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley")
+    ),
     "symmetric": entry(SEQ, masked_linear),
-    "pruned": entry(SEQ, pruned(prune.l1_unstructured, amount=.4)),
-    "pruned, rows": entry(SEQ, pruned(prune.ln_structured, amount=.5, n=2, dim=0)),
+    "pruned": entry(SEQ, pruned(prune.l1_unstructured, amount=0.4)),
+    "pruned, rows": entry(SEQ, pruned(prune.ln_structured, amount=0.5, n=2, dim=0)),
     "tied": entry(SEQ, Tied),
     "adapter": entry(SEQ, Adapter),
     # pools
     "average pool 1d": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.AvgPool1d(2))),
-    "average pool 2d": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2, padding=1), nn.AvgPool2d(3, 2, 1, count_include_pad=False))),
+    "average pool 2d": entry(
+        GREY,
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 2, padding=1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)
+        ),
+    ),
     "average pool 3d": entry(VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.AvgPool3d(2))),
-    "max pool 1d": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.MaxPool1d(2)), smooth=False),
-    "max pool 2d": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2, padding=1), nn.MaxPool2d(3, 2, 1)), smooth=False),
-    "max pool 3d": entry(VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.MaxPool3d(2)), smooth=False),
-    "max pool and back": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 1, 1), Unpooled()), smooth=False),
-    "adaptive average pool 1d": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.AdaptiveAvgPool1d(4))),
-    "adaptive average pool 2d": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.AdaptiveAvgPool2d((2, None)))),
-    "adaptive average pool 3d": entry(VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.AdaptiveAvgPool3d((1, 2, 1)))),
-    "adaptive max pool 1d": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.AdaptiveMaxPool1d(4)), smooth=False),
-    "adaptive max pool 2d": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.AdaptiveMaxPool2d(2)), smooth=False),
-    "adaptive max pool 3d": entry(VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.AdaptiveMaxPool3d(1)), smooth=False),
-    "power pool 1d": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Softplus(), nn.LPPool1d(2, 2))),
-    "power pool 2d": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Softplus(), nn.LPPool2d(3, 2))),
-    "fractional max pool": entry(GREY, lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Fixed()), smooth=False),
-    "upsample nearest": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 2))),
-    "upsample linear": entry(TALL, lambda: nn.Sequential(nn.Conv1d(2, 2, 2), nn.Upsample(size=11, mode="linear"))),
-    "upsample bilinear": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True))),
-    "upsample bicubic": entry(IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.Upsample(size=3, mode="bicubic"))),
-    "upsample trilinear": entry(VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 2, 1), nn.Upsample(size=3, mode="trilinear"))),
+    "max pool 1d": entry(
+        TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.MaxPool1d(2)), smooth=False
+    ),
+    "max pool 2d": entry(
+        GREY,
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 2, padding=1), nn.MaxPool2d(3, 2, 1)),
+        smooth=False,
+    ),
+    "max pool 3d": entry(
+        VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.MaxPool3d(2)), smooth=False
+    ),
+    "max pool and back": entry(
+        GREY, lambda: nn.Sequential(nn.Conv2d(1, 1, 1), Unpooled()), smooth=False
+    ),
+    "adaptive average pool 1d": entry(
+        TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.AdaptiveAvgPool1d(4))
+    ),
+    "adaptive average pool 2d": entry(
+        GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.AdaptiveAvgPool2d((2, None)))
+    ),
+    "adaptive average pool 3d": entry(
+        VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.AdaptiveAvgPool3d((1, 2, 1)))
+    ),
+    "adaptive max pool 1d": entry(
+        TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.AdaptiveMaxPool1d(4)), smooth=False
+    ),
+    "adaptive max pool 2d": entry(
+        GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.AdaptiveMaxPool2d(2)), smooth=False
+    ),
+    "adaptive max pool 3d": entry(
+        VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.AdaptiveMaxPool3d(1)), smooth=False
+    ),
+    "power pool 1d": entry(
+        TALL, lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Softplus(), nn.LPPool1d(2, 2))
+    ),
+    "power pool 2d": entry(
+        GREY, lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Softplus(), nn.LPPool2d(3, 2))
+    ),
+    "fractional max pool": entry(
+        GREY, lambda: nn.Sequential(nn.Conv2d(1, 2, 1), Fixed()), smooth=False
+    ),
+    "upsample nearest": entry(
+        IMAGE,
+        lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.Upsample(scale_factor=2), nn.Conv2d(2, 1, 2)),
+    ),
+    "upsample linear": entry(
+        TALL, lambda: nn.Sequential(nn.Conv1d(2, 2, 2), nn.Upsample(size=11, mode="linear"))
+    ),
+    "upsample bilinear": entry(
+        IMAGE,
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        ),
+    ),
+    "upsample bicubic": entry(
+        IMAGE, lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.Upsample(size=3, mode="bicubic"))
+    ),
+    "upsample trilinear": entry(
+        VOLUME, lambda: nn.Sequential(nn.Conv3d(2, 2, 1), nn.Upsample(size=3, mode="trilinear"))
+    ),
     # combinations
     "residual": entry(SEQ, lambda: Residual(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 4))),
     "dense": entry(SEQ, Dense),
@@ -566,10 +726,14 @@ BLOCKS = {
     "squeeze and excite": entry(IMAGE, SqueezeExcite),
     "experts": entry(SEQ, Experts),
     "buffers": entry(VEC, Buffered),
-    "flatten and unflatten": entry(SEQ, lambda: nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 2, 1))),
+    "flatten and unflatten": entry(
+        SEQ, lambda: nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 2, 1))
+    ),
     "forward hook": entry(SEQ, HookedOut),
     "in place": entry(SEQ, InPlace),
-    "in-place ReLU": entry(SEQ, lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), smooth=False),
+    "in-place ReLU": entry(
+        SEQ, lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), smooth=False
+    ),
     # functions
     "gather": entry(VEC, lambda: Call(gathered, VEC)),
     "sort": entry(VEC, lambda: Call(sorted_, VEC), smooth=False),
@@ -592,7 +756,9 @@ BLOCKS = {
     "as_strided": entry(VEC, lambda: Call(strided, VEC)),
     "unfold of a tensor": entry(VEC, lambda: Call(unfolded, VEC)),
     "masked softmax": entry(VEC, lambda: Call(mask_filled, VEC)),
-    "grid sample": entry(GREY, lambda: Call(sampled, (1, 4, 4)), lambda: Call(sampled_by_hand, (1, 4, 4))),
+    "grid sample": entry(
+        GREY, lambda: Call(sampled, (1, 4, 4)), lambda: Call(sampled_by_hand, (1, 4, 4))
+    ),
     "solve": entry(SEQ, lambda: Call(solved, A44)),
     "inverse": entry(SEQ, lambda: Call(inverted, A44)),
     "cholesky": entry(SEQ, lambda: Call(cholesky, A44)),
@@ -604,17 +770,44 @@ BLOCKS = {
     "complex phases": entry(VEC, lambda: Call(phases, VEC)),
     "complex linear": entry(VEC, lambda: Call(complex_linear, (8, 3, 2))),
     # computed twice, transformed, written by others
-    "checkpoint": entry(SEQ, *checkpoints(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)), "plain"), refusable=True),
-    "checkpoint of a conv": entry(GREY, *checkpoints(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()), "plain"), refusable=True),
-    "checkpoint of a norm": entry(IMAGE, *checkpoints(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm_with_statistics(nn.BatchNorm2d(4))), "plain"), refusable=True),
-    "reentrant checkpoint": entry(SEQ, *checkpoints(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()), "reentrant"), refusable=True),
+    "checkpoint": entry(
+        SEQ,
+        *checkpoints(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)), "plain"),
+        refusable=True,
+    ),
+    "checkpoint of a conv": entry(
+        GREY,
+        *checkpoints(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()), "plain"),
+        refusable=True,
+    ),
+    "checkpoint of a norm": entry(
+        IMAGE,
+        *checkpoints(
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm_with_statistics(nn.BatchNorm2d(4))),
+            "plain",
+        ),
+        refusable=True,
+    ),
+    "reentrant checkpoint": entry(
+        SEQ,
+        *checkpoints(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()), "reentrant"),
+        refusable=True,
+    ),
     "vmap": entry(SEQ, lambda: Ensemble(True), lambda: Ensemble(False)),
     "gradient inside": entry(VEC, Quadratic, QuadraticByHand),
     "forward derivative inside": entry(VEC, Pushed, lambda: Pushed(True)),
-    "custom function, old": entry(VEC, lambda: Call(through(Swish), VEC), lambda: Call(lambda x, w: F.silu(x * w), VEC)),
-    "custom function, new": entry(VEC, lambda: Call(through(Cube), VEC), lambda: Call(lambda x, w: (x * w) ** 3, VEC)),
-    "custom function of two": entry(VEC, lambda: Call(scaled, VEC), lambda: Call(lambda x, w: torch.tanh(x * w) * w, VEC)),
-    "custom function, once": entry(VEC, lambda: Call(through(Once), VEC), lambda: Call(lambda x, w: torch.tanh(x * w), VEC)),
+    "custom function, old": entry(
+        VEC, lambda: Call(through(Swish), VEC), lambda: Call(lambda x, w: F.silu(x * w), VEC)
+    ),
+    "custom function, new": entry(
+        VEC, lambda: Call(through(Cube), VEC), lambda: Call(lambda x, w: (x * w) ** 3, VEC)
+    ),
+    "custom function of two": entry(
+        VEC, lambda: Call(scaled, VEC), lambda: Call(lambda x, w: torch.tanh(x * w) * w, VEC)
+    ),
+    "custom function, once": entry(
+        VEC, lambda: Call(through(Once), VEC), lambda: Call(lambda x, w: torch.tanh(x * w), VEC)
+    ),
 }
 
 
@@ -643,25 +836,62 @@ class Unpooled(nn.Module):
         return F.max_unpool2d(pooled, where, 2)
 
 
-ACTIVATIONS = { # the class, and whether it is smooth
-    "relu": (nn.ReLU, False), "relu6": (nn.ReLU6, False), "leaky relu": (nn.LeakyReLU, False), "prelu": (nn.PReLU, False),
-    "prelu of channels": (lambda: nn.PReLU(4), False), "rrelu": (nn.RReLU, False), "elu": (nn.ELU, False), "celu": (nn.CELU, False),
-    "selu": (nn.SELU, False), "gelu": (nn.GELU, True), "gelu by tanh": (lambda: nn.GELU("tanh"), True), "silu": (nn.SiLU, True),
-    "mish": (nn.Mish, True), "softplus": (nn.Softplus, True), "softsign": (nn.Softsign, False), "tanh": (nn.Tanh, True),
-    "tanhshrink": (nn.Tanhshrink, True), "softshrink": (lambda: nn.Softshrink(.2), False), "hardshrink": (lambda: nn.Hardshrink(.2), False),
-    "hardtanh": (lambda: nn.Hardtanh(-.7, .9), False), "hardswish": (nn.Hardswish, False), "sigmoid": (nn.Sigmoid, True),
-    "log sigmoid": (nn.LogSigmoid, True), "softmax": (lambda: nn.Softmax(-1), True), "log softmax": (lambda: nn.LogSoftmax(-1), True),
-    "softmin": (lambda: nn.Softmin(-1), True), "glu": (lambda: nn.GLU(-1), True), "threshold": (lambda: nn.Threshold(.1, -.3), False),
-    "dropout": (lambda: nn.Dropout(.5), True), "alpha dropout": (lambda: nn.AlphaDropout(.5), True),
-    "feature dropout": (lambda: nn.FeatureAlphaDropout(.5), True),
+ACTIVATIONS = {  # the class, and whether it is smooth
+    "relu": (nn.ReLU, False),
+    "relu6": (nn.ReLU6, False),
+    "leaky relu": (nn.LeakyReLU, False),
+    "prelu": (nn.PReLU, False),
+    "prelu of channels": (lambda: nn.PReLU(4), False),
+    "rrelu": (nn.RReLU, False),
+    "elu": (nn.ELU, False),
+    "celu": (nn.CELU, False),
+    "selu": (nn.SELU, False),
+    "gelu": (nn.GELU, True),
+    "gelu by tanh": (lambda: nn.GELU("tanh"), True),
+    "silu": (nn.SiLU, True),
+    "mish": (nn.Mish, True),
+    "softplus": (nn.Softplus, True),
+    "softsign": (nn.Softsign, False),
+    "tanh": (nn.Tanh, True),
+    "tanhshrink": (nn.Tanhshrink, True),
+    "softshrink": (lambda: nn.Softshrink(0.2), False),
+    "hardshrink": (lambda: nn.Hardshrink(0.2), False),
+    "hardtanh": (lambda: nn.Hardtanh(-0.7, 0.9), False),
+    "hardswish": (nn.Hardswish, False),
+    "sigmoid": (nn.Sigmoid, True),
+    "log sigmoid": (nn.LogSigmoid, True),
+    "softmax": (lambda: nn.Softmax(-1), True),
+    "log softmax": (lambda: nn.LogSoftmax(-1), True),
+    "softmin": (lambda: nn.Softmin(-1), True),
+    "glu": (lambda: nn.GLU(-1), True),
+    "threshold": (lambda: nn.Threshold(0.1, -0.3), False),
+    "dropout": (lambda: nn.Dropout(0.5), True),
+    "alpha dropout": (lambda: nn.AlphaDropout(0.5), True),
+    "feature dropout": (lambda: nn.FeatureAlphaDropout(0.5), True),
 }
 for name, (make, smooth) in ACTIVATIONS.items():
-    BLOCKS[name] = entry(SEQ, functools.partial(lambda make: nn.Sequential(nn.Linear(4, 4), make(), nn.Linear(2 if make().__class__ is nn.GLU else 4, 2)), make), smooth=smooth)
-BLOCKS["hardsigmoid"] = entry(SEQ, lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid()), lambda: nn.Sequential(nn.Linear(4, 4), Call(hard_sigmoid)), smooth=False)
-BLOCKS["dropout of channels"] = entry(IMAGE, lambda: nn.Sequential(nn.Dropout2d(.5), nn.Conv2d(4, 2, 1)))
+    BLOCKS[name] = entry(
+        SEQ,
+        functools.partial(
+            lambda make: nn.Sequential(
+                nn.Linear(4, 4), make(), nn.Linear(2 if make().__class__ is nn.GLU else 4, 2)
+            ),
+            make,
+        ),
+        smooth=smooth,
+    )
+BLOCKS["hardsigmoid"] = entry(
+    SEQ,
+    lambda: nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid()),
+    lambda: nn.Sequential(nn.Linear(4, 4), Call(hard_sigmoid)),
+    smooth=False,
+)
+BLOCKS["dropout of channels"] = entry(
+    IMAGE, lambda: nn.Sequential(nn.Dropout2d(0.5), nn.Conv2d(4, 2, 1))
+)
 
 
-# Fronts: from what a batch holds to (N, 16) ------------------------------------------------------------------------
+# Fronts: from what a batch holds to (N, 16) -------------------------------------------------------
 
 def vectors(n, g): return torch.randn(n, FEATURES, generator=g, dtype=torch.float64)
 def words(n, g): return torch.randint(1, WORDS, (n, 4), generator=g)
@@ -678,18 +908,23 @@ class Front(nn.Module):
 
 
 class Padded(nn.Module):
-    "What stands for padding is set to zero, so that the row of the embedding that stands for it plays no part."
+    "Padding is set to zero: its row of the embedding plays no part."
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(WORDS, 3, padding_idx=0)
-    def forward(self, x): return project(torch.tanh(self.words(x).masked_fill((x == 0)[..., None], 0.)).flatten(1), WIDTH)
+    def forward(self, x):
+        return project(
+            torch.tanh(self.words(x).masked_fill((x == 0)[..., None], 0.0)).flatten(1), WIDTH
+        )
 
 
 class PaddedEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(WORDS, 4)
-        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 2, 0., F.gelu, batch_first=True), 1)
+        self.body = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 2, 0.0, F.gelu, batch_first=True), 1
+        )
     def forward(self, x):
         out = self.body(self.words(x), src_key_padding_mask=x == 0)
         return project(out.masked_fill((x == 0)[..., None], 0.).flatten(1), WIDTH)
@@ -715,43 +950,71 @@ class WrittenBag(nn.Module):
 
 def front(build, inputs, twin=None, *, smooth=True, refusable=False):
     "How inputs enter; the arguments mean what they mean for `entry`."
-    return SimpleNamespace(build=build, twin=build if twin is None else twin, inputs=inputs, smooth=smooth,
-                           hard=twin is not None, refusable=refusable)
+    return SimpleNamespace(
+        build=build,
+        twin=build if twin is None else twin,
+        inputs=inputs,
+        smooth=smooth,
+        hard=twin is not None,
+        refusable=refusable,
+    )
 
 
 def embedded(**how): return lambda: Front(nn.Embedding(WORDS, 3, **how))
 def bagged(mode, sparse=False):
     bag = functools.partial(nn.EmbeddingBag, WORDS, 4, mode=mode, sparse=sparse)
-    return front(lambda: Front(bag()), words, lambda: Front(WrittenBag(mode)), smooth=mode != "max", refusable=sparse)
+    return front(
+        lambda: Front(bag()),
+        words,
+        lambda: Front(WrittenBag(mode)),
+        smooth=mode != "max",
+        refusable=sparse,
+    )
 
 
 FRONTS = {
     "vectors": front(lambda: Front(nn.Linear(FEATURES, 4)), vectors),
     "frozen vectors": front(lambda: Front(nn.Linear(FEATURES, 4).requires_grad_(False)), vectors),
     "sequence": front(lambda: Front(nn.Conv1d(1, 2, 3)), lambda n, g: vectors(n, g)[:, None]),
-    "images": front(lambda: Front(nn.Conv2d(2, 2, 3, padding=1)), lambda n, g: torch.randn(n, 2, 4, 4, generator=g, dtype=torch.float64)),
-    "images, channels last": front(lambda: Front(nn.Conv2d(2, 2, 3)), lambda n, g: torch.randn(n, 2, 5, 5, generator=g, dtype=torch.float64).contiguous(memory_format=torch.channels_last)),
+    "images": front(
+        lambda: Front(nn.Conv2d(2, 2, 3, padding=1)),
+        lambda n, g: torch.randn(n, 2, 4, 4, generator=g, dtype=torch.float64),
+    ),
+    "images, channels last": front(
+        lambda: Front(nn.Conv2d(2, 2, 3)),
+        lambda n, g: torch.randn(n, 2, 5, 5, generator=g, dtype=torch.float64).contiguous(
+            memory_format=torch.channels_last
+        ),
+    ),
     "embedding": front(embedded(), words),
     "embedding, padded": front(Padded, padded_words),
     "embedding, sparse": front(embedded(sparse=True), words, embedded(), refusable=True),
-    "embedding, by frequency": front(embedded(scale_grad_by_freq=True), words, embedded(), refusable=True),
+    "embedding, by frequency": front(
+        embedded(scale_grad_by_freq=True), words, embedded(), refusable=True
+    ),
     "embedding, padding masked": front(PaddedEncoder, padded_words),
     "bag of means": bagged("mean"),
     "bag of sums": bagged("sum"),
     "bag of maxima": bagged("max"),
     "sparse bag": bagged("mean", sparse=True),
-    "names": front(ByName, lambda n, g: dict(left=vectors(n, g)[:, :3], right=vectors(n, g)[:, 3:])),
+    "names": front(
+        ByName, lambda n, g: dict(left=vectors(n, g)[:, :3], right=vectors(n, g)[:, 3:])
+    ),
     "tuple": front(ByName, lambda n, g: (vectors(n, g)[:, :3], vectors(n, g)[:, 3:])),
 }
 
 
-# Heads: from (N, 16) to logits (N, 3) -------------------------------------------------------------------------------
+# Heads: from (N, 16) to logits (N, 3) -------------------------------------------------------------
 
 class Cosine(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight, self.scale = nn.Parameter(torch.randn(CLASSES, 4)), nn.Parameter(torch.tensor(3.))
-    def forward(self, x): return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        self.weight, self.scale = (
+            nn.Parameter(torch.randn(CLASSES, 4)),
+            nn.Parameter(torch.tensor(3.0)),
+        )
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
 class Prototypes(nn.Module):
@@ -764,7 +1027,10 @@ class Prototypes(nn.Module):
 class Alike(nn.Module):
     def __init__(self):
         super().__init__()
-        self.centres, self.likeness = nn.Parameter(torch.randn(CLASSES, 4)), nn.CosineSimilarity(dim=2)
+        self.centres, self.likeness = (
+            nn.Parameter(torch.randn(CLASSES, 4)),
+            nn.CosineSimilarity(dim=2),
+        )
     def forward(self, x): return 4 * self.likeness(x[:, None], self.centres[None])
 
 
@@ -800,7 +1066,9 @@ class Network(nn.Module):
         super().__init__()
         which = "twin" if twin else "build"
         self.front = getattr(FRONTS[front_name], which)()
-        self.blocks = nn.ModuleList(Block(BLOCKS[b].shape, getattr(BLOCKS[b], which)()) for b in block_names)
+        self.blocks = nn.ModuleList(
+            Block(BLOCKS[b].shape, getattr(BLOCKS[b], which)()) for b in block_names
+        )
         self.head, self.after = HEADS[head_name](), after
 
     def forward(self, *inputs, **named):
@@ -818,13 +1086,18 @@ def network(*parts, seed=0, twin=False, **more):
         return Network(*parts, twin=twin, **more).double().eval()
 
 
-# Losses ---------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 def labels(y, g): return y
 def some_ignored(y, g): return y.masked_fill(torch.rand(len(y), generator=g) < .4, -100)
 def soft(y, g): return torch.rand(len(y), CLASSES, generator=g, dtype=torch.float64).softmax(1)
-def real(y, g): return F.one_hot(y, CLASSES).double() + torch.randn(len(y), CLASSES, generator=g, dtype=torch.float64) / 2
-def several(y, g): return ((F.one_hot(y, CLASSES) + (torch.rand(len(y), CLASSES, generator=g) < .3)) > 0).double()
+def real(y, g):
+    return (
+        F.one_hot(y, CLASSES).double()
+        + torch.randn(len(y), CLASSES, generator=g, dtype=torch.float64) / 2
+    )
+def several(y, g):
+    return ((F.one_hot(y, CLASSES) + (torch.rand(len(y), CLASSES, generator=g) < 0.3)) > 0).double()
 def signs(y, g): return several(y, g) * 2 - 1
 def log_softmax(z): return z.log_softmax(1)
 
@@ -851,7 +1124,8 @@ class OwnFocal(nn.CrossEntropyLoss):
 
 class OwnWeighted(nn.CrossEntropyLoss):
     "Divides by the number of images, not by the sum of their weights."
-    def forward(self, z, y): return F.cross_entropy(z, y, weight=self.weight, reduction="sum") / len(y)
+    def forward(self, z, y):
+        return F.cross_entropy(z, y, weight=self.weight, reduction="sum") / len(y)
 
 
 class OwnSum(nn.CrossEntropyLoss):
@@ -876,11 +1150,21 @@ def written_margin(p=1, margin=1., weight=None, reduction="mean"):
 def loss(make, targets, *, after=None, twin=None, told=None, unknown=False, smooth=True):
     """A kind of loss.
 
-    after: what the network ends with; told: the `reduction` given to the operator; unknown: what it divides by cannot be
-    known from the loss, so that several batches may be refused. The others mean what they mean for `entry`.
+    after: what the network ends with; told: the `reduction` given to the operator; unknown: what it
+    divides by cannot be known from the loss, so that several batches may be refused. The others mean
+    what they mean for `entry`.
     """
-    return SimpleNamespace(make=make, targets=targets, after=after, twin=make if twin is None else twin, told=told,
-                           unknown=unknown, smooth=smooth, hard=twin is not None, refusable=twin is not None)
+    return SimpleNamespace(
+        make=make,
+        targets=targets,
+        after=after,
+        twin=make if twin is None else twin,
+        told=told,
+        unknown=unknown,
+        smooth=smooth,
+        hard=twin is not None,
+        refusable=twin is not None,
+    )
 
 
 LOSSES = {
@@ -891,11 +1175,17 @@ LOSSES = {
     "ignored": loss(nn.CrossEntropyLoss, some_ignored),
     "ignored class": loss(lambda: nn.CrossEntropyLoss(ignore_index=1), labels),
     "weights, ignored": loss(lambda: nn.CrossEntropyLoss(WEIGHT), some_ignored),
-    "a weight of zero": loss(lambda: nn.CrossEntropyLoss(torch.tensor([0., 1., 2.], dtype=torch.float64)), labels),
-    "smoothed": loss(lambda: nn.CrossEntropyLoss(label_smoothing=.2), labels),
-    "smoothed, weights": loss(lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=.2), labels),
-    "smoothed, weights, ignored, sum": loss(lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=.1, reduction="sum"), some_ignored),
-    "smoothed, weights, ignored": loss(lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=.1), some_ignored),
+    "a weight of zero": loss(
+        lambda: nn.CrossEntropyLoss(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)), labels
+    ),
+    "smoothed": loss(lambda: nn.CrossEntropyLoss(label_smoothing=0.2), labels),
+    "smoothed, weights": loss(lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2), labels),
+    "smoothed, weights, ignored, sum": loss(
+        lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1, reduction="sum"), some_ignored
+    ),
+    "smoothed, weights, ignored": loss(
+        lambda: nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1), some_ignored
+    ),
     "soft targets": loss(nn.CrossEntropyLoss, soft),
     "soft targets, weights": loss(lambda: nn.CrossEntropyLoss(WEIGHT), soft),
     "soft targets, sum": loss(lambda: nn.CrossEntropyLoss(reduction="sum"), soft),
@@ -908,21 +1198,35 @@ LOSSES = {
     "nll, sum": loss(lambda: nn.NLLLoss(reduction="sum"), labels, after=log_softmax),
     "squares": loss(nn.MSELoss, real),
     "squares, sum": loss(lambda: nn.MSELoss(reduction="sum"), real),
-    "smooth l1": loss(lambda: nn.SmoothL1Loss(beta=.7), real, smooth=False),
+    "smooth l1": loss(lambda: nn.SmoothL1Loss(beta=0.7), real, smooth=False),
     "smooth l1, sum": loss(lambda: nn.SmoothL1Loss(reduction="sum"), real, smooth=False),
-    "huber": loss(lambda: nn.HuberLoss(delta=.6), real, smooth=False),
+    "huber": loss(lambda: nn.HuberLoss(delta=0.6), real, smooth=False),
     "absolute": loss(nn.L1Loss, real, smooth=False),
     "binary": loss(nn.BCEWithLogitsLoss, several),
     "binary, weight": loss(lambda: nn.BCEWithLogitsLoss(weight=POSITIVE), several),
     "binary, positive weight": loss(lambda: nn.BCEWithLogitsLoss(pos_weight=POSITIVE), several),
-    "binary, sum": loss(lambda: nn.BCEWithLogitsLoss(pos_weight=POSITIVE, reduction="sum"), several),
+    "binary, sum": loss(
+        lambda: nn.BCEWithLogitsLoss(pos_weight=POSITIVE, reduction="sum"), several
+    ),
     "binary of probabilities": loss(nn.BCELoss, several, after=torch.sigmoid),
     "soft margin": loss(nn.SoftMarginLoss, signs),
     "several labels": loss(nn.MultiLabelSoftMarginLoss, several),
-    "several labels, weights, sum": loss(lambda: nn.MultiLabelSoftMarginLoss(POSITIVE, reduction="sum"), several),
+    "several labels, weights, sum": loss(
+        lambda: nn.MultiLabelSoftMarginLoss(POSITIVE, reduction="sum"), several
+    ),
     "margin": loss(nn.MultiMarginLoss, labels, twin=written_margin, smooth=False),
-    "margin, squared, weights": loss(lambda: nn.MultiMarginLoss(p=2, weight=WEIGHT), labels, twin=lambda: written_margin(2, weight=WEIGHT), smooth=False),
-    "margin, sum": loss(lambda: nn.MultiMarginLoss(p=2, reduction="sum"), labels, twin=lambda: written_margin(2, reduction="sum"), smooth=False),
+    "margin, squared, weights": loss(
+        lambda: nn.MultiMarginLoss(p=2, weight=WEIGHT),
+        labels,
+        twin=lambda: written_margin(2, weight=WEIGHT),
+        smooth=False,
+    ),
+    "margin, sum": loss(
+        lambda: nn.MultiMarginLoss(p=2, reduction="sum"),
+        labels,
+        twin=lambda: written_margin(2, reduction="sum"),
+        smooth=False,
+    ),
     "divergence": loss(lambda: nn.KLDivLoss(reduction="batchmean"), soft, after=log_softmax),
     "divergence, mean": loss(nn.KLDivLoss, soft, after=log_softmax),
     "divergence, sum": loss(lambda: nn.KLDivLoss(reduction="sum"), soft, after=log_softmax),
@@ -942,7 +1246,7 @@ LOSSES = {
 }
 
 
-# The truth ------------------------------------------------------------------------------------------------------------
+# The truth ----------------------------------------------------------------------------------------
 
 def call(net, state, X):
     if isinstance(X, dict): out = torch.func.functional_call(net, state, (), X)
@@ -953,8 +1257,8 @@ def call(net, state, X):
 class Written(TorchFunctionMode):
     """Formulas where PyTorch's own second derivative is wrong.
 
-    That of the fused weight norm is not symmetric; that of instance norm is wrong for one image whose gradient lies with
-    its channels last.
+    That of the fused weight norm is not symmetric; that of instance norm is wrong for one image whose
+    gradient lies with its channels last.
     """
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch._weight_norm: return weight_norm_written(*args)
@@ -979,7 +1283,7 @@ def instance_norm_written(x, weight, bias, mean, var, use_input_stats, momentum,
 
 
 class Truth:
-    "Loss, gradient, Hessian and Gauss-Newton matrix of all data as one batch, by PyTorch's double backward and nothing of ours."
+    "Of all data as one batch, by PyTorch's double backward and nothing of ours."
     def __init__(self, net, loss_fn, X, y):
         self.net, self.loss_fn, self.X, self.y = net, loss_fn, X, y
         named = {k: p for k, p in net.named_parameters() if p.requires_grad}
@@ -989,7 +1293,9 @@ class Truth:
     def logits(self, theta):
         parts = theta.split([s.numel() for s in self.shapes])
         with sdpa_kernel(SDPBackend.MATH), Written(): # the fused kernels have no second derivative
-            return call(self.net, {k: p.view(s) for k, p, s in zip(self.names, parts, self.shapes)}, self.X)
+            return call(
+                self.net, {k: p.view(s) for k, p, s in zip(self.names, parts, self.shapes)}, self.X
+            )
 
     def loss(self, theta): return self.loss_fn(self.logits(theta), self.y)
 
@@ -1003,15 +1309,20 @@ class Truth:
         t = self.theta.clone().requires_grad_()
         g, = torch.autograd.grad(self.loss(t), t, create_graph=True)
         if not g.requires_grad: return torch.zeros(len(t), len(t), dtype=t.dtype)
-        def row(x): return torch.autograd.grad(x, t, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        def row(x):
+            return torch.autograd.grad(
+                x, t, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
         return torch.stack([row(x) for x in g])
 
     def gauss_newton(self):
-        "J'MJ, with J the derivative of all logits and M the Hessian of the loss with respect to them."
+        "J'MJ: J the derivative of all logits, M the Hessian of the loss for them."
         t = self.theta.clone().requires_grad_()
         z = self.logits(t)
         J = torch.stack([torch.autograd.grad(x, t, retain_graph=True)[0] for x in z.flatten()])
-        M = torch.autograd.functional.hessian(lambda flat: self.loss_fn(flat.view_as(z), self.y), z.detach().flatten())
+        M = torch.autograd.functional.hessian(
+            lambda flat: self.loss_fn(flat.view_as(z), self.y), z.detach().flatten()
+        )
         return J.T @ M @ J
 
     def curvature(self, v, step=1e-7):

@@ -1,6 +1,7 @@
 """Data and networks that are not a fixed function, or that change between two products.
 
-What comes out is right, or refused, or said not to be certified; and what the caller passed is as it was.
+What comes out is right, or refused, or said not to be certified; and what the caller passed is as
+it was.
 """
 import copy
 import random
@@ -12,8 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler,
-                              SubsetRandomSampler, TensorDataset, WeightedRandomSampler)
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from hessian_surgery_nb.hvp import HessianOperator, InputError
 from hessian_surgery_nb.lanczos import top_eigenpairs
@@ -56,7 +67,14 @@ def dense(net, X, y, loss=CE): return kinds.Truth(net, loss, X, y).hessian()
 
 def attributes(net):
     "All that a module holds beside tensors, to compare."
-    return {k: {a: copy.copy(v) for a, v in vars(m).items() if isinstance(v, (int, float, str, list, tuple, type(None)))} for k, m in net.named_modules()}
+    return {
+        k: {
+            a: copy.copy(v)
+            for a, v in vars(m).items()
+            if isinstance(v, (int, float, str, list, tuple, type(None)))
+        }
+        for k, m in net.named_modules()
+    }
 
 
 def state(net, *tensors):
@@ -65,7 +83,12 @@ def state(net, *tensors):
     return [t.detach().clone() for t in every], attributes(net)
 
 
-def same(a, b): return len(a[0]) == len(b[0]) and all(torch.equal(s, t) for s, t in zip(a[0], b[0])) and a[1] == b[1]
+def same(a, b):
+    return (
+        len(a[0]) == len(b[0])
+        and all(torch.equal(s, t) for s, t in zip(a[0], b[0]))
+        and a[1] == b[1]
+    )
 
 
 def quietly(f):
@@ -80,12 +103,14 @@ def quietly(f):
 
 def nothing_certified(*given, **options):
     "Of leading eigenpairs: refused, or said aloud, with no pair called converged."
-    pairs, said = quietly(lambda: top_eigenpairs(HessianOperator(*given, **options), 2, max_matvecs=60))
+    pairs, said = quietly(
+        lambda: top_eigenpairs(HessianOperator(*given, **options), 2, max_matvecs=60)
+    )
     if pairs is None: return True
     return not pairs.converged.any() and len(said) > 0
 
 
-# No fixed function at all -------------------------------------------------------------------------------------------
+# No fixed function at all -------------------------------------------------------------------------
 
 class Drops(Plain):
     "F.dropout drops in evaluation mode too."
@@ -97,7 +122,12 @@ class Noisy(Plain):
 
 
 class NoisyWeights(Plain):
-    def forward(self, x): return F.linear(torch.tanh(self.a(x)), self.b.weight * (1 + .2 * torch.rand_like(self.b.weight)), self.b.bias)
+    def forward(self, x):
+        return F.linear(
+            torch.tanh(self.a(x)),
+            self.b.weight * (1 + 0.2 * torch.rand_like(self.b.weight)),
+            self.b.bias,
+        )
 
 
 class SkipsByChance(Plain):
@@ -124,7 +154,8 @@ class OwnGenerator(Plain):
     def __init__(self):
         super().__init__()
         self.g = torch.Generator().manual_seed(0)
-    def forward(self, x): return self.b(torch.tanh(self.a(x)) + .3 * torch.randn(5, generator=self.g, dtype=F64))
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) + 0.3 * torch.randn(5, generator=self.g, dtype=F64))
 
 
 class RandomPool(Plain):
@@ -134,7 +165,9 @@ class RandomPool(Plain):
         self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
     def forward(self, x):
         wide = x.repeat(1, 8).view(-1, 1, 6, 8)
-        return self.b(F.fractional_max_pool2d(torch.tanh(self.a(wide)), 2, output_size=2).flatten(1))
+        return self.b(
+            F.fractional_max_pool2d(torch.tanh(self.a(wide)), 2, output_size=2).flatten(1)
+        )
 
 
 CALLS = []
@@ -147,7 +180,17 @@ class CountsElsewhere(Plain):
         return self.b(torch.tanh(self.a(x)) * (1 + .1 * len(CALLS)))
 
 
-RANDOM_NETS = [Drops, Noisy, NoisyWeights, SkipsByChance, ByNumPy, TrainsItsDropout, OwnGenerator, RandomPool, CountsElsewhere]
+RANDOM_NETS = [
+    Drops,
+    Noisy,
+    NoisyWeights,
+    SkipsByChance,
+    ByNumPy,
+    TrainsItsDropout,
+    OwnGenerator,
+    RandomPool,
+    CountsElsewhere,
+]
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -170,11 +213,19 @@ def test_nothing_is_certified_in_any_mode(mode):
 @pytest.mark.parametrize("build", [Drops, Noisy, SkipsByChance, OwnGenerator])
 def test_surgery_on_a_random_network_says_so(build):
     S = images(60, 1, 1.)
-    r, said = quietly(lambda: operate(made(build), CE, images(), S, config=SurgeryConfig(iterations=1), progress=False))
+    r, said = quietly(
+        lambda: operate(
+            made(build), CE, images(), S, config=SurgeryConfig(iterations=1), progress=False
+        )
+    )
     assert r is None or (said and not r.spikes.converged.any())
-    S_eps, said = quietly(lambda: sensitivity_matrix(made(build), torch.eye(53, 2, dtype=F64), S, eps=.1))
+    S_eps, said = quietly(
+        lambda: sensitivity_matrix(made(build), torch.eye(53, 2, dtype=F64), S, eps=0.1)
+    )
     assert S_eps is None or said
-    spikes, said = quietly(lambda: count_spikes(made(build), CE, images(), candidates=3, resamples=2))
+    spikes, said = quietly(
+        lambda: count_spikes(made(build), CE, images(), candidates=3, resamples=2)
+    )
     assert spikes is None or said
 
 
@@ -186,12 +237,14 @@ class Loud(Dataset):
 
 
 class Mirrored(Loud):
-    def __getitem__(self, i): return (self.X[i].flip(0) if random.random() < .5 else self.X[i]), self.y[i]
+    def __getitem__(self, i):
+        return (self.X[i].flip(0) if random.random() < 0.5 else self.X[i]), self.y[i]
 
 
 class Relabelled(Loud):
     "The images stay, some labels are drawn anew."
-    def __getitem__(self, i): return self.X[i], self.y[i] if random.random() < .7 else torch.tensor(random.randrange(3))
+    def __getitem__(self, i):
+        return self.X[i], self.y[i] if random.random() < 0.7 else torch.tensor(random.randrange(3))
 
 
 class LoudStream(IterableDataset):
@@ -214,10 +267,16 @@ class Batches:
         return iter(self.make(self.passes))
 
 
-def noisy_collate(rows): return torch.stack([x for x, _ in rows]) + torch.randn(len(rows), 6, dtype=F64), torch.stack([t for _, t in rows])
+def noisy_collate(rows):
+    return torch.stack([x for x, _ in rows]) + torch.randn(len(rows), 6, dtype=F64), torch.stack(
+        [t for _, t in rows]
+    )
 
 
-def drawn_with_replacement(X, y): return DataLoader(TensorDataset(X, y), sampler=WeightedRandomSampler(torch.ones(len(y)), len(y)), batch_size=8)
+def drawn_with_replacement(X, y):
+    return DataLoader(
+        TensorDataset(X, y), sampler=WeightedRandomSampler(torch.ones(len(y)), len(y)), batch_size=8
+    )
 
 
 RANDOM_DATA = {
@@ -227,10 +286,17 @@ RANDOM_DATA = {
     "labels drawn anew": lambda X, y: DataLoader(Relabelled(X, y), batch_size=8),
     "other images": lambda X, y: DataLoader(OtherImages(X, y), batch_size=8),
     "a stream": lambda X, y: DataLoader(LoudStream(X, y), batch_size=8),
-    "collated with noise": lambda X, y: DataLoader(TensorDataset(X, y), batch_size=8, collate_fn=noisy_collate),
+    "collated with noise": lambda X, y: DataLoader(
+        TensorDataset(X, y), batch_size=8, collate_fn=noisy_collate
+    ),
     "with replacement": drawn_with_replacement,
-    "batches with replacement": lambda X, y: DataLoader(TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y, replacement=True), 8, False)),
-    "the last batch is dropped": lambda X, y: DataLoader(TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 9, True)),
+    "batches with replacement": lambda X, y: DataLoader(
+        TensorDataset(X, y),
+        batch_sampler=BatchSampler(RandomSampler(y, replacement=True), 8, False),
+    ),
+    "the last batch is dropped": lambda X, y: DataLoader(
+        TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 9, True)
+    ),
     "larger on every pass": lambda X, y: Batches(lambda n: [(X * (1 + n / 10), y)]),
     "other labels on every pass": lambda X, y: Batches(lambda n: [(X, y.roll(n))]),
     "fewer on every pass": lambda X, y: Batches(lambda n: [(X[:-n], y[:-n])]),
@@ -246,7 +312,7 @@ def test_nothing_is_certified_of_random_data(name):
     assert torch.equal(X, before)
 
 
-# The same images in another order on every pass ---------------------------------------------------------------------
+# The same images in another order on every pass ---------------------------------------------------
 
 class OwnSampler(Sampler):
     def __init__(self, y): self.n = len(y)
@@ -263,7 +329,8 @@ class OwnBatches(OwnSampler):
 
 class ShuffledStream(IterableDataset):
     def __init__(self, X, y): self.X, self.y = X, y
-    def __iter__(self): return ((self.X[i], self.y[i]) for i in random.sample(range(len(self.y)), len(self.y)))
+    def __iter__(self):
+        return ((self.X[i], self.y[i]) for i in random.sample(range(len(self.y)), len(self.y)))
 
 
 def shuffled(X, y, size=16):
@@ -274,15 +341,25 @@ def shuffled(X, y, size=16):
 ORDERS = {
     "shuffle": lambda ds: DataLoader(ds, batch_size=16, shuffle=True),
     "random sampler": lambda ds: DataLoader(ds, batch_size=16, sampler=RandomSampler(ds)),
-    "random subset": lambda ds: DataLoader(ds, batch_size=16, sampler=SubsetRandomSampler(range(len(ds)))),
+    "random subset": lambda ds: DataLoader(
+        ds, batch_size=16, sampler=SubsetRandomSampler(range(len(ds)))
+    ),
     "own sampler": lambda ds: DataLoader(ds, batch_size=16, sampler=OwnSampler(ds)),
-    "batch sampler": lambda ds: DataLoader(ds, batch_sampler=BatchSampler(RandomSampler(ds), 16, False)),
-    "batch sampler around own": lambda ds: DataLoader(ds, batch_sampler=BatchSampler(OwnSampler(ds), 16, False)),
+    "batch sampler": lambda ds: DataLoader(
+        ds, batch_sampler=BatchSampler(RandomSampler(ds), 16, False)
+    ),
+    "batch sampler around own": lambda ds: DataLoader(
+        ds, batch_sampler=BatchSampler(OwnSampler(ds), 16, False)
+    ),
     "own batch sampler": lambda ds: DataLoader(ds, batch_sampler=OwnBatches(ds)),
     "stream": lambda ds: DataLoader(ShuffledStream(*ds.tensors), batch_size=16),
     "own class": lambda ds: Batches(lambda n: shuffled(*ds.tensors)),
-    "order of batches": lambda ds: Batches(lambda n: list(zip(*(t.split(15) for t in ds.tensors)))[::(-1) ** n]),
-    "in order": lambda ds: DataLoader(ds, batch_sampler=BatchSampler(SequentialSampler(ds), 16, False)),
+    "order of batches": lambda ds: Batches(
+        lambda n: list(zip(*(t.split(15) for t in ds.tensors)))[:: (-1) ** n]
+    ),
+    "in order": lambda ds: DataLoader(
+        ds, batch_sampler=BatchSampler(SequentialSampler(ds), 16, False)
+    ),
 }
 
 
@@ -291,7 +368,16 @@ def test_labels_and_answers_of_one_pass_stay_together(name):
     random.seed(0)
     X, y = images()
     S, O = images(60, 1, 1.), images(60, 2, 1.)
-    def run(held): return operate(made(Plain), CE, (X, y), S, held_out=held, config=SurgeryConfig(iterations=2, eps=.3), progress=False)
+    def run(held):
+        return operate(
+            made(Plain),
+            CE,
+            (X, y),
+            S,
+            held_out=held,
+            config=SurgeryConfig(iterations=2, eps=0.3),
+            progress=False,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         r, _ = quietly(lambda: run(ORDERS[name](TensorDataset(*O))))
@@ -301,8 +387,13 @@ def test_labels_and_answers_of_one_pass_stay_together(name):
     by_hand = torch.stack([r.correct[1][r.labels == c].double().mean() for c in range(3)])
     assert torch.allclose(by_hand, r.after.accuracy, atol=1e-12)
     truth = run(O)  # the same images in order: the same changes image by image, whatever the order
-    assert torch.equal(r.after.accuracy, truth.after.accuracy) and torch.equal(r.before.accuracy, truth.before.accuracy)
-    gained, lost = (((r.correct[1] > r.correct[0]).sum(), (truth.correct[1] > truth.correct[0]).sum()), ((r.correct[1] < r.correct[0]).sum(), (truth.correct[1] < truth.correct[0]).sum()))
+    assert torch.equal(r.after.accuracy, truth.after.accuracy) and torch.equal(
+        r.before.accuracy, truth.before.accuracy
+    )
+    gained, lost = (
+        ((r.correct[1] > r.correct[0]).sum(), (truth.correct[1] > truth.correct[0]).sum()),
+        ((r.correct[1] < r.correct[0]).sum(), (truth.correct[1] < truth.correct[0]).sum()),
+    )
     assert gained[0] == gained[1] and lost[0] == lost[1]
 
 
@@ -310,7 +401,12 @@ def test_labels_and_answers_of_one_pass_stay_together(name):
 def test_sensitive_sets_in_any_order(name):
     "A sensitivity matrix subtracts answers of several passes image by image."
     random.seed(0)
-    S, V = images(60, 1, 1.), torch.linalg.qr(torch.randn(53, 2, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
+    S, V = (
+        images(60, 1, 1.0),
+        torch.linalg.qr(torch.randn(53, 2, generator=torch.Generator().manual_seed(0), dtype=F64))[
+            0
+        ],
+    )
     def run(data): return sensitivity_matrix(made(Plain), V, data, eps=.3, metric="probability")
     s, _ = quietly(lambda: run(ORDERS[name](TensorDataset(*S))))
     if s is None:
@@ -325,7 +421,9 @@ def test_products_in_any_order(name):
     random.seed(0)
     X, y = images(48)
     H = dense(made(Plain), X, y)
-    found, _ = quietly(lambda: products(HessianOperator(made(Plain), CE, ORDERS[name](TensorDataset(X, y)))))
+    found, _ = quietly(
+        lambda: products(HessianOperator(made(Plain), CE, ORDERS[name](TensorDataset(X, y))))
+    )
     assert found is None or apart(found, H) < EXACT
     assert found is not None or name != "in order"
 
@@ -333,12 +431,15 @@ def test_products_in_any_order(name):
 def test_predictions_and_labels_come_from_one_pass():
     X, y = images(60, 1, 1.)
     net = made(Plain)
-    z, labels = predict(net, DataLoader(TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 16, False)))
+    z, labels = predict(
+        net,
+        DataLoader(TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 16, False)),
+    )
     key = {tuple(row.tolist()): t for row, t in zip(net(X).detach().round(decimals=9), y.tolist())}
     assert [key[tuple(row.tolist())] for row in z.round(decimals=9)] == labels.tolist()
 
 
-# Networks and data that forward writes to -----------------------------------------------------------------------------
+# Networks and data that forward writes to ---------------------------------------------------------
 
 class Counts(Plain):
     "A buffer that counts calls, and is part of the function."
@@ -507,18 +608,31 @@ def viewed(net, x): return Plain.forward(net, x + .5 * (torch.arange(6) >= 3))
 
 
 WRITERS = {
-    Counts: Plain.forward, CountsInPython: Plain.forward, Remembers: Plain.forward, RemembersByName: Plain.forward, Carries: Plain.forward,
-    CarriesInPlace: Plain.forward, CarriesInItself: Plain.forward, Statistics: Plain.forward, StatisticsByData: Plain.forward,
-    StatisticsExchanged: Plain.forward, Toggles: Plain.forward, Grows: Plain.forward, InputMoved: lambda net, x: shifted(net, x, -.1),
-    InputRectified: lambda net, x: Plain.forward(net, x.relu()), InputRows: first_row, InputByData: lambda net, x: shifted(net, x, 0., 1.5),
-    InputByNumPy: lambda net, x: shifted(net, x, 0., 1.5), InputViewed: viewed,
+    Counts: Plain.forward,
+    CountsInPython: Plain.forward,
+    Remembers: Plain.forward,
+    RemembersByName: Plain.forward,
+    Carries: Plain.forward,
+    CarriesInPlace: Plain.forward,
+    CarriesInItself: Plain.forward,
+    Statistics: Plain.forward,
+    StatisticsByData: Plain.forward,
+    StatisticsExchanged: Plain.forward,
+    Toggles: Plain.forward,
+    Grows: Plain.forward,
+    InputMoved: lambda net, x: shifted(net, x, -0.1),
+    InputRectified: lambda net, x: Plain.forward(net, x.relu()),
+    InputRows: first_row,
+    InputByData: lambda net, x: shifted(net, x, 0.0, 1.5),
+    InputByNumPy: lambda net, x: shifted(net, x, 0.0, 1.5),
+    InputViewed: viewed,
 }
 
 
 @pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward", "difference"])
 @pytest.mark.parametrize("build", WRITERS)
 def test_what_forward_writes(build, mode):
-    "The function is that of the first call, on every call; or nothing is certified. Nothing stays written."
+    "Every call is like the first, or nothing is certified. Nothing stays written."
     X, y = images()
     H = dense(made(lambda: Of(WRITERS[build])), X.clone(), y)
     net = made(build)
@@ -528,7 +642,9 @@ def test_what_forward_writes(build, mode):
             op = HessianOperator(net, CE, data, mode=mode)
             return products(op), top_eigenpairs(op, 2), op.gradient()
         got, said = quietly(run)
-        assert same(before, state(net, X, y)), "weights, buffers, attributes and images are as they were"
+        assert same(before, state(net, X, y)), (
+            "weights, buffers, attributes and images are as they were"
+        )
         if got is None: continue
         right = apart(got[0], H) < (1e-5 if mode == "difference" else EXACT)
         assert right or (not got[1].converged.any() and said)
@@ -548,24 +664,51 @@ def test_measurements_leave_no_trace(build):
     s, _ = quietly(lambda: sensitivity_matrix(net, torch.eye(53, 2, dtype=F64), (X, y), eps=.1))
     assert same(before, state(net, X, y))
     if report is not None:
-        accuracy = torch.stack([(twin(X.clone()).argmax(1) == y)[y == c].double().mean() for c in range(3)])
+        accuracy = torch.stack(
+            [(twin(X.clone()).argmax(1) == y)[y == c].double().mean() for c in range(3)]
+        )
         assert torch.equal(report.accuracy, accuracy)
-    if s is not None: assert off(s.matrix, sensitivity_matrix(twin, torch.eye(53, 2, dtype=F64), (X, y), eps=.1).matrix) < EXACT
+    if s is not None:
+        assert (
+            off(
+                s.matrix,
+                sensitivity_matrix(twin, torch.eye(53, 2, dtype=F64), (X, y), eps=0.1).matrix,
+            )
+            < EXACT
+        )
 
 
 @pytest.mark.parametrize("build", [Counts, Remembers, Statistics, InputMoved, InputByNumPy])
 def test_surgery_leaves_no_trace(build):
     net, (X, y), S, O = made(build), images(), images(60, 1, 1.), images(60, 2, 1.)
     before = state(net, X, y, *S, *O)
-    r, _ = quietly(lambda: operate(net, CE, (X, y), S, held_out=O, config=SurgeryConfig(iterations=1, eps=.2), progress=False))
+    r, _ = quietly(
+        lambda: operate(
+            net,
+            CE,
+            (X, y),
+            S,
+            held_out=O,
+            config=SurgeryConfig(iterations=1, eps=0.2),
+            progress=False,
+        )
+    )
     assert same(before, state(net, X, y, *S, *O))
     if r is not None:
         twin = made(lambda: Of(WRITERS[build]))
-        expected = operate(twin, CE, (X, y), S, held_out=O, config=SurgeryConfig(iterations=1, eps=.2), progress=False)
+        expected = operate(
+            twin,
+            CE,
+            (X, y),
+            S,
+            held_out=O,
+            config=SurgeryConfig(iterations=1, eps=0.2),
+            progress=False,
+        )
         assert torch.equal(r.after.accuracy, expected.after.accuracy)
 
 
-# Inputs in containers -------------------------------------------------------------------------------------------------
+# Inputs in containers -----------------------------------------------------------------------------
 
 class FromDict(Plain):
     def forward(self, x, scale):
@@ -590,12 +733,18 @@ def test_inputs_in_containers_are_left_as_they_were():
         assert torch.equal(X, before)
         assert found is None or apart(found, H) < EXACT
     d = dict(x=X)
-    found, _ = quietly(lambda: products(HessianOperator(made(FromDictItself), CE, [(d, y)], forward=lambda model, inputs: model(inputs))))
+    found, _ = quietly(
+        lambda: products(
+            HessianOperator(
+                made(FromDictItself), CE, [(d, y)], forward=lambda model, inputs: model(inputs)
+            )
+        )
+    )
     assert d["x"] is X and list(d) == ["x"]
     assert found is None or apart(found, dense(made(Plain), X * 2, y)) < EXACT
 
 
-# Weights that forward writes -----------------------------------------------------------------------------------------
+# Weights that forward writes ----------------------------------------------------------------------
 
 class Clips(Plain):
     def forward(self, x):
@@ -641,13 +790,24 @@ class BagOfWords(Words):
         self.e, self.b = nn.EmbeddingBag(7, 4, max_norm=max_norm, mode="sum"), nn.Linear(4, 3)
 
 
-WEIGHT_WRITERS = {"clips": (Clips, Plain), "decays": (Decays, Plain), "renormalises": (Renormalises, Plain), "exchanges": (ExchangesData, Plain), "copies": (ByCopy, Plain),
-                  "max_norm": (lambda: Words(.5), Words), "max_norm of a bag": (lambda: BagOfWords(.5), BagOfWords)}
+WEIGHT_WRITERS = {
+    "clips": (Clips, Plain),
+    "decays": (Decays, Plain),
+    "renormalises": (Renormalises, Plain),
+    "exchanges": (ExchangesData, Plain),
+    "copies": (ByCopy, Plain),
+    "max_norm": (lambda: Words(0.5), Words),
+    "max_norm of a bag": (lambda: BagOfWords(0.5), BagOfWords),
+}
 
 
 def words_or_images(net, n=24):
     X, y = images(n)
-    return (torch.randint(0, 7, (n, 4), generator=torch.Generator().manual_seed(0)), y) if isinstance(net, Words) else (X, y)
+    return (
+        (torch.randint(0, 7, (n, 4), generator=torch.Generator().manual_seed(0)), y)
+        if isinstance(net, Words)
+        else (X, y)
+    )
 
 
 @pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward", "difference"])
@@ -666,7 +826,7 @@ def test_weights_that_forward_writes(name, mode):
         return products(op), top_eigenpairs(op, 2)
     got, said = quietly(run)
     assert same(before, state(net, X, y)), "the caller's weights are as they were"
-    # what is written also moves the direction in forward mode, and both ends of a difference: another derivative of the same thing
+    # forward mode and differences see through what is written: another derivative
     if got is None or mode in ("forward", "difference"): return
     right = apart(got[0], H) < (1e-5 if "bag" in name else EXACT)
     assert right or (not got[1].converged.any() and said)
@@ -675,7 +835,10 @@ def test_weights_that_forward_writes(name, mode):
 def made_of_bag(net):
     "The bag as a sum of rows: PyTorch has no second derivative of bags."
     twin = made(Words)
-    twin.e, twin.b = nn.Embedding.from_pretrained(net.e.weight.detach().clone(), freeze=False), net.b
+    twin.e, twin.b = (
+        nn.Embedding.from_pretrained(net.e.weight.detach().clone(), freeze=False),
+        net.b,
+    )
     twin.forward = lambda x: twin.b(torch.tanh(twin.e(x).sum(1)))
     return twin
 
@@ -691,11 +854,20 @@ def test_measurements_leave_weights_as_they_were(name):
     if z is not None: assert torch.allclose(z[0], written(X), rtol=1e-10, atol=1e-12)
     n = sum(p.numel() for p in net.parameters())
     quietly(lambda: sensitivity_matrix(net, torch.eye(n, 2, dtype=F64), (X, y), eps=.1))
-    quietly(lambda: operate(net, CE, (X[:24], y[:24]), (X[24:], y[24:]), config=SurgeryConfig(iterations=1, eps=.1), progress=False))
+    quietly(
+        lambda: operate(
+            net,
+            CE,
+            (X[:24], y[:24]),
+            (X[24:], y[24:]),
+            config=SurgeryConfig(iterations=1, eps=0.1),
+            progress=False,
+        )
+    )
     assert same(before, state(net, X, y))
 
 
-# What is random in name only -----------------------------------------------------------------------------------------
+# What is random in name only ----------------------------------------------------------------------
 
 class Seeded(Plain):
     "Random numbers that are the same on every call: a fixed function."
@@ -712,15 +884,23 @@ def test_a_fixed_function_is_not_refused():
         warnings.simplefilter("error")
         pairs = top_eigenpairs(op, 2)
     assert apart(products(op), H) < EXACT and pairs.converged.all()
-    assert (pairs.values - torch.linalg.eigvalsh(H).flip(0)[:2]).abs().max() < 1e-2 * pairs.values[0]
+    assert (pairs.values - torch.linalg.eigvalsh(H).flip(0)[:2]).abs().max() < 1e-2 * pairs.values[
+        0
+    ]
 
 
-# Changes between two products ----------------------------------------------------------------------------------------
+# Changes between two products ---------------------------------------------------------------------
 
 class Adjustable(Plain):
     def __init__(self):
         super().__init__()
-        self.c, self.act, self.scale, self.parts, self.mask = nn.Linear(5, 5), nn.Tanh(), 1., [1., 1.], torch.ones(5, dtype=F64)
+        self.c, self.act, self.scale, self.parts, self.mask = (
+            nn.Linear(5, 5),
+            nn.Tanh(),
+            1.0,
+            [1.0, 1.0],
+            torch.ones(5, dtype=F64),
+        )
         self.register_buffer("mean", torch.zeros(6, dtype=F64))
     def forward(self, x):
         h = self.act(self.a(x - self.mean)) * self.scale
@@ -736,7 +916,13 @@ class Situation:
         self.weight = torch.tensor([1., 2., 3.], dtype=F64)
         self.loss = nn.CrossEntropyLoss(weight=self.weight)
         self.data, self.factor = [(self.X[:10], self.y[:10]), (self.X[10:], self.y[10:])], 1.
-        self.op = HessianOperator(self.net, self.loss, self.data, mode=mode, forward=lambda model, x: model(x) * self.factor)
+        self.op = HessianOperator(
+            self.net,
+            self.loss,
+            self.data,
+            mode=mode,
+            forward=lambda model, x: model(x) * self.factor,
+        )
 
     def truth(self):
         X, y = torch.cat([b[0] for b in self.data]), torch.cat([b[1] for b in self.data])
@@ -752,7 +938,11 @@ class Scaled(nn.Module):
 
 def rows_swapped(w): w.data = w.data[torch.arange(len(w)).roll(1)]
 def rows_swapped_in_place(w): w.data.copy_(w.data.roll(1, 0))
-def tensors_swapped(s): s.net.a.weight.data, s.net.a.weight.data[:5, :5] = s.net.a.weight.data.flip(1), s.net.c.weight.data.clone()
+def tensors_swapped(s):
+    s.net.a.weight.data, s.net.a.weight.data[:5, :5] = (
+        s.net.a.weight.data.flip(1),
+        s.net.c.weight.data.clone(),
+    )
 def set_attribute(thing, name, value): setattr(thing, name, value)
 def entry(w, i, by): w.data.view(-1)[i] += by
 def numpy_write(w): w.detach().numpy()[0] *= -1
@@ -770,35 +960,43 @@ CHANGES = {
     "rows swapped": lambda s: rows_swapped(s.net.a.weight),
     "rows swapped in place": lambda s: rows_swapped_in_place(s.net.c.weight),
     "turned": lambda s: s.net.c.weight.data.copy_(s.net.c.weight.data.T.clone()),
-    "one entry": lambda s: entry(s.net.a.weight, 3, .3),
+    "one entry": lambda s: entry(s.net.a.weight, 3, 0.3),
     "two entries exchanged": lambda s: s.net.a.bias.data.copy_(s.net.a.bias.data[[1, 0, 2, 3, 4]]),
     "other data in a weight": tensor_set,
     "by NumPy": lambda s: numpy_write(s.net.a.weight),
     "under no_grad": lambda s: torch.no_grad()(lambda: s.net.a.weight.mul_(-1))(),
-    "loaded": lambda s: s.net.load_state_dict({k: v.roll(1, 0) for k, v in s.net.state_dict().items()}),
-    "another parameter": lambda s: set_attribute(s.net.c, "weight", nn.Parameter(s.net.c.weight.detach().flip(0))),
-    "buffer": lambda s: s.net.mean.add_(.5),
-    "buffer, negated": lambda s: s.net.mean.data.copy_(torch.tensor([.1, -.2, .3, 0, 0, 0], dtype=F64)),
-    "attribute": lambda s: set_attribute(s.net, "scale", 2.),
-    "entry of a list": lambda s: set_attribute(s.net, "parts", [3., 1.]),
-    "entry of a list in place": lambda s: s.net.parts.__setitem__(0, 3.),
-    "tensor that is no buffer": lambda s: s.net.mask.mul_(torch.tensor([1., -1., 2., 1., 1.], dtype=F64)),
+    "loaded": lambda s: s.net.load_state_dict(
+        {k: v.roll(1, 0) for k, v in s.net.state_dict().items()}
+    ),
+    "another parameter": lambda s: set_attribute(
+        s.net.c, "weight", nn.Parameter(s.net.c.weight.detach().flip(0))
+    ),
+    "buffer": lambda s: s.net.mean.add_(0.5),
+    "buffer, negated": lambda s: s.net.mean.data.copy_(
+        torch.tensor([0.1, -0.2, 0.3, 0, 0, 0], dtype=F64)
+    ),
+    "attribute": lambda s: set_attribute(s.net, "scale", 2.0),
+    "entry of a list": lambda s: set_attribute(s.net, "parts", [3.0, 1.0]),
+    "entry of a list in place": lambda s: s.net.parts.__setitem__(0, 3.0),
+    "tensor that is no buffer": lambda s: s.net.mask.mul_(
+        torch.tensor([1.0, -1.0, 2.0, 1.0, 1.0], dtype=F64)
+    ),
     "layer": lambda s: set_attribute(s.net, "act", nn.Sigmoid()),
     "layer of the same kind": lambda s: set_attribute(s.net, "c", made(lambda: nn.Linear(5, 5), 8)),
     "forward hook": lambda s: s.net.act.register_forward_hook(lambda m, x, out: out * 2),
     "forward pre-hook": lambda s: s.net.c.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
     "forward": other_forward,
     "forward of a layer": lambda s: set_attribute(s.net.act, "forward", torch.sigmoid),
-    "what forward= reads": lambda s: set_attribute(s, "factor", 2.),
-    "class weight": lambda s: s.loss.weight.copy_(torch.tensor([5., 1., 1.], dtype=F64)),
+    "what forward= reads": lambda s: set_attribute(s, "factor", 2.0),
+    "class weight": lambda s: s.loss.weight.copy_(torch.tensor([5.0, 1.0, 1.0], dtype=F64)),
     "class weights swapped": lambda s: s.weight.copy_(s.weight.flip(0)),
-    "smoothing": lambda s: set_attribute(s.loss, "label_smoothing", .3),
+    "smoothing": lambda s: set_attribute(s.loss, "label_smoothing", 0.3),
     "ignored class": lambda s: set_attribute(s.loss, "ignore_index", 1),
     "reduction": lambda s: set_attribute(s.loss, "reduction", "sum"),
     "images": lambda s: s.X.mul_(2),
     "images, negated": lambda s: s.X.neg_(),
     "two images exchanged for labels": lambda s: s.X.copy_(s.X[[1, 0, *range(2, 24)]]),
-    "one image": lambda s: s.X[5].add_(.5),
+    "one image": lambda s: s.X[5].add_(0.5),
     "images by NumPy": lambda s: s.array.__imul__(-1),
     "labels": lambda s: s.y.copy_(s.y.roll(1)),
     "two labels": lambda s: s.y.copy_(s.y[[1, 0, *range(2, 24)]]),
@@ -826,15 +1024,32 @@ def test_changes_between_two_products(name, mode):
         assert abs(slope[0] - s.loss(s.net(X) * s.factor, y).item()) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["negated", "attribute", "layer", "images", "labels", "class weight", "one entry", "images by NumPy", "forward hook", "two labels"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "negated",
+        "attribute",
+        "layer",
+        "images",
+        "labels",
+        "class weight",
+        "one entry",
+        "images by NumPy",
+        "forward hook",
+        "two labels",
+    ],
+)
 def test_changes_in_the_midst_of_a_search(name):
     "Nothing is certified of a matrix that was another one at the start."
     s, count = Situation(), []
+
     class Meddling(HessianOperator):
         def __matmul__(self, v):
             count.append(1)
-            if len(count) == 4: CHANGES[name](s)
+            if len(count) == 4:
+                CHANGES[name](s)
             return super().__matmul__(v)
+
     op = Meddling(s.net, s.loss, s.data)
     pairs, said = quietly(lambda: top_eigenpairs(op, 3, tol=1e-6, max_matvecs=60))
     assert pairs is None or not pairs.converged.any()
@@ -850,14 +1065,20 @@ def test_a_network_that_learns_between_products():
     assert apart(products(s.op), s.truth()) < EXACT
 
 
-# One function for measuring and for differentiating -------------------------------------------------------------------
+# One function for measuring and for differentiating -----------------------------------------------
 
 class Padded(nn.Module):
-    "PyTorch's fast path of this encoder, without gradients, cuts padding off; with gradients it does not."
+    "Without gradients PyTorch's fast path of this encoder cuts padding off."
     def __init__(self, layers=1, norm_first=False, activation="relu"):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(4, 2, 6, 0., activation, batch_first=True, norm_first=norm_first)
-        self.e, self.t, self.h = nn.Embedding(9, 4), nn.TransformerEncoder(layer, layers, enable_nested_tensor=not norm_first), nn.Linear(4, 3)
+        layer = nn.TransformerEncoderLayer(
+            4, 2, 6, 0.0, activation, batch_first=True, norm_first=norm_first
+        )
+        self.e, self.t, self.h = (
+            nn.Embedding(9, 4),
+            nn.TransformerEncoder(layer, layers, enable_nested_tensor=not norm_first),
+            nn.Linear(4, 3),
+        )
     def forward(self, i): return self.h(self.t(self.e(i), src_key_padding_mask=i == 0).mean(1))
 
 
@@ -888,15 +1109,31 @@ def padded_words():
     return words
 
 
-@pytest.mark.parametrize("build", [Padded, lambda: Padded(2), lambda: Padded(1, True), lambda: Padded(1, False, "gelu"), OneLayer, OnlyAttention, ByGradMode],
-                         ids=["one", "two layers", "norm first", "gelu", "one layer", "only attention", "by grad mode"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        Padded,
+        lambda: Padded(2),
+        lambda: Padded(1, True),
+        lambda: Padded(1, False, "gelu"),
+        OneLayer,
+        OnlyAttention,
+        ByGradMode,
+    ],
+    ids=["one", "two layers", "norm first", "gelu", "one layer", "only attention", "by grad mode"],
+)
 def test_logits_are_those_of_the_loss(build):
     net = made(build)
     X, y = images()
-    if not isinstance(net, Plain): X = padded_words()
-    with torch.enable_grad(): z_true = net(X).detach()
-    got, _ = quietly(lambda: (predict(net, (X, y))[0], HessianOperator(net, CE, (X, y)).gradient()[0]))
-    if got is None: return
+    if not isinstance(net, Plain):
+        X = padded_words()
+    with torch.enable_grad():
+        z_true = net(X).detach()
+    got, _ = quietly(
+        lambda: (predict(net, (X, y))[0], HessianOperator(net, CE, (X, y)).gradient()[0])
+    )
+    if got is None:
+        return
     z, value = got
     assert abs(value - CE(z, y).item()) < 1e-10
     assert torch.allclose(z, z_true, rtol=1e-8, atol=1e-10)

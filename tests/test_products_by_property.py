@@ -1,6 +1,7 @@
-"""Products with the Hessian and the Gauss-Newton matrix of networks drawn at random, against dense matrices by PyTorch alone.
+"""Products of networks drawn at random, against dense matrices by PyTorch alone.
 
-Every product is right or refused. 50 networks are drawn here, always the same; `pytest --slow` draws 500 others.
+Every product is right or refused. 50 networks are drawn here, always the same; `pytest --slow`
+draws 500 others.
 """
 import random
 import warnings
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from hessian_surgery_nb.hvp import HessianOperator, InputError
 
-EXACT = 1e-8  # two double backward passes in float64 differ by rounding, which inverses in a network enlarge
-ROUGH = 1e-5  # central differences in float64: about (2e-16)^(2/3) = 4e-11, times third derivatives of the network
+EXACT = 1e-8  # two double backward passes in float64: rounding, which inverses enlarge
+ROUGH = 1e-5  # central differences in float64: (2e-16)^(2/3) = 4e-11, times third derivatives
 FLOOR = 1e-12  # where the matrix is 0
 MODES = ("auto", "kept", "rebuilt", "forward", "difference")
 
@@ -56,9 +57,16 @@ class Drawn:
         if any(p.refusable for p in parts): return True
         by_hand = self.mode != "auto" or self.kind == "gauss_newton"
         if by_hand and any(p.hard for p in parts): return True
-        loss, several = kinds.LOSSES[self.loss], self.cut() or self.loader or self.memory is not None
+        loss, several = (
+            kinds.LOSSES[self.loss],
+            self.cut() or self.loader or self.memory is not None,
+        )
         if loss.unknown and several: return True
-        few = min(self.sizes) < 3 or (self.micro_batch is not None and self.micro_batch < 3) or self.memory is not None
+        few = (
+            min(self.sizes) < 3
+            or (self.micro_batch is not None and self.micro_batch < 3)
+            or self.memory is not None
+        )
         return self.mode == "forward" or (not self.known() and several and few)
 
 
@@ -79,7 +87,10 @@ def problem(d):
     y = torch.arange(n) % kinds.CLASSES
     y = y.sort().values if d.in_order else y[torch.randperm(n, generator=g)]
     X, t = kinds.FRONTS[d.front].inputs(n, g), loss.targets(y, g)
-    net, twin = (kinds.network(d.front, d.blocks, d.head, after=loss.after, seed=d.seed, twin=b) for b in (False, True))
+    net, twin = (
+        kinds.network(d.front, d.blocks, d.head, after=loss.after, seed=d.seed, twin=b)
+        for b in (False, True)
+    )
     return net, kinds.Truth(twin, loss.twin(), X, t), loss.make(), X, t
 
 
@@ -93,8 +104,17 @@ def chosen_rows(truth, net, pattern):
 def operator(d, net, loss_fn, X, y):
     data = batches(X, y, d.sizes)
     if d.loader: data = DataLoader(data, batch_size=None)
-    return HessianOperator(net, loss_fn, data, params=d.params, kind=d.kind, mode=d.mode, micro_batch=d.micro_batch,
-                           memory=d.memory, reduction=kinds.LOSSES[d.loss].told)
+    return HessianOperator(
+        net,
+        loss_fn,
+        data,
+        params=d.params,
+        kind=d.kind,
+        mode=d.mode,
+        micro_batch=d.micro_batch,
+        memory=d.memory,
+        reduction=kinds.LOSSES[d.loss].told,
+    )
 
 
 def has_rule_and_way_out(e):
@@ -110,7 +130,9 @@ def outcome(d, truth_checked=False):
     which = chosen_rows(truth, net, d.params)
     M = truth.gauss_newton() if d.kind == "gauss_newton" else truth.hessian()
     v = torch.randn(len(M), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    if truth_checked and d.kind == "hessian":  # the double backward that judges is judged by single ones
+    if (
+        truth_checked and d.kind == "hessian"
+    ):  # the double backward that judges is judged by single ones
         assert off(M @ v[:, 0], truth.curvature(v[:, 0]), M) < 1e-4
     M, v = M[which][:, which], v[which]
     try:
@@ -140,14 +162,23 @@ def off(a, b, M):
     return ((a - b).norm() / (b.norm() + M.norm() * FLOOR + FLOOR)).item()
 
 
-# Each kind alone --------------------------------------------------------------------------------------------------------
+# Each kind alone ----------------------------------------------------------------------------------
 
-EACH = ([("block", b) for b in kinds.BLOCKS] + [("front", f) for f in kinds.FRONTS] + [("head", h) for h in kinds.HEADS]
-        + [("loss", name) for name in kinds.LOSSES])
+EACH = (
+    [("block", b) for b in kinds.BLOCKS]
+    + [("front", f) for f in kinds.FRONTS]
+    + [("head", h) for h in kinds.HEADS]
+    + [("loss", name) for name in kinds.LOSSES]
+)
 
 
 def alone(what, name, **more):
-    parts = dict(front="vectors", blocks=("tanh",), head="linear", loss="cross-entropy", sizes=(4, 1, 5)) | more
+    parts = (
+        dict(
+            front="vectors", blocks=("tanh",), head="linear", loss="cross-entropy", sizes=(4, 1, 5)
+        )
+        | more
+    )
     parts[what if what != "block" else "blocks"] = name if what != "block" else (name,)
     if what == "block" and kinds.BLOCKS[name].crowd: parts["sizes"] = (10,)
     if what == "loss": parts["sizes"] = more.get("sizes", (4, 3, 3))
@@ -160,13 +191,14 @@ def test_each_kind_alone(what, name):
     outcome(alone(what, name, kind="gauss_newton", sizes=(10,)))
 
 
-# Drawn together ---------------------------------------------------------------------------------------------------------
+# Drawn together -----------------------------------------------------------------------------------
 
 def from_number(number):
     """A network and all that goes with it.
 
-    Hypothesis draws one number: drawn piece by piece, examples repeat each other. What no rule can promise (a mode chosen
-    by hand for a layer that lacks it, a loss whose denominator cannot be known) is drawn less often than the rest.
+    Hypothesis draws one number: drawn piece by piece, examples repeat each other. What no rule can
+    promise (a mode chosen by hand for a layer that lacks it, a loss whose denominator cannot be
+    known) is drawn less often than the rest.
     """
     pick = random.Random(number)
     def some(choices): return pick.choice(sorted(choices))
@@ -175,16 +207,35 @@ def from_number(number):
         doubtful = choices[first].refusable or getattr(choices[first], "unknown", False)
         return some(choices) if doubtful else first
     blocks = tuple(mostly_sure(kinds.BLOCKS) for _ in range(pick.choice([1, 2])))
-    d = Drawn(mostly_sure(kinds.FRONTS), blocks, some(kinds.HEADS), mostly_sure(kinds.LOSSES), (1,), seed=number % 1000)
+    d = Drawn(
+        mostly_sure(kinds.FRONTS),
+        blocks,
+        some(kinds.HEADS),
+        mostly_sure(kinds.LOSSES),
+        (1,),
+        seed=number % 1000,
+    )
     smooth, hard = all(p.smooth for p in d.parts()), any(p.hard for p in d.parts())
     modes = [m for m in MODES if smooth or m != "difference"] + ["auto"] * (30 if hard else 2)
     least = 1 if d.known() else 3  # images that a piece must hold
     sizes = tuple(pick.randint(least, 6) for _ in range(1 if d.crowd() else pick.randint(1, 4)))
-    d = replace(d, sizes=sizes, in_order=pick.random() < .5, mode=pick.choice(modes), loader=pick.random() < .3,
-                kind=pick.choice(["hessian"] * (9 if hard else 3) + ["gauss_newton"]), params=pick.choice([None, None, "head*"]))
+    d = replace(
+        d,
+        sizes=sizes,
+        in_order=pick.random() < 0.5,
+        mode=pick.choice(modes),
+        loader=pick.random() < 0.3,
+        kind=pick.choice(["hessian"] * (9 if hard else 3) + ["gauss_newton"]),
+        params=pick.choice([None, None, "head*"]),
+    )
     if d.mode == "auto" and pick.random() < .3 and least == 1: d = replace(d, memory=1.)
     if not d.crowd() and d.mode != "kept":
-        d = replace(d, micro_batch=pick.choice([None, None, 1, 2, 4] if least == 1 else [None, None, None, 3, 4]))
+        d = replace(
+            d,
+            micro_batch=pick.choice(
+                [None, None, 1, 2, 4] if least == 1 else [None, None, None, 3, 4]
+            ),
+        )
     return d
 
 
@@ -194,12 +245,20 @@ drawn = st.integers(0, 2**63 - 1).map(from_number)
 def tally(examples, derandomize):
     "How many networks came out right and refused, and the kinds of layers that were seen."
     count, seen = Counter(), set()
-    @settings(max_examples=examples, derandomize=derandomize, deadline=None, database=None, print_blob=True,
-              phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(drawn)
     def each(d):
         truth = problem(d)[1]
-        if not torch.isfinite(truth.loss(truth.theta)): return  # every label ignored: there is no loss
+        if not torch.isfinite(truth.loss(truth.theta)):
+            return  # every label ignored: there is no loss
         count[outcome(d)] += 1
         seen.update(d.blocks + (d.front + " (front)", d.head + " (head)"))
     each()
