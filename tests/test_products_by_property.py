@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import layer_kinds as kinds
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from hessian_surgery_nb.hvp import HessianOperator, InputError
@@ -242,12 +242,15 @@ def from_number(number):
 drawn = st.integers(0, 2**63 - 1).map(from_number)
 
 
-def tally(examples, derandomize):
-    "How many networks came out right and refused, and the kinds of layers that were seen."
+def tally(examples, start=None):
+    """How many networks came out right and refused, and the kinds of layers that were seen.
+
+    With a start they are the same networks every time, whatever is edited here.
+    """
     count, seen = Counter(), set()
     @settings(
         max_examples=examples,
-        derandomize=derandomize,
+        derandomize=False,
         deadline=None,
         database=None,
         print_blob=True,
@@ -261,6 +264,7 @@ def tally(examples, derandomize):
             return  # every label ignored: there is no loss
         count[outcome(d)] += 1
         seen.update(d.blocks + (d.front + " (front)", d.head + " (head)"))
+    if start is not None: each = seed(start)(each)
     each()
     return count, seen
 
@@ -271,9 +275,9 @@ def judge(count, seen, examples):
 
 
 def test_fifty_networks():
-    judge(*tally(50, derandomize=True), 50)
+    judge(*tally(50, start=0), 50)
 
 
 @pytest.mark.slow
 def test_five_hundred_networks():
-    judge(*tally(500, derandomize=False), 500)
+    judge(*tally(500), 500)
