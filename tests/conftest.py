@@ -8,6 +8,18 @@ from hessian_surgery_nb.train import train
 FACTORY = "from hessian_surgery_nb.models import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n"
 
 
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
+
+
 @pytest.fixture(scope="session")
 def lay_out(tmp_path_factory):
     "A function: images in folders, a file with `net` and whatever else, and weights for `net`, in a new directory."
