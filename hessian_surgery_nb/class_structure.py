@@ -14,20 +14,18 @@ from .guards import plainly
 from hessian_surgery_nb.hvp import (
     Forward,
     InputError,
-    as_loss_module,
-    call_loss,
     check_inputs,
     check_mode,
     flatten,
     functional_logits,
     inner,
-    known_reduction,
     my_batches,
     select_params,
     split_batch,
     to_device,
 )
 from .hvp import tensors_in
+from .losses import as_loss_module, call_loss, infer_reduction, known_reduction
 from .lanczos import Eigenpairs
 from .ranks import team
 
@@ -90,13 +88,15 @@ def _wrong_labels(z, c, cross) -> dict: # which column: (a sum over images, weig
     return {(c,): ((p[:, c] * log_p[:, c]).sum(), 1 - p[:, c])}
 
 # %% ../nbs/03a_class_structure.ipynb #5e57cc7e
-def _own_loss(loss_fn, z, labels) -> tuple: # a sum over images, weights of its images
+def _own_loss(loss_fn, z, labels, reduction) -> tuple: # a sum over images, weights of its images
     loss = call_loss(loss_fn, z, labels)
     if not torch.isfinite(loss):
         raise InputError(f"the loss of every class must be finite. Got {loss.item()} for class "
                          f"{labels[0].item()}: ignored, or of weight 0? Leave its images out, or "
                          "use another loss.")
-    return loss if known_reduction(loss_fn) == "sum" else len(z) * loss, torch.ones(len(z))
+    kind = known_reduction(loss_fn) or reduction
+    if kind is None: kind = infer_reduction(loss_fn, z.detach(), labels) if len(z) > 2 else "mean"
+    return loss if kind == "sum" else len(z) * loss, torch.ones(len(z))
 
 # %% ../nbs/03a_class_structure.ipynb #57ebcf05
 @plainly()
@@ -105,7 +105,7 @@ def class_gradients(
     *,
     cross: bool = False, # one column for each class and wrong label, C (C - 1), instead of one a class
     loss_fn=None, # loss_fn(z, y), a mean over images: gradients of this loss over each class in their place, columns sqrt(share of the class) g
-    params=None, forward=None, # likewise
+    params=None, forward=None, reduction=None, # likewise
 ) -> torch.Tensor: # (n, C) or (n, C (C - 1)) columns sqrt(w) g; the sum of their outer products is at most the Gauss-Newton matrix
     "Averaged gradients of the labels that an image does not have."
     chosen, net = select_params(model, params), Forward(model, forward)
@@ -115,7 +115,7 @@ def class_gradients(
     def logits(X): return functional_logits(net, dict(zip(chosen, leaves)), X)
     def terms_of(z, c, labels):
         if loss_fn is None: return _wrong_labels(z, c, cross)
-        return {(c,): _own_loss(loss_fn, z, labels)}
+        return {(c,): _own_loss(loss_fn, z, labels, reduction)}
     for batch in my_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, leaves[0].device), y.to(leaves[0].device)
@@ -161,10 +161,10 @@ def class_subspace(
     model: nn.Module, data, # as for `class_gradients`
     k: int | None = None, # directions; None: classes - 1, or as many as there are
     *,
-    cross: bool = False, loss_fn=None, params=None, forward=None, # likewise
+    cross: bool = False, loss_fn=None, params=None, forward=None, reduction=None, # likewise
 ) -> Eigenpairs: # of the matrix of class means; its values are lower bounds for the Gauss-Newton matrix (not with loss_fn), its residuals against that are not known
     "The leading directions of the averaged gradients, without one Hessian-vector product."
-    V = class_gradients(model, data, cross=cross, loss_fn=loss_fn, params=params, forward=forward)
+    V = class_gradients(model, data, cross=cross, loss_fn=loss_fn, params=params, forward=forward, reduction=reduction)
     V = V.double() if V.shape[0] < 1_000_000 else V
     values, U = map(team().same, torch.linalg.eigh(inner(V, V)))
     values, U = values.flip(0), U.flip(1)

@@ -17,7 +17,7 @@ from .guards import plainly, whole
 from .hvp import InputError, as_batches, split_batch
 from .linearised import linearised_operate, tuned_to_price
 from .models import find_head
-from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict
+from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict, with_reduction
 from .train import predict
 
 # %% auto #0
@@ -87,7 +87,7 @@ def compare(
     *,
     config: SurgeryConfig = SurgeryConfig(),
     counts=None, # (C,) training images a class, for logit adjustment; None leaves it out
-    names=None, forward=None,
+    names=None, forward=None, reduction=None,
     controls: bool = True, # surgery along other directions as well
     draws: int = 3, # of random subspaces
     price: float = .005, # what the linearised search and its rival may cost in global accuracy, a fraction
@@ -97,6 +97,7 @@ def compare(
 ) -> Comparison:
     "Surgery, its controls and its rivals, tuned on the same set and measured on the same held-out images."
     from tqdm.auto import tqdm
+    config = with_reduction(config, reduction)
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     steps, draws = whole("steps", steps, 2), whole("draws", draws)
     if not 0 <= price <= 1: raise InputError(f"price must be a fraction of the global accuracy, in 0..1. Got {price}; half a point is 0.005.")

@@ -37,6 +37,7 @@ from hessian_surgery_nb.surgery import (
     as_steps,
     check_answers,
     check_config,
+    with_reduction,
     choose_amplitude,
     request_of,
 )
@@ -260,7 +261,7 @@ def load(self: _Phases):
     self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
     self.op.history = [s for r in self.records for s in r.steps]
     self.op.now, self.op.seen = self.op.measure(self.op.data)
-    self.op.best = (self.op.now.sigma, self.op.weights(), len(self.op.history))
+    self.op.best, self.op.best_seen = (self.op.now.sigma, self.op.weights(), len(self.op.history)), self.op.seen
 
 # %% ../nbs/06_deflation.ipynb #6ca05c1f
 def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
@@ -281,11 +282,10 @@ def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
 def _end_phase(state: _Phases, eps: float, steps):
     "Back to the best weights so far; the directions join those before."
     op, pairs = state.op, state.op.pairs
-    op.model.load_state_dict(op.best[1])
-    op.now, op.seen = op.measure(op.data)
+    op.return_to_best()
     overlap = state.keep(pairs.vectors)
     held = None if state.held_out is None else op.measure(state.held_out, "held_out")[0]
-    state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(pairs.converged.all()), pairs.num_matvecs,
+    state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(op.first[0].converged.all()), pairs.num_matvecs,
                                      op.now.sigma, op.now.overall, held and held.sigma, held and held.overall, tuple(steps)))
     op.pairs = op.first = None # large, and in the store by now
 
@@ -298,7 +298,7 @@ def deflated_operate(
     phases, # how many spikes each phase takes, such as (15, 15, 15)
     held_out=None, # for the report only
     config: SurgeryConfig = SurgeryConfig(iterations=3), # iterations are those of a phase; the paper's 3
-    names=None, forward=None, check_overlap: bool = True, # as for `operate`
+    names=None, forward=None, reduction=None, check_overlap: bool = True, # as for `operate`
     basis_dtype: torch.dtype | None = None, # in which directions are kept; torch.bfloat16 halves the memory
     run_dir=None, # keep directions and state there; an interrupted run goes on after its last complete phase
     after_phase=None, # called with each PhaseRecord and the network as it is then, before the phase is written down
@@ -306,6 +306,7 @@ def deflated_operate(
 ) -> DeflatedResult:
     "Sequential surgery over many spikes (section 8.2). Each phase ends at the best weights so far (choice)."
     from tqdm.auto import tqdm
+    config = with_reduction(config, reduction)
     check_config(config)
     if config.directions != "spikes": raise InputError(f"phases are made of spikes. Got directions={config.directions!r}; use operate for the control.")
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)

@@ -244,13 +244,14 @@ def functional_logits(
 ) -> torch.Tensor: # logits
     "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
     model, careful = net.model, net.writes is not False
-    lent = {k: t.clone() if careful else t for k, t in state.items()}
+    buffers = dict(model.named_buffers())
+    lent = {k: t.clone() if careful or k in buffers else t for k, t in state.items()}
     if careful: # the first time, to find out, and always where a pass does write
         lent = {k: p.detach().clone() for k, p in model.named_parameters() if k not in state} | lent
     X = map_tensors(torch.clone, X) # a network may scale its inputs in place
-    watched = [*lent.values()] + ([] if careful else list(model.parameters()))
+    watched = [t for k, t in lent.items() if k not in buffers] + ([] if careful else list(model.parameters()))
     versions = [t._version for t in watched if not t.is_inference()]
-    buffers = {k: b.clone() for k, b in model.named_buffers() if k not in lent}
+    buffers = {k: b.clone() for k, b in buffers.items() if k not in lent}
     try:
         precision = torch.autocast(next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False) if short else contextlib.nullcontext()
         with undisturbed(model), TrueGradients(), precision:
@@ -260,7 +261,7 @@ def functional_logits(
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=.") from e
     wrote = versions != [t._version for t in watched if not t.is_inference()]
-    if net.writes is None: net.writes = wrote or not all(_equal(t, state.get(k)) for k, t in lent.items() if k in state) or not all(_equal(lent[k], p) for k, p in model.named_parameters() if k not in state)
+    if net.writes is None: net.writes = wrote or not all(_equal(t, state.get(k)) for k, t in lent.items() if k in state and k not in buffers) or not all(_equal(lent[k], p) for k, p in model.named_parameters() if k not in state)
     elif wrote and not careful: raise InputError("a pass must write weights always or never. This network wrote some on this batch and none on the first; mend it.")
     return out
 
@@ -467,9 +468,24 @@ def _batch(self: HessianOperator, batch):
 @patch
 def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float: # 1 for a sum
     if not self._divisor.known and self._whole: return 1. # all data in one piece: nobody need know
+    if not self._divisor.known and self._divisor.reference is None: self._prepare_divisor()
     turn, seen = len(self._trace), self._seen
     if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == checksum(y): return seen[turn, 4].item()
     return self._divisor(z, y)
+
+@patch
+def _prepare_divisor(self: HessianOperator):
+    "Logits of a few dozen images, from as many batches and in as small pieces as need be, to ask the loss about."
+    size, found = self.plan().micro_batch, []
+    leaves = [p.detach() for p in self.params.values()]
+    pieces = (piece for batch in self.data for piece in cut(batch, size))
+    for piece in pieces:
+        X, y = self._load(piece)
+        with torch.no_grad(): z = self._logits(leaves, X)
+        if found and (z.shape[1:] != found[0][0].shape[1:] or not y.ndim): break
+        found.append((z, y))
+        if not y.ndim or sum(len(y) for _, y in found) >= 24: break
+    self._divisor.prepare(*(torch.cat(parts) if found[0][1].ndim else parts[0] for parts in zip(*found)))
 
 def _noted(z, y, loss, d) -> torch.Tensor: # (5,) float64
     "A checksum of logits, their size, a checksum of labels, the loss, what it was divided by."
@@ -609,8 +625,7 @@ def _check_cut(self: HessianOperator, plan: Plan):
     if first is None: raise InputError("data must hold at least one batch. Got none.")
     small, large = (next(cut(first, size)) for size in (2, 4))
     sound = self._sound(small)
-    if sound and self.mode == "forward" and self.kind == "hessian" and self._forward_off(small) > .05:
-        raise InputError("mode='forward' needs layers whose backward pass can be differentiated forward. On two images its product is not that of differences of gradients; use mode='rebuilt'.")
+    if sound and self.mode != "auto" and self.kind == "hessian": self._check_mode_by_hand(small)
     if sound and plan.micro_batch and not self._separable(small, large):
         raise InputError(f"a batch can only be cut where images do not see each other. Logits of two images are others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a row for each label.")
 
@@ -717,6 +732,7 @@ class _TryOut:
         g = self.gradient_at(self.theta)
         self.v = along / along.norm() + (g / g.norm() if g.norm() > 0 else 0.)
         self.eps = torch.finfo(self.theta.dtype).eps
+        self.much = .005 if self.theta.dtype == torch.float64 else .05 # a difference across a kink may be off by less
         self.least = 1e3 * self.eps ** (2 / 3) * max(self.level, 1e-30) / max(self.theta.norm().item(), 1.)
 
     def tensors(self, theta): return [t.detach().requires_grad_() for t in unflatten(theta, self.leaves)]
@@ -773,26 +789,40 @@ def _possible(self: HessianOperator, batch) -> str:
     foreign = python_functions([value])
     trials = self._trials(batch, z, y, foreign) if foreign else []
     for trial in trials:
-        if (off := trial.slope_off()) > .05:
+        if (off := trial.slope_off()) > trial.much:
             raise InputError(f"a Hessian needs gradients that are derivatives. That of {', '.join(foreign)} is {off:.0%} away from differences of the values; replace the layer, or leave its parameters out with params=.")
     if self.kind == "gauss_newton" or not value.requires_grad: return "rebuilt" if self.kind == "gauss_newton" else "kept"
     def loss(ts): return call_loss(self.loss_fn, self._logits(ts, X), y)
     for mode, product in _PRODUCTS.items():
         try:
             product(loss, leaves, [torch.ones_like(p) for p in leaves])
-            off = max((t.product_off(product) for t in trials), default=0.)
+            off = max((t.product_off(product) / t.much for t in trials), default=0.)
         except (InputError, RuntimeError) as e:
             if isinstance(e, torch.OutOfMemoryError): raise
             said = said or str(e).split(";")[0].split("\n")[0]
             continue
-        if off < .05 and not (mode == "forward" and not trials and self._forward_off(batch) > .05): return mode
-        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} is off by {off:.0%}"
+        if off < 1. and not (mode == "forward" and not trials and self._forward_off(batch) >= 1.): return mode
+        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} does not agree with differences of gradients"
     return self._last_resort(batch, said)
 
 @patch
 def _forward_off(self: HessianOperator, batch) -> float:
     "How far forward mode is from differences of gradients: PyTorch's is wrong for some layers (`linalg.solve`, `slogdet`)."
-    return _in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)).product_off(forward_over_reverse)
+    trial = _in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))
+    return trial.product_off(forward_over_reverse) / trial.much
+
+@patch
+def _check_mode_by_hand(self: HessianOperator, batch):
+    "A mode that was chosen is tried as those that are found: on two images, against differences, where it could be wrong in silence."
+    (X, y), leaves = self._load(batch), self._leaves()
+    z = self._logits(leaves, X)
+    trials = self._trials(batch, z, y, python_functions([call_loss(self.loss_fn, z, y)]))
+    if not trials and self.mode == "forward": trials = [_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))]
+    product = dict(kept=_by_graph, rebuilt=_by_graph, forward=forward_over_reverse).get(self.mode)
+    for trial in trials:
+        if trial.slope_off() > trial.much: raise InputError("a Hessian needs gradients that are derivatives. Those of this network are not differences of its values; replace the layer, or leave its parameters out with params=.")
+        if product is not None and trial.product_off(product) > trial.much:
+            raise InputError(f"mode={self.mode!r} needs layers whose second derivative is right. On two images its product is not that of differences of gradients; use mode='auto', which finds one that is{', or rebuilt' if self.mode == 'forward' else ''}.")
 
 @patch
 def _last_resort(self: HessianOperator, batch, said: str) -> str:
@@ -946,8 +976,10 @@ def _kept(self: HessianOperator):
 @patch
 def _present(self: HessianOperator, probes: list) -> list: # probes: logits and labels of each batch
     "What changes when weights, data, network or loss do: their contents, two images sent through the network, and the loss of logits that are kept."
-    tensors = [t for batch in self.data for t in (*tensors_in(batch[0]), batch[1])]
-    X, _ = self._load(next(cut(self.data[0], 2)))
+    first = next(iter(self.data))
+    batches = self.data if isinstance(self.data, list) else [first] # a loader's other images are not made again for this
+    tensors = [t for batch in batches for t in (*tensors_in(batch[0]), batch[1])]
+    X, _ = self._load(next(cut(first, 2)))
     with torch.no_grad():
         z = self._logits([p.detach() for p in self.params.values()], X)
         losses = [call_loss(self.loss_fn, *pair).double() for pair in probes]

@@ -21,7 +21,7 @@ from .lanczos import Eigenpairs
 from .models import copy_model
 from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
-from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config
+from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config, with_reduction
 from .train import ClassReport, class_report_of, predict
 
 # %% auto #0
@@ -282,10 +282,11 @@ def linearised_operate(
     folds: int = 5, # of the cross-fitting; 1: none
     tolerance: float = .005, # how far a prediction may be off, rms over classes
     rounds: int = 3, # steps at each price, each with a new Jacobian; 0: one Jacobian for all prices, the cheapest way
-    names=None, forward=None, check_overlap: bool = True, progress: bool = True, # likewise
+    names=None, forward=None, reduction=None, check_overlap: bool = True, progress: bool = True, # likewise
 ) -> Front:
     "The smallest spread for each price in global accuracy, along fixed directions."
     from tqdm.auto import tqdm
+    config = with_reduction(config, reduction)
     check_config(config)
     prices = [float(p) for p in prices] if hasattr(prices, "__iter__") and not isinstance(prices, str) else []
     if not prices or prices != sorted(set(prices)) or not 0 <= prices[0] <= prices[-1] < float("inf"):

@@ -10,7 +10,8 @@ import logging
 import math
 import numbers
 import time
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from hessian_surgery_nb.fingerprints import (
     fingerprint,
     model_fingerprint,
 )
-from .guards import plainly
+from .guards import ChangingFunction, plainly
 from hessian_surgery_nb.hvp import (
     HessianOperator,
     InputError,
@@ -40,8 +41,8 @@ from .lanczos import Eigenpairs, top_eigenpairs
 __all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
            'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
            'change_errors', 'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
-           'as_steps', 'request_of', 'answers', 'check_answers', 'plot_before_after', 'plot_history', 'report_dict',
-           'report_dicts']
+           'with_reduction', 'as_steps', 'request_of', 'answers', 'check_answers', 'plot_before_after', 'plot_history',
+           'report_dict', 'report_dicts']
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
 from hessian_surgery_nb.models import (
@@ -58,7 +59,7 @@ from hessian_surgery_nb.models import (
 from .ranks import team
 from .runs import check_out, json_bytes, out_dir
 from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
-from .train import ClassReport, class_report_of, error_ratio, predict, wilson_interval
+from .train import ClassReport, check_order, class_report_of, error_ratio, predict, wilson_interval
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
@@ -208,6 +209,7 @@ class SurgeryConfig:
     tol: float = 1e-2 # residual of the eigenpairs over the largest
     precision: str | None = None # of Hessian-vector products: None, or "bf16"
     micro_batch: int | None = None # images at a time in them; None: as many as memory allows
+    reduction: str | None = None # "mean" or "sum", for a loss of your own that cannot be asked what it divides by
     seed: int = 0
 
     # NumPy's numbers become Python's, a list of names a tuple: settings are compared, and stored
@@ -219,7 +221,7 @@ class SurgeryConfig:
                 object.__setattr__(self, "params", tuple(map(str, v)))
 
     @property
-    def product_options(self) -> dict: return dict(precision=self.precision, micro_batch=self.micro_batch)
+    def product_options(self) -> dict: return dict(precision=self.precision, micro_batch=self.micro_batch, reduction=self.reduction)
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
 _WHOLE = "iterations", "num_spikes", "micro_batch", "seed"
@@ -249,6 +251,7 @@ def check_config(c: SurgeryConfig):
         ("seed", -(2**63) <= c.seed < 2**63, f"in {-(2**63)}..{2**63 - 1}"),
         ("micro_batch", c.micro_batch is None or c.micro_batch >= 1, "at least 1"),
         ("precision", c.precision in (None, "bf16"), "None or 'bf16'"),
+        ("reduction", c.reduction in (None, "mean", "sum"), "None, 'mean' or 'sum'"),
         ("num_spikes", c.num_spikes is None or c.num_spikes >= 1, "at least 1"),
         ("eps", c.eps is None or c.eps > 0, "positive"),
         ("probe_eps", c.probe_eps is None or c.probe_eps > 0, "positive"),
@@ -368,12 +371,12 @@ def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: 
     if config.directions == "spikes":
         op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward, **config.product_options)
         return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
-    if config.directions in ("class_means", "gradients"): return class_subspace(model, data, K, loss_fn=loss_fn if config.directions == "gradients" else None, params=config.params, forward=forward)
+    if config.directions in ("class_means", "gradients"): return class_subspace(model, data, K, loss_fn=loss_fn if config.directions == "gradients" else None, params=config.params, forward=forward, reduction=config.reduction)
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
     if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
     g = torch.Generator().manual_seed((1_000_003 * config.seed + iteration) % 2**63)
-    V, _ = torch.linalg.qr(torch.randn(n, K, generator=g))
+    V, _ = torch.linalg.qr(torch.randn(n, K, generator=g, dtype=torch.float32))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
     return Eigenpairs(nothing, team().mine(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool))
 
@@ -385,7 +388,8 @@ class SurgeryOperation:
         self.hessian_data, self.data, self.config, self.forward = hessian_data, data, config, forward
         self.names = None if names is None else tuple(map(str, names))
         self.now, self.seen = self.measure(data)
-        self.start, self.source = self.now, None
+        check_order(data, self.seen[1], "the sensitivity set")
+        self.start, self.source, self.best_seen = self.now, None, self.seen
         C = len(self.now.accuracy)
         if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
         self.num_spikes = config.num_spikes or C - 1
@@ -402,6 +406,7 @@ class SurgeryOperation:
     def reported(self, held_out) -> tuple[ClassReport, torch.Tensor, torch.Tensor]: # report, labels, which images are right
         "As the model is now: on the held-out set where there is one, else on the sensitivity set."
         report, (z, y) = (self.now, self.seen) if held_out is None else self.measure(held_out, "held_out")
+        if held_out is not None and self.now is self.start: check_order(held_out, y, "the held-out set")
         return report, y.cpu(), (z.argmax(1) == y).cpu()
 
     def begin(self):
@@ -499,7 +504,7 @@ def iterate(self: SurgeryOperation) -> bool: # whether anything is left to try
         return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
     self.now, self.seen = after, seen
     if alpha.norm() > 0 and not self.fixed: self.pairs = None # elsewhere now
-    if after.sigma < self.best[0]: self.best = (after.sigma, self.weights(), len(self.history))
+    if after.sigma < self.best[0]: self.best, self.best_seen = (after.sigma, self.weights(), len(self.history)), seen
     return True
 
 @patch
@@ -522,6 +527,7 @@ def operate(
     names=None, # C class names
     forward=None, # forward(model, X) -> logits, for unusual networks
     check_overlap: bool = True, # compare the sets' images first
+    reduction: str | None = None, # as in `SurgeryConfig`
     run_dir=None, # keep the state there after every step; an interrupted run goes on
     stop=None, # called after every step; true ends the run there
     looks: dict | None = None, # {}, the same for several: what one finds at the start, others share
@@ -529,6 +535,7 @@ def operate(
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
     from tqdm.auto import trange
+    config = with_reduction(config, reduction)
     check_config(config)
     select_params(model, config.params) # refuses damaged weights and unknown names first of all
     if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
@@ -543,10 +550,26 @@ def operate(
         LOG.info("%s", op.history[-1])
         bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
         if stop and team().any(stop()): break
-    op.model.load_state_dict(op.best[1])
-    op.now, op.seen = op.measure(sensitivity_data)
+    op.return_to_best()
     after, _, now = op.reported(held_out)
     return SurgeryResult(op.model, before, after, op.start, op.now, op.history, config, op.best[2], *op.first, labels, (was, now))
+
+@patch
+def return_to_best(self: SurgeryOperation):
+    "The best weights, measured once more: they must fare as they did, or nothing that was measured on the way is certified."
+    self.model.load_state_dict(self.best[1])
+    self.now, self.seen = self.measure(self.data)
+    if self.best_seen is None: return
+    then, now = self.best_seen[0], self.seen[0]
+    if then.shape == now.shape and (then - now).norm() <= torch.finfo(now.dtype).eps ** .5 * then.norm(): return
+    warnings.warn("accuracies need a network and images that stay what they are. The best weights, measured again on the sensitivity set, gave "
+                  "other logits: random augmentation, dropout, a hidden state? No step of this run is certified.", ChangingFunction, stacklevel=3)
+    self.history = [replace(h, certified=False) for h in self.history]
+    self.first = (replace(self.first[0], converged=torch.zeros_like(self.first[0].converged)), self.first[1])
+
+def with_reduction(config: SurgeryConfig, reduction: str | None) -> SurgeryConfig:
+    "Settings with the reduction that was given beside them, if one was."
+    return config if reduction is None else replace(config, reduction=reduction)
 
 # %% ../nbs/05_surgery.ipynb #ae4a8a80
 def as_steps(records: list[dict]) -> list[StepRecord]:
@@ -643,6 +666,7 @@ def take_up(self: _State):
     check_answers(facts["answers"], op, self.dir)
     set_tensors(op.model, named_part(t, "model"))
     op.now, op.seen = op.measure(op.data)
+    op.best_seen = None # not kept: measured once more at the end
     op.history, op.over, op.best = (
         as_steps(facts["history"]),
         facts["over"],

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .data import fast_layout
-from .fingerprints import code_fingerprint, data_fingerprint, fingerprint, model_fingerprint
+from .fingerprints import code_fingerprint, data_fingerprint, fingerprint
 from .guards import ChangingFunction, InputError, checksum, plainly
 from .hvp import Forward, as_batches, check_batch, check_inputs, check_mode, check_model, flatten, functional_logits, inner, rows_of, split_batch, tensors_in, to_device, unflatten
 from .models import named_part, read_tensors, set_tensors, state_tensors, write_tensors
@@ -22,8 +22,8 @@ from .ranks import Team, team
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['TrainLog', 'shifted', 'train', 'FocalLoss', 'effective_number_loss', 'predict', 'class_means', 'class_accuracy',
-           'ClassReport', 'error_ratio', 'class_report', 'class_report_of', 'wilson_interval']
+__all__ = ['TrainLog', 'shifted', 'train', 'FocalLoss', 'effective_number_loss', 'predict', 'check_order', 'class_means',
+           'class_accuracy', 'ClassReport', 'error_ratio', 'class_report', 'class_report_of', 'wilson_interval']
 
 # %% ../nbs/02c_train.ipynb #486fe2bf
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def train(
 # %% ../nbs/02c_train.ipynb #96b4bcf6
 def _made_from(model, loss_fn, data, project) -> dict: # of strings
     "Fingerprints of what a trained network depends on besides the settings."
-    return {"loss": fingerprint(loss_fn), "images": data_fingerprint([data]), "network, or weights": model_fingerprint(model),
+    return {"loss": fingerprint(loss_fn), "images": data_fingerprint([data]), "network": fingerprint(str(model)),
             "projection": code_fingerprint(project)}
 
 def _batch(X, rows, shift, generator):
@@ -254,6 +254,21 @@ def _check_repeats(net: Forward, batches, batch, device):
         again, what = next(iter(batches)), "loader (random augmentation, another order?)"
         same = [checksum(t).item() for t in tensors_in(again)] == [checksum(t).item() for t in tensors_in(batch)]
     if not same: warnings.warn(f"accuracies need a network and images that stay what they are. This {what} gave something else the second time; what is measured is one draw.", ChangingFunction, stacklevel=4)
+
+def check_order(
+    data, # as for `predict`
+    y: torch.Tensor, # (N,) labels of a pass over them
+    where: str, # for the message
+):
+    "Images that are right before and after are compared one by one: refuse data whose next pass has another order."
+    batches = as_batches(data)
+    if isinstance(batches, list): return
+    def contents(): return [[checksum(t).item() for t in (batch[1], *tensors_in(batch[0]))] for batch in map(split_batch, batches)]
+    again = torch.cat([split_batch(batch)[1].reshape(-1) for batch in batches])
+    if not torch.equal(again.long().cpu(), y.cpu()):
+        raise InputError(f"{where} must come in the same order on every pass. Labels of two passes differ; build the loader with shuffle=False, or give its batches as a list.")
+    if contents() != contents():
+        warnings.warn(f"{where} must hold the same images on every pass. Two passes differ: random augmentation? What is measured is one draw.", ChangingFunction, stacklevel=4)
 
 def _check_alone(net: Forward, batch, device): # where several processes share a batch
     one, two = (functional_logits(net, {}, to_device(rows_of(batch, slice(0, n))[0], device)) for n in (1, 2))
