@@ -300,7 +300,7 @@ def forward_over_reverse(
 ) -> tuple[torch.Tensor, ...]: # H v, like leaves
     "The same product as the derivative of the gradient along v, by forward-mode differentiation."
     with _explained("mode='forward' needs layers whose backward pass can be differentiated forward", "use mode='rebuilt'"), dual_level():
-        loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
+        with TrueGradients(): loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
     return tuple(torch.zeros_like(p) if t is None or t._is_zerotensor() else t for p, t in zip(leaves, tangents))
@@ -468,7 +468,7 @@ def _batch(self: HessianOperator, batch):
 @patch
 def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float: # 1 for a sum
     if not self._divisor.known and self._whole: return 1. # all data in one piece: nobody need know
-    if not self._divisor.known and self._divisor.reference is None: self._prepare_divisor()
+    if not self._divisor.known and self._divisor.references is None: self._prepare_divisor()
     turn, seen = len(self._trace), self._seen
     if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == checksum(y): return seen[turn, 4].item()
     return self._divisor(z, y)
@@ -732,7 +732,8 @@ class _TryOut:
         g = self.gradient_at(self.theta)
         self.v = along / along.norm() + (g / g.norm() if g.norm() > 0 else 0.)
         self.eps = torch.finfo(self.theta.dtype).eps
-        self.much = .005 if self.theta.dtype == torch.float64 else .05 # a difference across a kink may be off by less
+        exact = self.theta.dtype == torch.float64
+        self.much, self.scales = (1e-4, (1., .01)) if exact else (.05, (1.,)) # what is wrong; a short step crosses no kink that a long one does
         self.least = 1e3 * self.eps ** (2 / 3) * max(self.level, 1e-30) / max(self.theta.norm().item(), 1.)
 
     def tensors(self, theta): return [t.detach().requires_grad_() for t in unflatten(theta, self.leaves)]
@@ -746,7 +747,8 @@ class _TryOut:
         return _apart((self.gradient_at(self.theta) @ self.v).reshape(1), slope, self.least)
     def product_off(self, product) -> float: # product(value, leaves, v) -> H v, like leaves
         "How far a product is from the difference of gradients."
-        return _apart(flatten(product(self.value, self.leaves, unflatten(self.v, self.leaves))).detach(), self.bent(1.), self.least)
+        found = flatten(product(self.value, self.leaves, unflatten(self.v, self.leaves))).detach()
+        return min(_apart(found, self.bent(scale), self.least) for scale in self.scales)
     def bent(self, scale): return difference(self.gradient_at, self.theta, self.v, scale)
 
 def _by_graph(value, leaves, v): return backward_through(gradient_graph(lambda: value(leaves), leaves), leaves, v, False)
@@ -789,7 +791,7 @@ def _possible(self: HessianOperator, batch) -> str:
     foreign = python_functions([value])
     trials = self._trials(batch, z, y, foreign) if foreign else []
     for trial in trials:
-        if (off := trial.slope_off()) > trial.much:
+        if (off := trial.slope_off()) > 10 * trial.much:
             raise InputError(f"a Hessian needs gradients that are derivatives. That of {', '.join(foreign)} is {off:.0%} away from differences of the values; replace the layer, or leave its parameters out with params=.")
     if self.kind == "gauss_newton" or not value.requires_grad: return "rebuilt" if self.kind == "gauss_newton" else "kept"
     def loss(ts): return call_loss(self.loss_fn, self._logits(ts, X), y)
@@ -820,7 +822,7 @@ def _check_mode_by_hand(self: HessianOperator, batch):
     if not trials and self.mode == "forward": trials = [_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))]
     product = dict(kept=_by_graph, rebuilt=_by_graph, forward=forward_over_reverse).get(self.mode)
     for trial in trials:
-        if trial.slope_off() > trial.much: raise InputError("a Hessian needs gradients that are derivatives. Those of this network are not differences of its values; replace the layer, or leave its parameters out with params=.")
+        if trial.slope_off() > 10 * trial.much: raise InputError("a Hessian needs gradients that are derivatives. Those of this network are not differences of its values; replace the layer, or leave its parameters out with params=.")
         if product is not None and trial.product_off(product) > trial.much:
             raise InputError(f"mode={self.mode!r} needs layers whose second derivative is right. On two images its product is not that of differences of gradients; use mode='auto', which finds one that is{', or rebuilt' if self.mode == 'forward' else ''}.")
 

@@ -268,6 +268,11 @@ def _true_instance_norm(input, running_mean=None, running_var=None, weight=None,
     if weight is not None: out = out * _channels(weight, out)
     return out if bias is None else out + _channels(bias, out)
 
+def _true_squares(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
+    "The mean of squares: forward mode through PyTorch's own fails at symbolic zeros."
+    if reduction != "mean" or any(a is not None for a in (size_average, reduce, weight)): return NotImplemented
+    return (input - target).square().mean()
+
 def _true_hardsigmoid(input, inplace=False):
     line = F.relu6(input + 3) / 6
     return input.copy_(line) if inplace else line
@@ -277,7 +282,7 @@ def _true_weight_norm(v, g, dim=0):
     axes = [i for i in range(v.ndim) if i != dim % v.ndim] if dim != -1 else list(range(v.ndim))
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
 
-_TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, F.instance_norm: _true_instance_norm, torch._weight_norm: _true_weight_norm}
+_TRUE = {F.embedding: _true_embedding, F.embedding_bag: _true_embedding_bag, F.hardsigmoid: _true_hardsigmoid, F.instance_norm: _true_instance_norm, F.mse_loss: _true_squares, torch._weight_norm: _true_weight_norm}
 
 class _NoHook:
     "What a hook that is not set returns."

@@ -85,7 +85,7 @@ def loss_denominator(
     if known == "mean" and isinstance(loss_fn, _ELEMENTWISE): return float(output.numel())
     return float(len(target))
 
-# %% ../nbs/000d_losses.ipynb #3c23c81b
+# %% ../nbs/000d_losses.ipynb #df76bcdd
 def _value(loss_fn, z: torch.Tensor, y: torch.Tensor) -> tuple[float, float]: # loss, and the rounding unit of its type
     "In double precision where the loss takes it."
     if z.dtype != torch.float64:
@@ -97,23 +97,30 @@ def _value(loss_fn, z: torch.Tensor, y: torch.Tensor) -> tuple[float, float]: # 
 
 class Reference:
     "One image to weigh batches against: its label, and two rows of logits, of large and of small loss."
-    def __init__(self, loss_fn, z: torch.Tensor, y: torch.Tensor): # z (N, C, ...), y (N, ...): the first batch
-        self.loss_fn, self.label, self.logits = loss_fn, None, ()
-        some = torch.linspace(0, len(z) - 1, min(len(z), 24)).long().to(z.device)
-        for row in some.tolist():
-            label = y[row:row + 1]
-            values = [_value(loss_fn, z[i:i + 1], label)[0] for i in some.tolist()]
-            if not all(map(math.isfinite, values)): continue
-            low, high = min(values), max(values)
-            if high - low <= 1e-3 * max(abs(low), abs(high)): continue
-            self.label = label
-            self.logits = tuple(z[some[values.index(v)]][None] for v in (high, low))
-            return
+    def __init__(self, label: torch.Tensor, high: torch.Tensor, low: torch.Tensor): # (1, ...), (1, C, ...) each
+        self.label, self.logits = label, (high, low)
 
-# %% ../nbs/000d_losses.ipynb #d06fd0cd
+def _references(loss_fn, z: torch.Tensor, y: torch.Tensor, count: int = 2) -> list[Reference]:
+    "Images of different labels, each with the logits for which its loss is largest and smallest; those of other images, with classes exchanged, serve too."
+    some = torch.linspace(0, len(z) - 1, min(len(z), 24)).long().to(z.device)
+    rows = z[some]
+    rows = torch.cat([rows, rows.flip(1)]) if z.ndim > 1 else rows
+    found = []
+    for row in some.tolist():
+        label = y[row:row + 1]
+        if any(torch.equal(label, r.label) for r in found): continue
+        values = [_value(loss_fn, r[None], label)[0] for r in rows]
+        if not all(map(math.isfinite, values)): continue
+        low, high = min(values), max(values)
+        if high - low <= 1e-3 * max(abs(low), abs(high)): continue
+        found.append(Reference(label, *(rows[values.index(v)][None] for v in (high, low))))
+        if len(found) == count: break
+    return found
+
+# %% ../nbs/000d_losses.ipynb #c6467266
 def _flipped(z: torch.Tensor) -> torch.Tensor: # (N, ...) -> (N, ...)
-    "The same logits in another order: the labels keep their places."
-    return z.flip(0) if len(z) > 1 else z
+    "The same logits in another order, of images and of classes: the labels keep their places."
+    return z.flip(0, 1) if z.ndim > 1 else z.flip(0)
 
 def _weigh(loss_fn, z, y, row, label) -> tuple[bool, float, float]:
     "Whether the loss adds, the weight of the batch in units of the row's, and the relative error of that (infinite where it cannot be told)."
@@ -133,7 +140,7 @@ def _weigh(loss_fn, z, y, row, label) -> tuple[bool, float, float]:
     share = 0. if share <= error else share
     return adds, m * share / (1 - share), error / max(share * (1 - share), 1e-12) if share else 0.
 
-# %% ../nbs/000d_losses.ipynb #39f7c5fc
+# %% ../nbs/000d_losses.ipynb #9483d16d
 class LossDivisor:
     "What a loss divides by, batch by batch: known from its class, or found by asking it."
     def __init__(self,
@@ -142,32 +149,32 @@ class LossDivisor:
     ):
         if reduction not in (None, "mean", "sum"): raise InputError(f"reduction must be None, 'mean' or 'sum'. Got {reduction!r}.")
         self.loss_fn, self.said = loss_fn, reduction
-        self.found, self.reference = known_reduction(loss_fn), None
+        self.found, self.references = known_reduction(loss_fn), None
+        self.unit = None # weight of the second reference in units of the first
 
     @property
     def known(self) -> bool: return known_reduction(self.loss_fn) is not None
     @property
     def sums(self) -> bool: return (self.found or self.said) == "sum"
 
-    def prepare(self, z: torch.Tensor, y: torch.Tensor): # the first batch
+    def prepare(self, z: torch.Tensor, y: torch.Tensor): # a few dozen images
         "Choose what batches are weighed against; the same in every process that shares the run."
-        with torch.no_grad(): reference = Reference(self.loss_fn, z.detach(), y) if y.ndim else None
+        with torch.no_grad(): found = _references(self.loss_fn, z.detach(), y) if y.ndim else []
         t = team()
-        fits = reference is not None and reference.label is not None
-        if t.size > 1 and not t.any(not fits):
-            reference.label, *logits = (t.same(part.detach().clone()) for part in (reference.label, *reference.logits))
-            reference.logits = tuple(logits)
-        self.reference = reference if fits else False
+        found = found[:int(t.least(len(found)))]
+        if t.size > 1: # copies: a broadcast writes where it arrives
+            found = [Reference(*(t.same(part.detach().clone()) for part in (r.label, *r.logits))) for r in found]
+        self.references = found
 
     def __call__(self, z: torch.Tensor, y: torch.Tensor) -> float: # d_b; 1 for a sum
         if self.known: return loss_denominator(self.loss_fn, z, y)
-        if self.reference is None: self.prepare(z, y)
+        if self.references is None: self.prepare(z, y)
         kind, weight = self._asked(z.detach(), y)
         if self.found not in (None, kind): raise InputError(f"a loss must be a mean or a sum over the first axis. This one is a {self.found} on some batches and a {kind} on others; use a single batch.")
         self.found = kind
         return 1. if kind == "sum" else weight
 
-# %% ../nbs/000d_losses.ipynb #3cd5c636
+# %% ../nbs/000d_losses.ipynb #3f5fb07e
 def _cannot_tell(divisor: LossDivisor, z, y, why: str) -> tuple[str, float]:
     "What the caller said, or the way out."
     value = call_loss(divisor.loss_fn, z, y).item()
@@ -180,22 +187,39 @@ def _cannot_tell(divisor: LossDivisor, z, y, why: str) -> tuple[str, float]:
 
 @patch
 def _asked(self: LossDivisor, z: torch.Tensor, y: torch.Tensor) -> tuple[str, float]:
-    "Three questions: against the row of large loss, of small loss, and with the batch's logits in another order."
-    if not self.reference: return _cannot_tell(self, z, y, "It cannot be found from a first batch whose images all have the same loss, or none,")
-    label, (high, low) = self.reference.label, self.reference.logits
-    if z.shape[1:] != high.shape[1:] or y.shape[1:] != label.shape[1:]: return _cannot_tell(self, z, y, "Batches have different shapes, so it cannot be found")
-    with torch.no_grad():
-        answers = [_weigh(self.loss_fn, a, y, row, label) for a, row in ((z, high), (z, low), (_flipped(z), high), (_flipped(z), low))]
-    sure = [(w, e) for _, w, e in answers if math.isfinite(w) and math.isfinite(e)]
-    if all(adds for adds, *_ in answers): return self._agreed("sum", 1.)
-    if not sure and not any(e == -1. for *_, e in answers): return _cannot_tell(self, z, y, "The loss is the same for too many images, so it cannot be found")
-    weight, error = min(sure, key=lambda t: t[1], default=(math.nan, 0.))
-    if len(sure) < len(answers) - 2 or any(e == -1. for *_, e in answers) or any(abs(w - weight) > (e + error) * max(w, weight) for w, e in sure):
+    "Each reference in turn: they must agree on what the loss is, and on the weights of batches but for one factor."
+    if not self.references: return _cannot_tell(self, z, y, "It cannot be found from images for which the loss does not depend on the logits,")
+    first = self.references[0]
+    if z.shape[1:] != first.logits[0].shape[1:] or y.shape[1:] != first.label.shape[1:]: return _cannot_tell(self, z, y, "Batches have different shapes, so it cannot be found")
+    answers = [_answer(self.loss_fn, z, y, r) for r in self.references]
+    kinds, clear = {kind for kind, *_ in answers}, [a for a in answers if a[0] != "?"]
+    if "neither" in kinds or len({kind for kind, *_ in clear}) > 1:
         shown = ", ".join(f"{w:.6g}" for _, w, _ in answers)
-        raise InputError(f"a loss must be a mean or a sum over the first axis. What this one divides by depends on the logits: {shown} on one batch of {len(y)}; "
+        raise InputError(f"a loss must be a mean or a sum over the first axis. What this one divides by depends on the logits, or on what else is in the batch: {shown} on one batch of {len(y)}; "
                          "use a single batch.")
+    if not clear or answers[0][0] == "?": return _cannot_tell(self, z, y, "The loss is the same for too many images, so it cannot be found")
+    kind, weight, error = answers[0]
+    if kind == "mean" and len(clear) == 2 and weight: self._check_unit(weight, answers[1][1], error + answers[1][2], len(y))
+    return self._agreed(kind, weight)
+
+@patch
+def _check_unit(self: LossDivisor, one: float, two: float, error: float, rows: int):
+    if self.unit is None: self.unit = two / one
+    if abs(two - self.unit * one) <= max(10 * error, 1e-9) * abs(two): return
+    raise InputError(f"a loss must be a mean or a sum over the first axis. What this one divides by is no sum over images: a batch of {rows} weighs {one:.6g} against one image, {two:.6g} against another; use a single batch.")
+
+def _answer(loss_fn, z: torch.Tensor, y: torch.Tensor, r: Reference) -> tuple[str, float, float]:
+    "What the loss is ('mean', 'sum', 'neither', '?'), the weight of the batch in units of the reference, its relative error."
+    with torch.no_grad():
+        answers = [_weigh(loss_fn, a, y, row, r.label) for a in (z, _flipped(z)) for row in r.logits]
+    if all(adds for adds, *_ in answers): return "sum", 1., 0.
+    sure = [(w, e) for _, w, e in answers if math.isfinite(w) and math.isfinite(e)]
+    odd = any(e == -1. for *_, e in answers)
+    if not sure: return ("neither" if odd else "?"), math.nan, 0.
+    weight, error = min(sure, key=lambda t: t[1])
+    if odd or len(sure) < 2 or any(abs(w - weight) > (e + error) * max(w, weight) for w, e in sure): return "neither", weight, error
     whole = round(weight)
-    return self._agreed("mean", float(whole) if abs(weight - whole) <= max(error * weight, 1e-12 * weight) else weight)
+    return "mean", float(whole) if abs(weight - whole) <= max(error * weight, 1e-12 * weight) else weight, error
 
 @patch
 def _agreed(self: LossDivisor, kind: str, weight: float) -> tuple[str, float]:
