@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--out", default="coverage_sigma.json")
     args = parser.parse_args()
     start, rows = time.time(), []
-    worlds = [((n,) * C, R) for C, n, R in ((10, 50, args.repeats), (10, 500, args.repeats), (100, 50, args.repeats // 4))]
+    worlds = [((n,) * C, R) for C, n, R in ((10, 50, args.repeats), (10, 500, args.repeats), (100, 50, args.repeats // 2))]
     worlds.append((LESIONS, args.repeats // 2))
     for images, repeats in worlds:
         for sigma in (.02, .07, .19):

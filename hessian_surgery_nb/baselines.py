@@ -169,10 +169,10 @@ def _centred(x): return x - x.mean(-1, keepdims=True)
 
 def _without_sampling(acc, n): # (..., 2, C), (..., C) -> sigma squared (..., 2), accuracies (..., 2, C)
     "Sigma squared less what sampling adds, right in the mean (it can be negative), and accuracies so far apart."
-    C, raw, t = n.shape[-1], acc.var(-1), 1.
+    C, raw, n, t = n.shape[-1], acc.var(-1), n[..., None, :], 1.
     for _ in range(30): # sampling adds what accuracies that lie so far apart make it add
-        p = acc.mean(-1, keepdims=True) + t * _centred(acc)
-        squared = raw - (C - 1) / C ** 2 * (p * (1 - p) / n[..., None, :]).sum(-1)
+        p = acc.mean(-1, keepdims=True) + t * np.where(n > 1, _centred(acc), 0) # one image tells of no scatter
+        squared = raw - (C - 1) / C ** 2 * (p * (1 - p) / n).sum(-1)
         t = np.sqrt(np.clip(squared, 0, None) / np.maximum(raw, _TINY))[..., None]
     return squared, p
 
@@ -184,6 +184,18 @@ def _normals(size: int, draws: int, seed: int) -> np.ndarray: # (size, draws)
         half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
     return np.concatenate([half, -half], 1)
 
+# %% ../nbs/05a_baselines.ipynb #a1c4e0bf
+def _profiles(acc, apart): # (..., 2, C), (..., C) variance of the difference -> (..., 2, C)
+    "Where the classes lie around their mean; two methods no further from each other than sampling leaves of it."
+    C, mean = acc.shape[-1], acc.mean(-2, keepdims=True)
+    off = acc - mean
+    added = (C - 1) / C ** 2 * apart.sum(-1)
+    true = np.clip(1 - added / np.maximum((2 * off[..., 1, :]).var(-1), _TINY), 0, None)
+    off = _centred(mean + np.sqrt(true)[..., None, None] * off)
+    for likely in (off[..., ::-1, :], np.broadcast_to(_centred(np.arange(C)), off.shape)): # where all are equal
+        off = np.where(off.std(-1, keepdims=True) > 0, off, likely)
+    return off
+
 def _root(f, low, high, shape): # (..., ) zeros of increasing functions
     "Bisection, for many at once."
     low, high = np.full(shape, low), np.full(shape, high)
@@ -192,6 +204,13 @@ def _root(f, low, high, shape): # (..., ) zeros of increasing functions
         below = f(middle) < 0
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
+
+def _so_far_apart(off, variance, sigma): # (..., 2, C), (..., 2, C), (..., 2) -> (..., 2, C)
+    "The most plausible class accuracies of this sigma, less their mean: those known badly give way first."
+    v = variance / np.maximum(variance.max(-1, keepdims=True), _TINY)
+    def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x in (0, 1): wide to flat
+    d = at(_root(lambda x: sigma - at(x).std(-1), 1e-6, 1 - 1e-6, sigma.shape))
+    return sigma[..., None] * d / np.maximum(d.std(-1, keepdims=True), _TINY)
 
 # %% ../nbs/05a_baselines.ipynb #a1c4e0b5
 class _Sampling:
@@ -205,6 +224,7 @@ class _Sampling:
         self.normals = _normals(2 * self.n.shape[-1], draws, seed).reshape(2, self.n.shape[-1], -1)
         self.variance = p * (1 - p) / self.n[..., None, :]
         self.errors, self.square = self.noise(self.variance)
+        self.off = _profiles(self.acc, self.apart)
 
     def noise(self, variance): # (..., 2, C) of the accuracies; errors: of a, of b what a shares and what is its own
         a, b = np.moveaxis(np.sqrt(variance), -2, 0)
@@ -216,17 +236,9 @@ class _Sampling:
         square = np.stack([a ** 2 @ z ** 2, shared ** 2 @ z ** 2 + 2 * shared * own @ (z * u) + own ** 2 @ u ** 2], -2) / C
         return (a, shared, own), square - mean ** 2
 
-    def profile(self, sigma): # (..., 2) -> deviations from the mean (..., 2, C)
-        "The most plausible class accuracies that far apart: those known badly give way first."
-        v = self.variance / np.maximum(self.variance.max(-1, keepdims=True), _TINY)
-        off = _centred(self.acc)
-        def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x in (0, 1): wide to flat
-        d = at(_root(lambda x: sigma - at(x).std(-1), 1e-6, 1 - 1e-6, sigma.shape))
-        return sigma[..., None] * d / np.maximum(d.std(-1, keepdims=True), _TINY)
-
     def counted_if(self, sigma, anew=False): # (..., 2) the truth -> (..., 2, draws)
         "Both sigmas as they would be counted; anew: with the errors of just these accuracies."
-        d, (a, shared, own), square = self.profile(sigma), self.errors, self.square
+        d, (a, shared, own), square = _so_far_apart(self.off, self.variance, sigma), self.errors, self.square
         if anew:
             p = np.clip(self.acc.mean(-1, keepdims=True) + d, 0, 1)
             (a, shared, own), square = self.noise(p * (1 - p) / self.n[..., None, :])
@@ -241,7 +253,7 @@ def _quantile(x, level): # (..., draws) -> (...)
     z, off = norm.ppf(level), _centred(x)
     square = off * off
     sd = np.sqrt(square.mean(-1))
-    skew = (square * off).mean(-1) / np.maximum(sd, _TINY) ** 3
+    skew = (square * off).mean(-1) / np.maximum(sd ** 3, _TINY)
     return x.mean(-1) + sd * (z + (z ** 2 - 1) * skew / 6)
 
 def _two(total, change): # sigma of a and of b, not negative, whose squares sum to `total` where they can
@@ -272,7 +284,9 @@ def sigma_interval(
     draws: int = 1000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float]: # ends, in [0, 1] units
     "Interval of the true sigma of one network, over images within classes."
-    return tuple(map(float, _sigma_ends(_kinds(correct, correct, y), level, draws, seed)))
+    kinds = _kinds(correct, correct, y)
+    if len(kinds) == 1: return 0., 0. # a single class has no spread
+    return tuple(map(float, _sigma_ends(kinds, level, draws, seed)))
 
 def paired_interval(
     correct_a: torch.Tensor, correct_b: torch.Tensor, # (N,) bool, the same images
@@ -281,8 +295,9 @@ def paired_interval(
     draws: int = 1000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float]: # ends, in [0, 1] units
     "Interval of the true change sigma_b - sigma_a over images; (0, 0) where both are right on the same ones."
-    if torch.equal(correct_a, correct_b): return 0., 0.
-    return tuple(map(float, _change_ends(_kinds(correct_a, correct_b, y), level, draws, seed)))
+    kinds = _kinds(correct_a, correct_b, y)
+    if torch.equal(correct_a, correct_b) or len(kinds) == 1: return 0., 0.
+    return tuple(map(float, _change_ends(kinds, level, draws, seed)))
 
 # %% ../nbs/05a_baselines.ipynb #ee658fe8
 def mean_interval(
@@ -337,7 +352,7 @@ def _shared(pairs, kinds, figure): # covariance of the changes of two seeds
     if not all(torch.equal(first, y) for _, _, y in pairs): return 0.
     place, pulls = torch.unique(first, return_inverse=True)[1].cpu(), []
     for (a, b, _), k in zip(pairs, kinds):
-        w, (n, acc) = torch.as_tensor(_weights(k, figure) / k.sum(-1)), _accuracies(k)
+        w, acc = torch.as_tensor(_weights(k, figure) / k.sum(-1)), _accuracies(k)[1]
         off = [t.cpu().double() - torch.as_tensor(m)[place] for t, m in zip((a, b), acc)]
         pulls.append(w[1][place] * off[1] - w[0][place] * off[0])
     both, S = torch.stack(pulls) @ torch.stack(pulls).T, len(pairs)
@@ -359,7 +374,8 @@ def pooled_interval(
         n, acc = _accuracies(k)
         return acc.std(-1) if figure == "sigma" else (acc * _weights(k, figure)).sum(-1)
     points = np.array([b - a for a, b in map(value, kinds)])
-    if all(torch.equal(a, b) for a, b, _ in pairs): return 0., 0., 0.
+    no_spread = figure == "sigma" and all(len(k) == 1 for k in kinds)
+    if no_spread or all(torch.equal(a, b) for a, b, _ in pairs): return 0., 0., 0.
     if figure == "sigma" and len(pairs) == 1: ends = paired_interval(*pairs[0], draws=draws, level=level, seed=seed)
     elif figure == "sigma":
         classes = {len(k) for k in kinds}
