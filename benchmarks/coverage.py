@@ -81,14 +81,14 @@ def ends(kinds, what, draws=500, size=100):
 def held(found, truth): return float(100 * np.mean((found[0] <= truth) & (truth <= found[1])))
 
 
-def cell(sigma, images, what, repeats, seed, factor=1., flips=.1, between=0., n=1, beside=0):
+def cell(sigma, images, what, repeats, seed, factor=1., flips=.1, between=0., n=1, beside=0, draws=500):
     "One row: how many intervals hold the truth, in percent."
     rng = np.random.default_rng([seed, round(1e4 * sigma), sum(images), n, round(100 * factor), round(100 * flips)])
     p = accuracies(sigma, len(images), rng)
     if what == "pooled": kinds = seeds(p, factor, between, images, repeats, n, rng)
     else: kinds = counts(second(p, factor, flips), images, repeats, rng)
     truth = sigma if what == "single" else (factor - 1) * sigma
-    found = ends(kinds, what)
+    found = ends(kinds, what, draws)
     name = what if n == 1 else f"pooled over {n} seeds"
     row = {"interval": name, "sigma (pp)": round(100 * sigma), "images a class": min(images), "factor": factor,
            "flips": flips, "between seeds (pp)": 100 * between, "repeats": repeats,

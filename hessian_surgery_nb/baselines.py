@@ -167,11 +167,12 @@ def _accuracies(kinds): # (..., C, 4) -> images (..., C), accuracies of a and b 
 
 def _centred(x): return x - x.mean(-1, keepdims=True)
 
-def _without_sampling(acc, n): # (..., 2, C), (..., C) -> sigma squared (..., 2), accuracies (..., 2, C)
-    "Sigma squared less what sampling adds, right in the mean (it can be negative), and accuracies so far apart."
+def _without_sampling(acc, n): # (..., 2, C), (..., C) -> (..., 2), (..., 2, C)
+    "Sigma squared less what sampling adds, right in the mean (even below 0); accuracies so far apart."
     C, raw, n, t = n.shape[-1], acc.var(-1), n[..., None, :], 1.
     for _ in range(30): # sampling adds what accuracies that lie so far apart make it add
-        p = acc.mean(-1, keepdims=True) + t * np.where(n > 1, _centred(acc), 0) # one image tells of no scatter
+        own = np.where(n > 1, _centred(acc), 0) # one image tells of no scatter
+        p = acc.mean(-1, keepdims=True) + t * own
         squared = raw - (C - 1) / C ** 2 * (p * (1 - p) / n).sum(-1)
         t = np.sqrt(np.clip(squared, 0, None) / np.maximum(raw, _TINY))[..., None]
     return squared, p
@@ -186,13 +187,14 @@ def _normals(size: int, draws: int, seed: int) -> np.ndarray: # (size, draws)
 
 # %% ../nbs/05a_baselines.ipynb #a1c4e0bf
 def _profiles(acc, apart): # (..., 2, C), (..., C) variance of the difference -> (..., 2, C)
-    "Where the classes lie around their mean; two methods no further from each other than sampling leaves of it."
+    "How classes lie around their mean; two methods as far from each other as sampling leaves of it."
     C, mean = acc.shape[-1], acc.mean(-2, keepdims=True)
     off = acc - mean
     added = (C - 1) / C ** 2 * apart.sum(-1)
     true = np.clip(1 - added / np.maximum((2 * off[..., 1, :]).var(-1), _TINY), 0, None)
     off = _centred(mean + np.sqrt(true)[..., None, None] * off)
-    for likely in (off[..., ::-1, :], np.broadcast_to(_centred(np.arange(C)), off.shape)): # where all are equal
+    for likely in (off[..., ::-1, :], np.broadcast_to(_centred(np.arange(C)), off.shape)):
+        # where the accuracies of a method are all equal
         off = np.where(off.std(-1, keepdims=True) > 0, off, likely)
     return off
 
@@ -206,9 +208,9 @@ def _root(f, low, high, shape): # (..., ) zeros of increasing functions
     return (low + high) / 2
 
 def _so_far_apart(off, variance, sigma): # (..., 2, C), (..., 2, C), (..., 2) -> (..., 2, C)
-    "The most plausible class accuracies of this sigma, less their mean: those known badly give way first."
+    "The most plausible class accuracies of this sigma, centred: those known badly give way first."
     v = variance / np.maximum(variance.max(-1, keepdims=True), _TINY)
-    def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x in (0, 1): wide to flat
+    def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x: wide to flat
     d = at(_root(lambda x: sigma - at(x).std(-1), 1e-6, 1 - 1e-6, sigma.shape))
     return sigma[..., None] * d / np.maximum(d.std(-1, keepdims=True), _TINY)
 
@@ -218,27 +220,30 @@ class _Sampling:
     def __init__(self, kinds, draws, seed): # (..., C, 4)
         self.n, self.acc = _accuracies(kinds)
         self.counted, (self.squared, p) = self.acc.std(-1), _without_sampling(self.acc, self.n)
-        flips = kinds[..., 1:3].sum(-1) # a class without any may owe that to chance: one image more, of the mean kind
-        rate = (flips + flips.sum(-1, keepdims=True) / self.n.sum(-1, keepdims=True)) / (self.n + 1)
+        flips = kinds[..., 1:3].sum(-1)
+        mean = flips.sum(-1, keepdims=True) / self.n.sum(-1, keepdims=True)
+        rate = (flips + mean) / (self.n + 1) # a class without any may owe that to chance
         self.apart = np.clip(rate - (p[..., 1, :] - p[..., 0, :]) ** 2, 0, None) / self.n
         self.normals = _normals(2 * self.n.shape[-1], draws, seed).reshape(2, self.n.shape[-1], -1)
         self.variance = p * (1 - p) / self.n[..., None, :]
         self.errors, self.square = self.noise(self.variance)
         self.off = _profiles(self.acc, self.apart)
 
-    def noise(self, variance): # (..., 2, C) of the accuracies; errors: of a, of b what a shares and what is its own
+    def noise(self, variance): # (..., 2, C) -> errors of a, of b shared with a, of b alone; their spread
         a, b = np.moveaxis(np.sqrt(variance), -2, 0)
         apart = np.maximum(self.apart, (a - b) ** 2) # variance of their difference
         shared = np.divide((a ** 2 + b ** 2 - apart) / 2, a, out=np.zeros_like(a), where=a > 0)
         own = np.sqrt(np.clip(b ** 2 - shared ** 2, 0, None))
         (z, u), C = self.normals, self.n.shape[-1]
         mean = np.stack([a @ z, shared @ z + own @ u], -2) / C
-        square = np.stack([a ** 2 @ z ** 2, shared ** 2 @ z ** 2 + 2 * shared * own @ (z * u) + own ** 2 @ u ** 2], -2) / C
+        b = shared ** 2 @ z ** 2 + 2 * shared * own @ (z * u) + own ** 2 @ u ** 2
+        square = np.stack([a ** 2 @ z ** 2, b], -2) / C
         return (a, shared, own), square - mean ** 2
 
     def counted_if(self, sigma, anew=False): # (..., 2) the truth -> (..., 2, draws)
         "Both sigmas as they would be counted; anew: with the errors of just these accuracies."
-        d, (a, shared, own), square = _so_far_apart(self.off, self.variance, sigma), self.errors, self.square
+        d = _so_far_apart(self.off, self.variance, sigma)
+        (a, shared, own), square = self.errors, self.square
         if anew:
             p = np.clip(self.acc.mean(-1, keepdims=True) + d, 0, 1)
             (a, shared, own), square = self.noise(p * (1 - p) / self.n[..., None, :])
@@ -248,7 +253,7 @@ class _Sampling:
 
 # %% ../nbs/05a_baselines.ipynb #a1c4e0b7
 def _quantile(x, level): # (..., draws) -> (...)
-    "From mean, deviation and skewness (Cornish and Fisher), steadier in the tails than the draws themselves."
+    "From mean, deviation and skewness (Cornish and Fisher): steadier in the tails than the draws."
     from scipy.stats import norm
     z, off = norm.ppf(level), _centred(x)
     square = off * off
@@ -256,7 +261,8 @@ def _quantile(x, level): # (..., draws) -> (...)
     skew = (square * off).mean(-1) / np.maximum(sd ** 3, _TINY)
     return x.mean(-1) + sd * (z + (z ** 2 - 1) * skew / 6)
 
-def _two(total, change): # sigma of a and of b, not negative, whose squares sum to `total` where they can
+def _two(total, change): # (...) -> (..., 2)
+    "Sigma of a and of b, not negative; their squares sum to `total` where they can."
     a = (np.sqrt(np.clip(2 * total - change ** 2, 0, None)) - change) / 2
     a = np.maximum(a, np.maximum(0, -change))
     return np.stack([a, a + change], -1)
@@ -264,9 +270,12 @@ def _two(total, change): # sigma of a and of b, not negative, whose squares sum 
 def _sigma_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
     s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
     now, C = s.counted[..., 0], kinds.shape[-2]
-    def over(sigma, q): return _quantile(s.counted_if(np.stack([sigma, sigma], -1), anew=True)[..., 0, :], q) - now
+    def over(sigma, q):
+        counted = s.counted_if(np.stack([sigma, sigma], -1), anew=True)[..., 0, :]
+        return _quantile(counted, q) - now
     low, high = (_root(lambda x, q=q: over(x, q), 0., .5, now.shape) for q in (1 - tail, tail))
-    return np.where(over(0 * now, 1 - tail) >= 0, 0, low), np.maximum(high, np.sqrt(C - 1) / C / s.n.max(-1))
+    low = np.where(over(0 * now, 1 - tail) >= 0, 0, low)
+    return low, np.maximum(high, np.sqrt(C - 1) / C / s.n.max(-1))
 
 def _change_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
     s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
@@ -294,7 +303,7 @@ def paired_interval(
     *,
     draws: int = 1000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float]: # ends, in [0, 1] units
-    "Interval of the true change sigma_b - sigma_a over images; (0, 0) where both are right on the same ones."
+    "Interval of the true change sigma_b - sigma_a over images; (0, 0) where all answers agree."
     kinds = _kinds(correct_a, correct_b, y)
     if torch.equal(correct_a, correct_b) or len(kinds) == 1: return 0., 0.
     return tuple(map(float, _change_ends(kinds, level, draws, seed)))
@@ -321,20 +330,22 @@ def shown(
     return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
 # %% ../nbs/05a_baselines.ipynb #8e908ca4
-def _mean_ends(points, within, shared, level): # (..., S) a seed each, variance of one over images, covariance of two
-    "Student's interval over seeds, not blind to what all of them share, nor narrower than a third of what images alone give."
+def _mean_ends(points, within, shared, level): # (..., S), variance over images, covariance of two
+    "Student's interval over seeds; knows what they share, and keeps a third of what images alone give."
     from scipy.stats import norm, t
     S, level = points.shape[-1], (1 + level) / 2
     over, shared = points.var(-1, ddof=1) / S, np.maximum(shared, 0)
-    degrees = (S - 1) * (1 + shared / np.maximum(over, 1e-12)) ** 2 # Satterthwaite: what images share is known well
-    half = np.maximum(t.ppf(level, degrees) * np.sqrt(over + shared), norm.ppf(level) * np.sqrt(within / S) / 3)
+    degrees = (S - 1) * (1 + shared / np.maximum(over, 1e-12)) ** 2 # Satterthwaite; shared is known well
+    least = norm.ppf(level) * np.sqrt(within / S) / 3 # seeds may agree by luck
+    half = np.maximum(t.ppf(level, degrees) * np.sqrt(over + shared), least)
     return points.mean(-1) - half, points.mean(-1) + half
 
 def _pooled_ends(kinds, shared, level, draws, seed): # (..., S, C, 4), (...) -> two of (...)
     s = _Sampling(kinds, draws, seed)
     total = s.squared.sum(-1).mean(-1)
     a, b = np.moveaxis(s.counted_if(np.sqrt(np.clip(s.squared, 0, None))), -2, 0)
-    ends = _mean_ends(s.counted[..., 1] - s.counted[..., 0], (b - a).var(-1).mean(-1), shared, level)
+    points, within = np.diff(s.counted)[..., 0], (b - a).var(-1).mean(-1)
+    ends = _mean_ends(points, within, shared, level)
     def counted(change): # the mean over seeds, if all changed by that
         both = np.repeat(_two(total, change)[..., None, :], kinds.shape[-3], -2)
         a, b = np.moveaxis(s.counted_if(both).mean(-1), -1, 0)
@@ -364,8 +375,8 @@ def pooled_interval(
     figure: str = "sigma", # or "global", "balanced"
     *,
     draws: int = 1000, level: float = .95, seed: int = 0,
-) -> tuple[float, float, float]: # mean change b - a as counted, and the ends for the true one; in [0, 1] units
-    "Change of a figure of merit, with an interval for its mean over all seeds there could be; of a single seed, over images."
+) -> tuple[float, float, float]: # mean change b - a as counted, ends for the true one; in [0, 1]
+    "Change of a figure of merit, and an interval of its mean over all seeds; of one seed, over images."
     from scipy.stats import norm
     pairs, kinds = list(pairs), [_kinds(*pair) for pair in pairs]
     if figure not in ("sigma", "global", "balanced"):
@@ -376,15 +387,20 @@ def pooled_interval(
     points = np.array([b - a for a, b in map(value, kinds)])
     no_spread = figure == "sigma" and all(len(k) == 1 for k in kinds)
     if no_spread or all(torch.equal(a, b) for a, b, _ in pairs): return 0., 0., 0.
-    if figure == "sigma" and len(pairs) == 1: ends = paired_interval(*pairs[0], draws=draws, level=level, seed=seed)
+    if figure == "sigma" and len(pairs) == 1:
+        ends = paired_interval(*pairs[0], draws=draws, level=level, seed=seed)
     elif figure == "sigma":
         classes = {len(k) for k in kinds}
-        if len(classes) > 1: raise InputError(f"seeds must be measured on the same classes. Got {sorted(classes)} classes.")
+        if len(classes) > 1:
+            raise InputError(f"seeds must be measured on the same classes. Got {sorted(classes)}; "
+                             "leave images of the others out.")
         ends = _pooled_ends(np.stack(kinds), _shared(pairs, kinds, figure), level, draws, seed)
     else:
-        within = np.mean([(_weights(k, figure)[0] ** 2 * _Sampling(k, 2, seed).apart).sum() for k in kinds])
+        apart = [_weights(k, figure)[0] ** 2 * _Sampling(k, 2, seed).apart for k in kinds]
+        within = np.mean([v.sum() for v in apart])
         half = norm.ppf((1 + level) / 2) * np.sqrt(within)
-        ends = (points[0] - half, points[0] + half) if len(pairs) == 1 else _mean_ends(points, within, _shared(pairs, kinds, figure), level)
+        ends = points[0] - half, points[0] + half
+        if len(pairs) > 1: ends = _mean_ends(points, within, _shared(pairs, kinds, figure), level)
     return float(points.mean()), *map(float, ends)
 
 # %% ../nbs/05a_baselines.ipynb #80d4e050
