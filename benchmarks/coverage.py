@@ -121,8 +121,8 @@ def main():
     parser.add_argument("--out", default="coverage_sigma.json")
     args = parser.parse_args()
     start, rows = time.time(), []
-    worlds = [((n,) * C, R) for C, n, R in ((10, 50, args.repeats), (10, 500, args.repeats), (100, 50, args.repeats // 2))]
-    worlds.append((LESIONS, args.repeats // 2))
+    worlds = [((n,) * C, R) for C, n, R in ((10, 50, args.repeats), (10, 500, args.repeats), (100, 50, args.repeats // 4))]
+    worlds.append((LESIONS, args.repeats // 4))
     for images, repeats in worlds:
         for sigma in (.02, .07, .19):
             if len(images) == 100 and sigma > .1: sigma = .16  # as far apart as a hundred accuracies with room for flips
