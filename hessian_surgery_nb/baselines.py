@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from .train import ClassReport, class_means, class_report_of, predict
 
 # %% auto #0
 __all__ = ['class_accuracies', 'best_of', 'Head', 'head_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep', 'Biased',
-           'logit_adjustment', 'tune_biases', 'tune_scales', 'paired_interval', 'mean_interval', 'shown',
-           'pooled_interval', 'Rival', 'rival', 'post_hoc']
+           'logit_adjustment', 'tune_biases', 'tune_scales', 'sigma_interval', 'paired_interval', 'mean_interval',
+           'shown', 'pooled_interval', 'Rival', 'rival', 'post_hoc']
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
@@ -228,24 +229,158 @@ def tune_scales(
     return scale, _coordinate_search(scale * Z, Y, bias, rounds, class_accuracies(Z, Y).mean())
 
 # %% ../nbs/05a_baselines.ipynb #18c0d51c
-def _resampled(a, b, y, draws, rng): # (draws, C, 2): class accuracies of both methods on images drawn anew within each class
-    out = []
-    for c in y.unique().tolist():
-        n, kinds = int((y == c).sum()), np.bincount(2 * a[y == c].int() + b[y == c].int(), minlength=4) # of images: neither is right, b, a, both
-        drawn = rng.multinomial(n, kinds / n, size=draws) / n
-        out.append(np.stack([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]], 1))
-    return np.stack(out, 1)
+_TINY = 1e-300 # keeps zero from dividing
+
+def _kinds(a, b, y) -> np.ndarray: # (C, 4) images of each class: right is neither, b, a, both
+    what, y = (2 * a.bool().int() + b.bool().int()).cpu().numpy(), y.cpu().numpy()
+    return np.stack([np.bincount(what[y == c], minlength=4) for c in np.unique(y)])
+
+def _accuracies(kinds): # (..., C, 4) -> images (..., C), accuracies of a and b (..., 2, C)
+    n, right = kinds.sum(-1), np.stack([kinds[..., 2:].sum(-1), kinds[..., 1::2].sum(-1)], -2)
+    return n, right / n[..., None, :]
+
+def _centred(x): return x - x.mean(-1, keepdims=True)
+
+def _without_sampling(acc, n): # (..., 2, C), (..., C) -> (..., 2), (..., 2, C)
+    "Sigma squared less what sampling adds, right in the mean (even below 0); accuracies so far apart."
+    C, raw, n, t = n.shape[-1], acc.var(-1), n[..., None, :], 1.
+    for _ in range(30): # sampling adds what accuracies that lie so far apart make it add
+        own = np.where(n > 1, _centred(acc), 0) # one image tells of no scatter
+        p = acc.mean(-1, keepdims=True) + t * own
+        squared = raw - (C - 1) / C ** 2 * (p * (1 - p) / n).sum(-1)
+        t = np.sqrt(np.clip(squared, 0, None) / np.maximum(raw, _TINY))[..., None]
+    return squared, p
+
+@lru_cache(maxsize=8)
+def _normals(size: int, draws: int, seed: int) -> np.ndarray: # (size, draws)
+    "Normal numbers in opposite pairs; uncorrelated to the last digit where draws are enough."
+    half = np.random.default_rng(seed).standard_normal((size, max(draws // 2, 1)))
+    if half.shape[1] >= 2 * size:
+        half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
+    return np.concatenate([half, -half], 1)
+
+# %% ../nbs/05a_baselines.ipynb #a1c4e0bf
+def _profiles(acc, apart): # (..., 2, C), (..., C) variance of the difference -> (..., 2, C)
+    "How classes lie around their mean; two methods as far from each other as sampling leaves of it."
+    C, mean = acc.shape[-1], acc.mean(-2, keepdims=True)
+    off = acc - mean
+    added = (C - 1) / C ** 2 * apart.sum(-1)
+    true = np.clip(1 - added / np.maximum((2 * off[..., 1, :]).var(-1), _TINY), 0, None)
+    off = _centred(mean + np.sqrt(true)[..., None, None] * off)
+    for likely in (off[..., ::-1, :], np.broadcast_to(_centred(np.arange(C)), off.shape)):
+        # where the accuracies of a method are all equal
+        off = np.where(off.std(-1, keepdims=True) > 0, off, likely)
+    return off
+
+def _root(f, low, high, shape): # (..., ) zeros of increasing functions
+    "Bisection, for many at once."
+    low, high = np.full(shape, low), np.full(shape, high)
+    for _ in range(20): # to 1e-6 of the range
+        middle = (low + high) / 2
+        below = f(middle) < 0
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+def _so_far_apart(off, variance, sigma): # (..., 2, C), (..., 2, C), (..., 2) -> (..., 2, C)
+    "The most plausible class accuracies of this sigma, centred: those known badly give way first."
+    v = variance / np.maximum(variance.max(-1, keepdims=True), _TINY)
+    def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x: wide to flat
+    d = at(_root(lambda x: sigma - at(x).std(-1), 1e-6, 1 - 1e-6, sigma.shape))
+    return sigma[..., None] * d / np.maximum(d.std(-1, keepdims=True), _TINY)
+
+# %% ../nbs/05a_baselines.ipynb #a1c4e0b5
+class _Sampling:
+    "What the choice of images does to sigma. Leading axes of every array: independent problems."
+    def __init__(self, kinds, draws, seed): # (..., C, 4)
+        self.n, self.acc = _accuracies(kinds)
+        self.counted, (self.squared, p) = self.acc.std(-1), _without_sampling(self.acc, self.n)
+        flips = kinds[..., 1:3].sum(-1)
+        mean = flips.sum(-1, keepdims=True) / self.n.sum(-1, keepdims=True)
+        rate = (flips + mean) / (self.n + 1) # a class without any may owe that to chance
+        self.apart = np.clip(rate - (p[..., 1, :] - p[..., 0, :]) ** 2, 0, None) / self.n
+        self.normals = _normals(2 * self.n.shape[-1], draws, seed).reshape(2, self.n.shape[-1], -1)
+        self.variance = p * (1 - p) / self.n[..., None, :]
+        self.errors, self.square = self.noise(self.variance)
+        self.off = _profiles(self.acc, self.apart)
+
+    def noise(self, variance): # (..., 2, C) -> errors of a, of b shared with a, of b alone; their spread
+        a, b = np.moveaxis(np.sqrt(variance), -2, 0)
+        apart = np.maximum(self.apart, (a - b) ** 2) # variance of their difference
+        shared = np.divide((a ** 2 + b ** 2 - apart) / 2, a, out=np.zeros_like(a), where=a > 0)
+        own = np.sqrt(np.clip(b ** 2 - shared ** 2, 0, None))
+        (z, u), C = self.normals, self.n.shape[-1]
+        mean = np.stack([a @ z, shared @ z + own @ u], -2) / C
+        b = shared ** 2 @ z ** 2 + 2 * shared * own @ (z * u) + own ** 2 @ u ** 2
+        square = np.stack([a ** 2 @ z ** 2, b], -2) / C
+        return (a, shared, own), square - mean ** 2
+
+    def counted_if(self, sigma, anew=False): # (..., 2) the truth -> (..., 2, draws)
+        "Both sigmas as they would be counted; anew: with the errors of just these accuracies."
+        d = _so_far_apart(self.off, self.variance, sigma)
+        (a, shared, own), square = self.errors, self.square
+        if anew:
+            p = np.clip(self.acc.mean(-1, keepdims=True) + d, 0, 1)
+            (a, shared, own), square = self.noise(p * (1 - p) / self.n[..., None, :])
+        (z, u), C, (x, y) = self.normals, self.n.shape[-1], np.moveaxis(d, -2, 0)
+        linear = np.stack([x * a @ z, y * shared @ z + y * own @ u], -2) / C
+        return np.sqrt(np.clip(d.var(-1)[..., None] + 2 * linear + square, 0, None))
+
+# %% ../nbs/05a_baselines.ipynb #a1c4e0b7
+def _quantile(x, level): # (..., draws) -> (...)
+    "From mean, deviation and skewness (Cornish and Fisher): steadier in the tails than the draws."
+    from scipy.stats import norm
+    z, off = norm.ppf(level), _centred(x)
+    square = off * off
+    sd = np.sqrt(square.mean(-1))
+    skew = (square * off).mean(-1) / np.maximum(sd ** 3, _TINY)
+    return x.mean(-1) + sd * (z + (z ** 2 - 1) * skew / 6)
+
+def _two(total, change): # (...) -> (..., 2)
+    "Sigma of a and of b, not negative; their squares sum to `total` where they can."
+    a = (np.sqrt(np.clip(2 * total - change ** 2, 0, None)) - change) / 2
+    a = np.maximum(a, np.maximum(0, -change))
+    return np.stack([a, a + change], -1)
+
+def _sigma_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
+    s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
+    now, C = s.counted[..., 0], kinds.shape[-2]
+    def over(sigma, q):
+        counted = s.counted_if(np.stack([sigma, sigma], -1), anew=True)[..., 0, :]
+        return _quantile(counted, q) - now
+    low, high = (_root(lambda x, q=q: over(x, q), 0., .5, now.shape) for q in (1 - tail, tail))
+    low = np.where(over(0 * now, 1 - tail) >= 0, 0, low)
+    return low, np.maximum(high, np.sqrt(C - 1) / C / s.n.max(-1))
+
+def _change_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
+    s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
+    now, total = s.counted[..., 1] - s.counted[..., 0], s.squared.sum(-1)
+    def over(change, q):
+        a, b = np.moveaxis(s.counted_if(_two(total, change)), -2, 0)
+        return _quantile(b - a, q) - now
+    return tuple(_root(lambda x, q=q: over(x, q), -.5, .5, now.shape) for q in (1 - tail, tail))
+
+# %% ../nbs/05a_baselines.ipynb #a1c4e0b8
+def sigma_interval(
+    correct: torch.Tensor, # (N,) bool
+    y: torch.Tensor, # (N,)
+    *,
+    draws: int = 1000, level: float = .95, seed: int = 0,
+) -> tuple[float, float]: # ends, in [0, 1] units
+    "Interval of the true sigma of one network, over images within classes."
+    kinds = _kinds(correct, correct, y)
+    if len(kinds) == 1: return 0., 0. # a single class has no spread
+    return tuple(map(float, _sigma_ends(kinds, level, draws, seed)))
 
 def paired_interval(
     correct_a: torch.Tensor, correct_b: torch.Tensor, # (N,) bool, the same images
     y: torch.Tensor, # (N,)
     *,
-    draws: int = 2000, level: float = .95, seed: int = 0,
+    draws: int = 1000, level: float = .95, seed: int = 0,
 ) -> tuple[float, float]: # ends, in [0, 1] units
-    "Interval of sigma_b - sigma_a over images, resampled within classes."
-    sigma = _resampled(correct_a, correct_b, y, draws, np.random.default_rng(seed)).std(1) # (draws, 2)
-    lo, hi = np.quantile(sigma[:, 1] - sigma[:, 0], [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
+    "Interval of the true change sigma_b - sigma_a over images; (0, 0) where all answers agree."
+    kinds = _kinds(correct_a, correct_b, y)
+    if torch.equal(correct_a, correct_b) or len(kinds) == 1: return 0., 0.
+    return tuple(map(float, _change_ends(kinds, level, draws, seed)))
 
 # %% ../nbs/05a_baselines.ipynb #ee658fe8
 def mean_interval(
@@ -259,7 +394,7 @@ def mean_interval(
     half = t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
-# %% ../nbs/05a_baselines.ipynb #8e908ca4
+# %% ../nbs/05a_baselines.ipynb #a1c4e0bb
 def shown(
     triple, # (mean, low, high)
     digits: int = 1,
@@ -268,24 +403,79 @@ def shown(
     m, lo, hi = triple
     return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
+# %% ../nbs/05a_baselines.ipynb #8e908ca4
+def _mean_ends(points, within, shared, level): # (..., S), variance over images, covariance of two
+    "Student's interval over seeds; knows what they share, and keeps a third of what images alone give."
+    from scipy.stats import norm, t
+    S, level = points.shape[-1], (1 + level) / 2
+    over, shared = points.var(-1, ddof=1) / S, np.maximum(shared, 0)
+    degrees = (S - 1) * (1 + shared / np.maximum(over, 1e-12)) ** 2 # Satterthwaite; shared is known well
+    least = norm.ppf(level) * np.sqrt(within / S) / 3 # seeds may agree by luck
+    half = np.maximum(t.ppf(level, degrees) * np.sqrt(over + shared), least)
+    return points.mean(-1) - half, points.mean(-1) + half
+
+def _pooled_ends(kinds, shared, level, draws, seed): # (..., S, C, 4), (...) -> two of (...)
+    s = _Sampling(kinds, draws, seed)
+    total = s.squared.sum(-1).mean(-1)
+    a, b = np.moveaxis(s.counted_if(np.sqrt(np.clip(s.squared, 0, None))), -2, 0)
+    points, within = np.diff(s.counted)[..., 0], (b - a).var(-1).mean(-1)
+    ends = _mean_ends(points, within, shared, level)
+    def counted(change): # the mean over seeds, if all changed by that
+        both = np.repeat(_two(total, change)[..., None, :], kinds.shape[-3], -2)
+        a, b = np.moveaxis(s.counted_if(both).mean(-1), -1, 0)
+        return (b - a).mean(-1)
+    return tuple(_root(lambda x, end=end: counted(x) - end, -.5, .5, total.shape) for end in ends)
+
+def _weights(kinds, figure): # (C, 4) -> (2, C): what an accuracy of a, of b adds to the figure
+    n, acc = _accuracies(kinds)
+    if figure == "sigma": return _centred(acc) / np.maximum(acc.std(-1), _TINY)[:, None] / len(n)
+    return np.tile(n / n.sum() if figure == "global" else np.full(len(n), 1 / len(n)), (2, 1))
+
+def _shared(pairs, kinds, figure): # covariance of the changes of two seeds
+    "Where seeds were measured on the same images, what these images did to all of them."
+    first = pairs[0][2]
+    if not all(torch.equal(first, y) for _, _, y in pairs): return 0.
+    place, pulls = torch.unique(first, return_inverse=True)[1].cpu(), []
+    for (a, b, _), k in zip(pairs, kinds):
+        w, acc = torch.as_tensor(_weights(k, figure) / k.sum(-1)), _accuracies(k)[1]
+        off = [t.cpu().double() - torch.as_tensor(m)[place] for t, m in zip((a, b), acc)]
+        pulls.append(w[1][place] * off[1] - w[0][place] * off[0])
+    both, S = torch.stack(pulls) @ torch.stack(pulls).T, len(pairs)
+    return ((both.sum() - both.trace()) / (S * (S - 1))).item()
+
+# %% ../nbs/05a_baselines.ipynb #a1c4e0bc
 def pooled_interval(
     pairs, # for each seed: (correct_a, correct_b, y), (N,) each
     figure: str = "sigma", # or "global", "balanced"
     *,
-    draws: int = 2000, level: float = .95, seed: int = 0,
-) -> tuple[float, float, float]: # mean change b - a over seeds, and the ends of its interval; in [0, 1] units
-    "Change of a figure of merit with an interval over seeds and images."
-    rng, changes, points = np.random.default_rng(seed), [], []
-    for a, b, y in pairs:
-        counts = torch.bincount(y)
-        w, now = counts[counts > 0].double().numpy() / len(y), np.stack([[t[y == c].double().mean().item() for t in (a, b)] for c in y.unique().tolist()])
-        of = dict(sigma=lambda acc: acc.std(-2), balanced=lambda acc: acc.mean(-2)).get(figure, lambda acc: np.tensordot(acc, w, ([-2], [0])))
-        def change(acc): return np.diff(of(acc))[..., 0] # acc (..., C, 2)
-        points.append(change(now))
-        changes.append(change(_resampled(a, b, y, draws, rng)))
-    chosen = rng.integers(len(changes), size=(len(changes), draws))
-    pooled = np.stack(changes)[chosen, rng.integers(draws, size=chosen.shape)].mean(0)
-    return float(np.mean(points)), *map(float, np.quantile(pooled, [(1 - level) / 2, (1 + level) / 2]))
+    draws: int = 1000, level: float = .95, seed: int = 0,
+) -> tuple[float, float, float]: # mean change b - a as counted, ends for the true one; in [0, 1]
+    "Change of a figure of merit, and an interval of its mean over all seeds; of one seed, over images."
+    from scipy.stats import norm
+    pairs, kinds = list(pairs), [_kinds(*pair) for pair in pairs]
+    if figure not in ("sigma", "global", "balanced"):
+        raise InputError(f"figure must be 'sigma', 'global' or 'balanced'. Got {figure!r}.")
+    def value(k):
+        n, acc = _accuracies(k)
+        return acc.std(-1) if figure == "sigma" else (acc * _weights(k, figure)).sum(-1)
+    points = np.array([b - a for a, b in map(value, kinds)])
+    no_spread = figure == "sigma" and all(len(k) == 1 for k in kinds)
+    if no_spread or all(torch.equal(a, b) for a, b, _ in pairs): return 0., 0., 0.
+    if figure == "sigma" and len(pairs) == 1:
+        ends = paired_interval(*pairs[0], draws=draws, level=level, seed=seed)
+    elif figure == "sigma":
+        classes = {len(k) for k in kinds}
+        if len(classes) > 1:
+            raise InputError(f"seeds must be measured on the same classes. Got {sorted(classes)}; "
+                             "leave images of the others out.")
+        ends = _pooled_ends(np.stack(kinds), _shared(pairs, kinds, figure), level, draws, seed)
+    else:
+        apart = [_weights(k, figure)[0] ** 2 * _Sampling(k, 2, seed).apart for k in kinds]
+        within = np.mean([v.sum() for v in apart])
+        half = norm.ppf((1 + level) / 2) * np.sqrt(within)
+        ends = points[0] - half, points[0] + half
+        if len(pairs) > 1: ends = _mean_ends(points, within, _shared(pairs, kinds, figure), level)
+    return float(points.mean()), *map(float, ends)
 
 # %% ../nbs/05a_baselines.ipynb #80d4e050
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from .baselines import mean_interval, pooled_interval, shown
+from .baselines import mean_interval, pooled_interval, shown, sigma_interval
 from .hvp import InputError
 from .runs import unpack_bits
 from .sensitivity import plot_sensitivity
@@ -134,6 +134,9 @@ def table_1(r: Results):
     totals = {k: v[0] for k, v in r.paper("Table 4 totals").items()}
     rows["global"] = {"paper (%)": totals.get("global"), "ours (%)": over([h["global_percent"] for h in reports])}
     rows["sigma (pp)"] = {"paper (%)": totals.get("sigma"), "ours (%)": over([h["sigma_pp"] for h in reports], 2)}
+    first = r.of("network")[0]
+    low, high = (100 * v for v in sigma_interval(unpack_bits(first["correct"]), torch.tensor(first["labels"])))
+    rows["sigma (pp), first seed"] = {"ours (%)": f"{reports[0]['sigma_pp']:.2f} [{low:.2f}, {high:.2f}]"}
     return _own(pd.DataFrame(rows).T)
 
 def _own(frame): return frame.dropna(axis=1, how="all").astype(object).fillna("") # without the columns that have nothing to say
@@ -600,7 +603,9 @@ def plot_spikes(r: Results, axes=None):
         for on, colour, label in zip(sets, ("red", "grey"), ("held-out", "test images of another kind")):
             where = dict(pick_base=_correct_others, labels=_labels_of_others) if on == "other" else {}
             c = np.array([(0., 0., 0.)] + [changes(r, name, pick=_after_phase(i, on), **where) for i in range(len(x) - 1)])
-            ax.errorbar(np.array(x) + (on == "other"), c[:, 0], (c[:, 0] - c[:, 1], c[:, 2] - c[:, 0]), fmt="o-", ms=4, lw=1, capsize=2, color=COLOURS[colour], label=label)
+            at = np.array(x) + (on == "other")
+            ax.vlines(at, c[:, 1], c[:, 2], color=COLOURS[colour], lw=1) # of the true change: need not hold the one counted
+            ax.plot(at, c[:, 0], "o-", ms=4, lw=1, color=COLOURS[colour], label=label)
         ax.axhline(0, color=COLOURS["grey"], lw=.6)
     axes[-1].legend(frameon=False, fontsize=8)
     return axes
