@@ -195,102 +195,107 @@ class Eigenpairs:
 
 # %% ../nbs/01_lanczos.ipynb #a9639d7a
 _ORDER = {"LA": lambda t: -t, "SA": lambda t: t, "LM": lambda t: -t.abs()}
+_SIGNS = {"LA": (1,), "SA": (-1,), "LM": (1, -1)} # at which ends of the spectrum the wanted ones are
 _LAYOUT = 2 # of the state that a run_dir holds
 
 class _Krylov:
-    "A growing orthonormal basis, a row a vector, with the operator's projection on it: H Q = Q T + next tail' + waiting wait + what was dropped + blur."
-    def __init__(self, op, size, k, generator, dtype=None, run_dir=None):
-        self.op, self.n, self.size, self.k, self.generator, self.here = op, op.shape[0], size, k, generator, team().here(op.shape[0])
+    "A growing orthonormal basis, a row a vector, with the operator's projection on it: H Q = Q T + next tail' + later wait + what was dropped + blur."
+    def __init__(self, op, size, k, which, generator, dtype=None, run_dir=None):
+        self.op, self.n, self.size, self.k, self.which, self.generator, self.here = op, op.shape[0], size, k, which, generator, team().here(op.shape[0])
         self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
-        f64 = torch.float64
-        self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=f64)
-        self.m, self.used, self.tail = 0, 0, torch.zeros(0, dtype=f64) # rows multiplied; products; what they have in common with `next`
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=torch.float64)
+        self.m, self.used, self.tail = 0, 0, empty[0:0].flatten() # rows multiplied; products; what they have in common with `next`
         self.next, self.length = None, 1. # what comes next, times its length; None: nothing is left over
-        self.wait = torch.zeros(0, 0, dtype=f64) # (w, m): the same for what comes later; the vectors are the last w rows
-        self.left = torch.zeros(0, 0, dtype=f64) # (j, m): and for what was dropped
-        self.blur = torch.zeros(size, dtype=f64) # what rounding to a shorter type took from each row of the relation above
+        self.later, self.wait = torch.empty(0, self.here, dtype=op.dtype, device=op.device), empty # (w, n) vectors that wait, and (w, m)
+        self.left = empty # (j, m): the same for vectors that were dropped
+        self.blur = torch.zeros(size, dtype=torch.float64) # what rounding to a shorter type took from each row of the relation above
         self.past = [] # wanted values after the last few products
         self.noise = 0. # largest difference between <q_i, H q_j> and <q_j, H q_i>
-        self.chain = torch.zeros(2, 0, dtype=f64) # alpha and beta since the last random start
-        self.open, self.room, self.closed = False, 0, False # is that still one Lanczos run; in how many dimensions; has the space ever closed
-        self.doubt = torch.ones(k, dtype=f64) # the odds that earlier runs overlooked something
+        self.chain = torch.zeros(2, 0, dtype=torch.float64) # alpha and beta since the last random start
+        self.known, self.ties = empty, empty # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
+        self.open, self.closed, self.doubt = False, False, 1. # is the chain one Lanczos run; has the space ever closed; the odds that broken-off chains saw nothing
 
     def rows(self, count, name):
         if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
         return torch.from_file(str(self.dir/f"{name}.bin"), shared=True, size=count * self.here, dtype=self.dtype).view(count, self.here)
 
-    @property
-    def full(self) -> bool: return self.m + len(self.wait) >= self.size # no row is free
-
-    @property
-    def patience(self) -> int: return max(1, (self.size - self.k) // 4) # so many vectors may wait
-
 # %% ../nbs/01_lanczos.ipynb #e7a10c01
 @patch
 def expand(self: _Krylov):
     "One product with the newest row; `next` is what it leaves over."
-    m, eps = self.m, torch.finfo(self.dtype).eps
+    m, eps, f64 = self.m, torch.finfo(self.dtype).eps, torch.float64
     w = times(self.op, self.basis[m].to(self.op.dtype))
-    coupled = self.tail.nonzero().flatten()
+    coupled = (self.tail.abs() > .01 * self.tail.abs().max()).nonzero().flatten() if m else self.tail
     h = orthogonalise(w, self.basis[:m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1))
-    later = orthogonalise(w, self.basis[self.size - len(self.wait):]) if len(self.wait) else torch.zeros(0, dtype=torch.float64)
     norm = _finite(extent(w).item(), self.used + 1)
     off, dropped = (h[:m] - self.tail).norm().item(), self.left.abs().sum().item()
     if self.resumed and not off <= .02 * self.tail.norm() + eps ** .5 * .1 * self.T.abs().max() + dropped:
         raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
     if m and self.dtype == self.op.dtype and not dropped: self.noise = max(self.noise, off / m ** .5)
     self.T[:m + 1, m] = self.T[m, :m + 1] = h
-    self.wait = torch.cat([self.wait, later[:, None]], 1)
-    self.left = torch.cat([self.left, torch.zeros(len(self.left), 1, dtype=torch.float64)], 1)
-    self.tail = torch.zeros(m + 1, dtype=torch.float64)
+    self.wait, self.left = (torch.cat([t, torch.zeros(len(t), 1, dtype=f64)], 1) for t in (self.wait, self.left))
+    self.tail = torch.zeros(m + 1, dtype=f64)
     self.tail[m] = norm
-    self.chain = torch.cat([self.chain, torch.tensor([[h[m].item()], [norm]], dtype=torch.float64)], 1)
+    self.chain = torch.cat([self.chain, torch.tensor([[h[m].item()], [norm]], dtype=f64)], 1)
     self.m, self.used, self.resumed, self.next, self.length = m + 1, self.used + 1, False, w, norm or 1.
+
+@patch
+def part(self: _Krylov):
+    "Make what waits orthogonal to what comes next. What they had in common is then bound to the latter."
+    if self.next is None: return
+    for j, z in enumerate(self.later):
+        common = team().add(inner(z, self.next)).item() / self.length
+        z.sub_(self.next, alpha=common / self.length)
+        size = extent(z).item()
+        z.div_(size or 1.)
+        self.tail = self.tail + common * self.wait[j]
+        self.wait[j] *= size
 
 # %% ../nbs/01_lanczos.ipynb #cf421db9
 @patch
-def store(self: _Krylov, row: int, vector, length, tail):
-    "Write a vector that is yet to be multiplied. Rounding on the way is noted, for the residuals' sake."
-    row = self.basis[row]
-    if self.dtype == self.op.dtype: torch.div(vector, length, out=row)
-    else:
-        q = vector / length
-        row.copy_(q)
-        self.blur[:len(tail)] = torch.hypot(self.blur[:len(tail)], tail * extent(q - row.to(q.dtype)).item())
-
-@patch
 def put(self: _Krylov):
-    "Write what comes next into its row."
-    self.store(self.m, self.next, self.length, self.tail)
+    "Write what comes next into its row. Rounding on the way is noted, for the residuals' sake."
+    row = self.basis[self.m]
+    if self.dtype == self.op.dtype: torch.div(self.next, self.length, out=row)
+    else:
+        q = self.next / self.length
+        row.copy_(q)
+        self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * extent(q - row.to(q.dtype)).item())
     if self.dir: self.save()
 
 # %% ../nbs/01_lanczos.ipynb #cd6916c6
 @patch
 def close(self: _Krylov, slack):
     "Is hardly anything left over? Then it is dropped, and noted."
-    if self.m == self.n: self.next, self.tail, self.wait, self.left = None, self.tail * 0., self.wait[:0], self.left[:0] # the whole space
+    if self.m == self.n: # the whole space
+        self.next, self.tail = None, self.tail * 0.
+        self.later, self.wait, self.left = self.later[:0], self.wait[:0], self.left[:0]
     if self.next is None: return
     eps, scale = torch.finfo(self.op.dtype).eps, self.T.abs().max().item()
     little = max(10 * eps * scale, min(slack / (2 * self.k), eps ** .5 * scale)) # a loose tolerance must not close a space that is merely flat
-    if self.tail[-1] > little and self.m + len(self.wait) < self.n: return
+    if self.tail[-1] > little and self.m + len(self.wait) < self.n: return self.part()
     self.drop(self.tail)
     self.next, self.tail, self.closed = None, self.tail * 0., True
 
 @patch
 def drop(self: _Krylov, tail):
+    "What the rows have in common with a vector that will not be multiplied."
     if tail.any(): self.left = torch.cat([self.left, tail[None]])
 
 @patch
 def fresh(self: _Krylov):
-    "Go on with a random vector orthogonal to all others. What was to come next waits."
+    "Go on with a random vector orthogonal to all rows. What was to come next waits."
     if self.next is not None: self.postpone()
+    dropped = len(self.left)
+    self.known, self.ties = self.T[:self.m, :self.m].clone(), torch.cat([self.wait, self.left]) * (1 + dropped) ** .5
     w = _random(self.op, self.generator)
     for _ in range(2):
         orthogonalise(w, self.basis[:self.m])
-        if len(self.wait): orthogonalise(w, self.basis[self.size - len(self.wait):])
         w = w / extent(w).to(w)
     self.next, self.length, self.tail = w, 1., torch.zeros(self.m, dtype=torch.float64)
-    self.chain, self.open, self.room = self.chain[:, :0], True, self.n - self.m - len(self.wait)
+    self.chain, self.open = self.chain[:, :0], True
+    self.part()
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c02
 @patch
@@ -298,43 +303,37 @@ def postpone(self: _Krylov):
     "Let what comes next wait; or drop it, when the wanted pairs hardly lack it. If too many wait, the least important one is dropped."
     here, waiting = self.lack(self.tail[None])[0], self.lack(self.wait)
     crowded = len(waiting) >= self.patience
-    if here <= 1e-3 * self.slack or crowded and here <= waiting.min(): return self.drop(self.tail)
+    if here <= 1e-3 * self.slack and crowded or crowded and here <= waiting.min(): return self.drop(self.tail)
     if crowded:
         i = int(waiting.argmin())
         self.drop(self.wait[i])
         self.forget(i)
-    self.store(self.size - len(self.wait) - 1, self.next, self.length, self.tail)
+    self.later = torch.cat([(self.next / self.length)[None], self.later])
     self.wait = torch.cat([self.tail[None], self.wait])
+
+@patch
+def forget(self: _Krylov, i: int):
+    "One waiting vector fewer."
+    self.later, self.wait = torch.cat([self.later[:i], self.later[i + 1:]]), torch.cat([self.wait[:i], self.wait[i + 1:]])
 
 @patch
 def recall(self: _Krylov, i: int):
     "Multiply a waiting vector next; what was to come next waits instead."
-    self.bank()
-    row = self.size - len(self.wait) + i
-    vector, tail = self.basis[row].to(self.op.dtype, copy=True), self.wait[i].clone()
+    self.open = False
+    vector, tail = self.later[i].clone(), self.wait[i].clone()
     if self.next is None: self.forget(i)
-    else:
-        self.anew()
-        self.store(row, self.next, self.length, self.tail)
-        self.wait[i] = self.tail
+    else: self.later[i], self.wait[i] = self.next / self.length, self.tail
     self.next, self.length, self.tail = vector, 1., tail
 
-# %% ../nbs/01_lanczos.ipynb #e7a10c0b
-@patch
-def forget(self: _Krylov, i: int):
-    "One waiting vector fewer; the others move together."
-    self.anew()
-    rows = self.basis[self.size - len(self.wait):]
-    for j in range(i, 0, -1): rows[j] = rows[j - 1]
-    self.wait = torch.cat([self.wait[:i], self.wait[i + 1:]])
+@patch(as_prop=True)
+def patience(self: _Krylov) -> int:
+    "So many vectors may wait."
+    return max(1, (self.size - self.k) // 4)
 
-@patch
-def anew(self: _Krylov):
-    "On disk no row that the written state needs is changed: a new file takes over."
-    if self.dir is None: return
-    old, self.generation = self.basis, self.generation + 1
-    self.basis = self.rows(self.size, f"basis{self.generation}")
-    self.basis.copy_(old)
+@patch(as_prop=True)
+def full(self: _Krylov) -> bool:
+    "Is no row free?"
+    return self.m + len(self.wait) >= self.size
 
 # %% ../nbs/01_lanczos.ipynb #c243ee6e
 @patch
@@ -381,7 +380,6 @@ def restart(self: _Krylov, keep: int):
     blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
     if self.dir: self.generation += 1; self.basis = self.rows(self.size, f"basis{self.generation}")
     lost = combine(U.T, old[:self.m], self.basis[:keep])
-    if self.dir and len(self.wait): self.basis[-len(self.wait):] = old[-len(self.wait):]
     self.blur.zero_(); self.blur[:keep] = blur + lost * theta.abs().max()
     self.tail, self.wait, self.left = self.tail @ U, self.wait @ U, self.left @ U
     self.theta, self.U, self.wanted = theta[:keep], torch.eye(keep, dtype=U.dtype), torch.eye(keep, self.k, dtype=U.dtype)
@@ -409,36 +407,69 @@ def _luck(share, count, room):
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c04
 @patch
-def aim(self: _Krylov, theta, U, order, slack):
-    "What is wanted now, and what would have to hide to spoil each rank: `need` eigenvalues beyond `level`."
-    value = -order(theta[:self.k])
-    self.theta, self.U, self.slack, self.wanted, self.level = theta, U, slack, U[:, :self.k], value + .75 * slack # the rest of the tolerance is for the Ritz values themselves
-    rank = torch.arange(1, len(value) + 1)
-    self.need = rank - (value[None] > self.level[:, None]).sum(1)
-    self.signs = {"LA": (1,), "SA": (-1,), "LM": (1, -1)}[next(name for name, f in _ORDER.items() if f is order)]
+def aim(self: _Krylov, theta, U, slack):
+    "What is wanted now: the pairs, and for each rank a level beyond which at most rank - 1 eigenvalues may lie."
+    self.theta, self.U, self.slack, self.wanted = theta, U, slack, U[:, :self.k]
+    value = -_ORDER[self.which](theta)
+    self.level = value[:self.k] + .98 * slack # a little is left for rounding
+    rest = value[self.k:][self.res[self.k:] > slack] # not found yet
+    self.guess = rest[0].item() if len(rest) else value[-1].item()
+
+def _beyond(T, ties, level, edge, signs): # what is outside of T has no eigenvalue beyond the edge, which is below the level
+    "A bound on how many eigenvalues of the whole lie beyond a level: those of the Schur complement (Haynsworth)."
+    loose = ties.T @ ties / (level - edge)
+    return sum(int((torch.linalg.eigvalsh(sign * T + loose) > level).sum()) for sign in signs)
 
 @patch
-def odds(self: _Krylov): # (k,)
-    "For each rank: the odds that the newest random vector met nothing, and yet enough hides to spoil it."
-    found = torch.ones(self.k, dtype=torch.float64)
-    self.clear = True # nothing found that is beyond a level
-    if not self.open or not self.chain.shape[1]: return found
-    alpha, beta = self.chain
-    beta = torch.where(beta > 10 * torch.finfo(self.op.dtype).eps * self.T.abs().max(), beta, 0.)
-    ritz = torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1))
-    share, clear = torch.zeros_like(self.level), torch.ones(len(self.level), dtype=torch.bool)
-    for sign in self.signs:
-        share = share + _tail_share(sign * alpha, beta, self.level)
-        clear &= (sign * ritz).max() <= self.level
-    self.clear = bool(clear.all())
-    odds = torch.stack([_luck(x, h, self.room) for x, h in zip(share, self.need)])
-    found[:len(odds)] = torch.where(clear, odds, 1.)
-    return found
+def ready(self: _Krylov) -> bool:
+    "Is a search worth its products: would the wanted pairs be certain if nothing else existed beyond the next Ritz value?"
+    level = self.level[-1].item()
+    if not self.guess < level: return True
+    ties = torch.cat([self.tail[None], self.wait, self.left])
+    return _beyond(self.T[:self.m, :self.m], ties, level, self.guess, _SIGNS[self.which]) < self.k
+
+@patch
+def edges(self: _Krylov, most: int): # (most,)
+    "Beyond which no more than 0, 1, 2, ... eigenvalues of what is outside lie: the chain's random start would have met them."
+    (alpha, beta), signs, room = self.chain, _SIGNS[self.which], self.n - len(self.known)
+    eps = torch.finfo(self.op.dtype).eps
+    beta = torch.where(beta > 10 * eps * self.T.abs().max(), beta, 0.)
+    ritz = team().same(torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)))
+    first, top = max((s * ritz).max().item() for s in signs) + 10 * eps * self.T.abs().max().item(), self.level.max().item()
+    self.seen = first
+    if not first < top: return torch.full((most,), math.inf, dtype=torch.float64)
+    last = max(min(self.level[-1].item(), top), first)
+    grid = torch.cat([torch.linspace(first, last, 65, dtype=torch.float64)[:-1], torch.linspace(last, top, 33, dtype=torch.float64)])
+    share = sum(_tail_share(s * alpha, beta, grid) for s in signs)
+    odds = torch.stack([_luck(share, torch.tensor(h), room) for h in range(1, most + 1)]) * self.doubt
+    at = torch.where(odds <= _ODDS, grid, math.inf)
+    return team().same(at.amin(1))
+
+# %% ../nbs/01_lanczos.ipynb #e7a10c0c
+@patch
+def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
+    "Which ranks are certain: no more than rank - 1 eigenvalues lie beyond their level, but with small odds."
+    out, self.clear = torch.zeros(self.k, dtype=torch.bool), True
+    if self.m == self.n: return ~out
+    if not self.open or not self.chain.shape[1]: return out
+    signs, edges = _SIGNS[self.which], self.edges(self.k)
+    inside = sum((torch.linalg.eigvalsh(s * self.known)[:, None] > self.level).sum(0) for s in signs) if len(self.known) else torch.zeros(len(self.level))
+    for i in range(len(self.level) - 1, -1, -1): # the last one is the hardest
+        level, hide = self.level[i].item(), i + 1 - int(inside[i]) # `hide` more would be one too many
+        out[i] = any(edges[h - 1] < level and _beyond(self.known, self.ties, level, edges[h - 1].item(), signs) + h - 1 <= i for h in range(hide, 0, -1))
+        if i == self.k - 1: self.clear = self.seen < level and (hide > 1 or _beyond(self.known, self.ties, level, self.seen, signs) <= i) # it can still succeed
+        if not out[i] and not self.last: break
+    return out
 
 @patch
 def bank(self: _Krylov):
-    "Before a run from a random vector is broken off: keep what it has shown."
-    if self.open: self.doubt = self.doubt * self.odds()
+    "Before a chain is broken off for want of room: keep what it has shown."
+    if not self.open: return
+    if self.chain.shape[1] and self.m < self.n:
+        self.edges(1)
+        level = self.level[-1:]
+        share = sum(_tail_share(s * self.chain[0], self.chain[1], level) for s in _SIGNS[self.which])
+        if self.seen < level: self.doubt = self.doubt * _luck(share, torch.tensor(1), self.n - len(self.known)).item()
     self.open = False
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c05
@@ -450,19 +481,28 @@ def lack(self: _Krylov, tails): # (j, m) -> (j,)
 @patch
 def choose(self: _Krylov, check: bool):
     "What comes next: for a check, a random vector and what follows from it; else where the wanted pairs lack most."
-    waiting = self.lack(self.wait)
-    outside = self.m + len(self.wait) + (self.next is not None) < self.n
-    if check and outside:
+    waiting, here = self.lack(self.wait), self.lack(self.tail[None])[0] if self.next is not None else None
+    if check and self.m < self.n:
         if self.open and self.next is not None and self.clear: return
-        lacks = torch.cat([self.lack(self.tail[None]) if self.next is not None else torch.zeros(0), waiting])
-        if len(waiting) >= self.patience and self.next is not None and lacks.min() > self.slack / (2 * self.k): # one must be dropped: first make it small
-            return self.recall(int(waiting.argmin())) if lacks.argmin() else None
-        self.bank()
-        places = min(len(self.wait) + 1, self.patience) # that waiting vectors will take
-        if self.size - self.m - places < max(2, (self.size - self.k) // 3): self.restart(self.k + (self.size - self.k - places) // 4)
-        self.fresh()
-    elif len(waiting) and (self.next is None or waiting.max() > self.lack(self.tail[None])[0]): self.recall(int(waiting.argmax()))
-    elif self.next is None: self.fresh()
+        if self.open and self.clear and len(waiting): return self.recall(int(waiting.argmax())) # the chain has ended, yet something is lacking
+        if self.ready(): return self.search(waiting, here)
+        pending = torch.cat([self.wait.norm(dim=1), self.tail.norm()[None] if here is not None else torch.zeros(0)])
+        if len(pending):
+            i = int(pending.argmax())
+            return self.recall(i) if i < len(waiting) else None
+        return self.search(waiting, here)
+    if len(waiting) and (here is None or waiting.max() > here): self.recall(int(waiting.argmax()))
+    elif here is None: self.fresh()
+
+@patch
+def search(self: _Krylov, waiting, here):
+    "Start a chain, once there is room for it."
+    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > self.slack / (2 * self.k): # one must be dropped: first make it small
+        return self.recall(int(waiting.argmin())) if waiting.min() < here else None
+    self.bank()
+    places = min(len(self.wait) + 1, self.patience) # that waiting vectors will take
+    if self.size < self.n and self.size - self.m - places < max(2, (self.size - self.k) // 3): self.restart(self.k + (self.size - self.k - places) // 4)
+    self.fresh()
 
 # %% ../nbs/01_lanczos.ipynb #82ec3426
 def blend(
@@ -475,14 +515,15 @@ def blend(
     return out[0]
 
 # %% ../nbs/01_lanczos.ipynb #27c8256c
-_STATE = ("m", "used", "generation", "open", "room", "closed")
-_TENSORS = ("T", "blur", "tail", "wait", "left", "chain", "doubt")
+_STATE = ("m", "used", "generation", "open", "closed")
+_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties")
+_NUMBERS = ("noise", "doubt")
 
 @patch
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
     state = {f"past{i}": t for i, t in enumerate(self.past)} | {a: getattr(self, a).contiguous() for a in _TENSORS}
-    state |= dict(numbers=torch.tensor([int(getattr(self, a)) for a in _STATE]), noise=torch.tensor(self.noise, dtype=torch.float64), generator=self.generator.get_state())
+    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), real=torch.tensor([getattr(self, a) for a in _NUMBERS], dtype=torch.float64), generator=self.generator.get_state())
     save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
     os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
     for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
@@ -496,9 +537,9 @@ def load(self: _Krylov, request: dict) -> bool:
     if f"layout={_LAYOUT}" not in theirs: raise InputError(f"a run goes on with the version that began it. {self.dir} was written by another one; remove it, or name another run_dir.")
     if theirs != self.request: raise InputError(f"a run goes on with the request it began with. {self.dir} has {theirs}; this is {self.request}. Remove it, or name another run_dir.")
     state = load_file(self.dir/"state.safetensors")
-    for a, number in zip(_STATE, state["numbers"].tolist()): setattr(self, a, number)
+    for a, number in [*zip(_STATE, state["whole"].tolist()), *zip(_NUMBERS, state["real"].tolist())]: setattr(self, a, number)
     for a in _TENSORS: setattr(self, a, state[a])
-    self.open, self.closed, self.noise = bool(self.open), bool(self.closed), state["noise"].item()
+    self.open, self.closed, self.later = bool(self.open), bool(self.closed), self.later.to(self.op.device)
     self.generator.set_state(state["generator"])
     self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
@@ -508,18 +549,17 @@ def load(self: _Krylov, request: dict) -> bool:
 _ODDS = 1e-4 # that a certificate overlooked something
 
 @patch
-def look(self: _Krylov, order, tol):
-    "Where the run stands: Ritz values, small vectors, residuals, and which of the wanted pairs are good enough and still."
+def look(self: _Krylov, tol):
+    "Where the run stands: which of the wanted pairs are good enough, and still."
     scale = team().same(torch.linalg.eigvalsh(self.T[:self.m, :self.m])).abs().max().item()
-    slack = tol * scale
-    self.close(slack)
-    theta, U, res = self.ritz(order)
+    self.close(tol * scale)
+    theta, U, self.res = self.ritz(_ORDER[self.which])
     self.floor = _floor(self.op.dtype, self.n, scale, self.noise)
-    self.aim(theta, U, order, max(slack, self.floor))
-    self.past = [*self.past, order(theta[:self.k]).clone()][-(self.k // 4 + 1):]
-    ok = torch.hypot(res[:self.k], torch.tensor(self.floor if slack > 2 * self.floor else 0., dtype=res.dtype)) <= self.slack # below rounding nothing can be reached
-    still = torch.ones(len(ok), dtype=torch.bool) if self.m == self.n else self.settled(self.k, self.slack)[:len(ok)]
-    return theta, U, res, ok & still
+    self.aim(theta, U, max(tol * scale, self.floor))
+    self.past = [*self.past, _ORDER[self.which](theta[:self.k]).clone()][-(self.k // 4 + 1):]
+    rounding = torch.tensor(self.floor if tol * scale > 2 * self.floor else 0., dtype=torch.float64) # below rounding nothing can be reached
+    ok = torch.hypot(self.res[:self.k], rounding) <= self.slack
+    return ok if self.m == self.n else ok & self.settled(self.k, self.slack)[:len(ok)]
 
 # %% ../nbs/01_lanczos.ipynb #60540aca
 def top_eigenpairs(
@@ -540,21 +580,20 @@ def top_eigenpairs(
     "The k most wanted eigenpairs, each certified by its residual, and by a search for others. Pairs that are not are flagged, and a warning says so."
     op, n = as_operator(op), op.shape[0]
     k, limit, seed = _check_request(op, k, which, tol, max_matvecs, max_basis, basis_dtype, seed)
-    size, order, g = _size(op, k, max_basis, basis_dtype, run_dir), _ORDER[which], torch.Generator().manual_seed(seed)
-    kry, bar = _Krylov(op, size, k, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
+    size, g = _size(op, k, max_basis, basis_dtype, run_dir), torch.Generator().manual_seed(seed)
+    kry, bar = _Krylov(op, size, k, which, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
     if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.next = _start(v0, op, g); kry.put()
     while True:
         kry.expand()
-        theta, U, res, ok = kry.look(order, tol)
+        ok = kry.look(tol)
         bar.update(min(int(ok.sum()), k) - bar.n)
-        check = verify or kry.closed
-        done = bool(ok.all()) and len(ok) == k
-        if kry.m == n or kry.used >= limit or done and (not check or bool((kry.doubt * kry.odds() <= _ODDS).all())): break
+        check, done, kry.last = verify or kry.closed, bool(ok.all()) and len(ok) == k, kry.used >= limit
+        if kry.m == n or kry.last or done and (not check or bool(kry.sure().all())): break
         if kry.full and size < n: kry.restart(min(k + (size - len(kry.wait) - k) // 2, size - len(kry.wait) - 1))
         kry.choose(done and check)
         kry.put()
     bar.close()
-    return _finish(kry, theta, U, res, ok, tol, verify or kry.closed)
+    return _finish(kry, ok, tol, check)
 
 # %% ../nbs/01_lanczos.ipynb #5328bce1
 def _turn(vectors, n): # (k, this process's coordinates), changed in place; n: all coordinates
@@ -564,14 +603,15 @@ def _turn(vectors, n): # (k, this process's coordinates), changed in place; n: a
                 torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device))
     vectors.mul_(torch.where(t.add(along) < 0, -1., 1.).to(vectors.dtype)[:, None])
 
-def _finish(kry, theta, U, res, ok, tol, check) -> Eigenpairs:
-    k, most = kry.k, theta.abs().max().item()
+def _finish(kry, ok, tol, check) -> Eigenpairs:
+    k, theta, U, most = kry.k, kry.theta, kry.U, kry.theta.abs().max().item()
+    kry.last = True
     crowded = 2 * k > kry.m and kry.dir is None and kry.basis.nbytes > _SMALL # then the basis itself becomes the result, which saves a copy
-    unseen = (kry.doubt * kry.odds() > _ODDS) if check and kry.m < kry.n else torch.zeros(k, dtype=torch.bool)
+    sure = kry.sure() if check else torch.ones(k, dtype=torch.bool)
     vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
-    res = torch.hypot(res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * most, torch.tensor(kry.floor, dtype=torch.float64))
+    res = torch.hypot(kry.res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * most, torch.tensor(kry.floor, dtype=torch.float64))
     _turn(vectors, kry.n)
-    pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, (res <= tol * most) & ok & ~unseen)
+    pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, (res <= tol * most) & ok & sure)
     bad = int((~pairs.converged).sum())
     if not bad: return pairs
     way = "raise max_matvecs or tol"
