@@ -214,7 +214,8 @@ class _Krylov:
         self.noise = 0. # largest difference between <q_i, H q_j> and <q_j, H q_i>
         self.chain = torch.zeros(2, 0, dtype=torch.float64) # alpha and beta since the last random start
         self.known, self.ties = empty, empty # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
-        self.open, self.closed, self.doubt = False, False, 1. # is the chain one Lanczos run; has the space ever closed; the odds that broken-off chains saw nothing
+        self.open, self.closed = False, False # is the chain one Lanczos run; has the space ever closed
+        self.doubt = torch.ones(1, dtype=torch.float64) # the odds that chains which a restart cut short overlooked something
 
     def rows(self, count, name):
         if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
@@ -386,7 +387,7 @@ def restart(self: _Krylov, keep: int):
     lost = combine(U.T, old[:self.m], self.basis[:keep])
     self.blur.zero_(); self.blur[:keep] = blur + lost * theta.abs().max()
     self.tail, self.wait, self.left = self.tail @ U, self.wait @ U, self.left @ U
-    self.theta, self.U, self.wanted = theta[:keep], torch.eye(keep, dtype=U.dtype), torch.eye(keep, self.k, dtype=U.dtype)
+    self.theta, self.U = theta[:keep], torch.eye(keep, dtype=U.dtype)
     self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
     self.m = keep
 
@@ -415,7 +416,7 @@ _SHARE = .05 # of a waiting vector lies near the edge of what is outside, at mos
 @patch
 def aim(self: _Krylov, theta, U, slack):
     "What is wanted now: the pairs, and for each rank a level beyond which at most rank - 1 eigenvalues may lie."
-    self.theta, self.U, self.slack, self.wanted = theta, U, slack, U[:, :self.k]
+    self.theta, self.U, self.slack = theta, U, slack
     value = -_ORDER[self.which](theta)
     self.level = value[:self.k] + .98 * slack # a little is left for rounding
     rest = value[self.k:][self.res[self.k:] > slack] # not found yet
@@ -459,6 +460,7 @@ def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
     "Which ranks are certain: no more than rank - 1 eigenvalues lie beyond their level, but with small odds."
     out, self.clear = torch.zeros(self.k, dtype=torch.bool), True
     if self.m == self.n: return ~out
+    if self.doubt <= _ODDS: return ~out # of chains that a small basis cut short
     if not self.open or not self.chain.shape[1]: return out
     signs, edges = _SIGNS[self.which], self.edges(self.k)
     inside = sum((torch.linalg.eigvalsh(s * self.known)[:, None] > self.level).sum(0) for s in signs) if len(self.known) else torch.zeros(len(self.level))
@@ -471,20 +473,19 @@ def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
 
 @patch
 def bank(self: _Krylov):
-    "Before a chain is broken off for want of room: keep what it has shown."
-    if not self.open: return
-    if self.chain.shape[1] and self.m < self.n:
+    "Before a chain is broken off for want of room: keep the odds that it overlooked something."
+    if self.open and self.chain.shape[1] and len(self.level) == self.k:
         self.edges(1)
-        level = self.level[-1:]
-        share = sum(_tail_share(s * self.chain[0], self.chain[1], level) for s in _SIGNS[self.which])
-        if self.seen < level: self.doubt = self.doubt * _luck(share, torch.tensor(1), self.n - len(self.known)).item()
+        level, beta = self.level[-1:], self.chain[1]
+        share = sum(_tail_share(s * self.chain[0], beta, level) for s in _SIGNS[self.which])
+        if self.seen < level: self.doubt = team().same(self.doubt * _luck(share, torch.tensor(1), self.n - len(self.known)))
     self.open = False
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c05
 @patch
 def lack(self: _Krylov, tails): # (j, m) -> (j,)
     "What the wanted pairs lack in the direction of vectors that are yet to be multiplied."
-    return (tails @ self.wanted).abs().amax(1) if len(tails) else torch.zeros(0, dtype=torch.float64)
+    return (tails @ self.U[:, :self.k]).abs().amax(1) if len(tails) else torch.zeros(0, dtype=torch.float64)
 
 @patch
 def choose(self: _Krylov, check: bool):
@@ -505,9 +506,8 @@ def choose(self: _Krylov, check: bool):
 @patch
 def search(self: _Krylov, waiting, here):
     "Start a chain, once there is room for it."
-    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > self.slack / (2 * self.k): # one must be dropped: first make it small
+    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > self.slack / (8 * self.k): # one must be dropped: first make it small
         return self.recall(int(waiting.argmin())) if waiting.min() < here else None
-    self.bank()
     places = min(len(self.wait) + 1, self.patience) # that waiting vectors will take
     if self.size < self.n and self.size - self.m - places < max(2, (self.size - self.k) // 3): self.restart(self.k + (self.size - self.k - places) // 4)
     self.fresh()
@@ -524,14 +524,13 @@ def blend(
 
 # %% ../nbs/01_lanczos.ipynb #27c8256c
 _STATE = ("m", "used", "generation", "open", "closed")
-_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties")
-_NUMBERS = ("noise", "doubt")
+_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties", "doubt")
 
 @patch
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
     state = {f"past{i}": t for i, t in enumerate(self.past)} | {a: getattr(self, a).contiguous() for a in _TENSORS}
-    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), real=torch.tensor([getattr(self, a) for a in _NUMBERS], dtype=torch.float64), generator=self.generator.get_state())
+    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), noise=torch.tensor(self.noise, dtype=torch.float64), generator=self.generator.get_state())
     save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
     os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
     for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
@@ -545,9 +544,10 @@ def load(self: _Krylov, request: dict) -> bool:
     if f"layout={_LAYOUT}" not in theirs: raise InputError(f"a run goes on with the version that began it. {self.dir} was written by another one; remove it, or name another run_dir.")
     if theirs != self.request: raise InputError(f"a run goes on with the request it began with. {self.dir} has {theirs}; this is {self.request}. Remove it, or name another run_dir.")
     state = load_file(self.dir/"state.safetensors")
-    for a, number in [*zip(_STATE, state["whole"].tolist()), *zip(_NUMBERS, state["real"].tolist())]: setattr(self, a, number)
+    for a, number in zip(_STATE, state["whole"].tolist()): setattr(self, a, number)
     for a in _TENSORS: setattr(self, a, state[a])
-    self.open, self.closed, self.later = bool(self.open), bool(self.closed), self.later.to(self.op.device)
+    self.open, self.closed = bool(self.open), bool(self.closed)
+    self.later, self.noise = self.later.to(self.op.device, copy=True), state["noise"].item()
     self.generator.set_state(state["generator"])
     self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
