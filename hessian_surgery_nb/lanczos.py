@@ -215,7 +215,7 @@ class _Krylov:
         self.chain = torch.zeros(2, 0, dtype=torch.float64) # alpha and beta since the last random start
         self.known, self.ties = empty, empty # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
         self.open, self.closed = False, False # is the chain one Lanczos run; has the space ever closed
-        self.doubt = torch.ones(1, dtype=torch.float64) # the odds that chains which a restart cut short overlooked something
+        self.cut, self.started = False, -math.inf # has a restart cut it short; the last wanted level when it began
 
     def rows(self, count, name):
         if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
@@ -299,7 +299,8 @@ def fresh(self: _Krylov):
         orthogonalise(w, self.basis[:self.m])
         w = w / extent(w).to(w)
     self.next, self.length, self.tail = w, 1., torch.zeros(self.m, dtype=torch.float64)
-    self.chain, self.open = self.chain[:, :0], True
+    self.chain, self.open, self.cut = self.chain[:, :0], True, False
+    self.started = self.level[-1].item()
     self.part()
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c02
@@ -450,7 +451,7 @@ def edges(self: _Krylov, most: int): # (most,)
     last = max(min(self.level[-1].item(), top), first)
     grid = torch.cat([torch.linspace(first, last, 65, dtype=torch.float64)[:-1], torch.linspace(last, top, 33, dtype=torch.float64)])
     share = sum(_tail_share(s * alpha, beta, grid) for s in signs)
-    odds = torch.stack([_luck(share, torch.tensor(h), room) for h in range(1, most + 1)]) * self.doubt
+    odds = torch.stack([_luck(share, torch.tensor(h), room) for h in range(1, most + 1)])
     at = torch.where(odds <= _ODDS, grid, math.inf)
     return team().same(at.amin(1))
 
@@ -460,7 +461,7 @@ def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
     "Which ranks are certain: no more than rank - 1 eigenvalues lie beyond their level, but with small odds."
     out, self.clear = torch.zeros(self.k, dtype=torch.bool), True
     if self.m == self.n: return ~out
-    if self.doubt <= _ODDS: return ~out # of chains that a small basis cut short
+    if self.cut: return ~out if self.far() <= _ODDS else out
     if not self.open or not self.chain.shape[1]: return out
     signs, edges = _SIGNS[self.which], self.edges(self.k)
     inside = sum((torch.linalg.eigvalsh(s * self.known)[:, None] > self.level).sum(0) for s in signs) if len(self.known) else torch.zeros(len(self.level))
@@ -472,14 +473,23 @@ def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
     return out
 
 @patch
+def far(self: _Krylov) -> float:
+    "The same odds for a chain that a restart has cut short, by what Chebyshev polynomials would do in seven tenths of its products."
+    top, low, level = self.guess, min((s * self.theta).min().item() for s in _SIGNS[self.which]), self.level[-1].item()
+    if not low < top < level or self.found(): return 1.
+    steps = .7 * self.chain.shape[1] * math.acosh(1 + 2 * (level - top) / (top - low))
+    share = torch.tensor([1 / math.cosh(min(steps, 300.)) ** 2], dtype=torch.float64)
+    return team().same(_luck(share, torch.tensor(1), self.n - len(self.known))).item()
+
+@patch
+def found(self: _Krylov) -> bool:
+    "Has the last wanted value risen since the chain's random start?"
+    return bool(self.level[-1] > self.started + self.slack)
+
+@patch
 def bank(self: _Krylov):
-    "Before a chain is broken off for want of room: keep the odds that it overlooked something."
-    if self.open and self.chain.shape[1] and len(self.level) == self.k:
-        self.edges(1)
-        level, beta = self.level[-1:], self.chain[1]
-        share = sum(_tail_share(s * self.chain[0], beta, level) for s in _SIGNS[self.which])
-        if self.seen < level: self.doubt = team().same(self.doubt * _luck(share, torch.tensor(1), self.n - len(self.known)))
-    self.open = False
+    "A restart cuts the chain short: from now on it is judged otherwise."
+    self.cut, self.open = self.cut or self.open and self.chain.shape[1] > 0, False
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c05
 @patch
@@ -492,7 +502,7 @@ def choose(self: _Krylov, check: bool):
     "What comes next: for a check, a random vector and what follows from it; else where the wanted pairs lack most."
     waiting, here = self.lack(self.wait), self.lack(self.tail[None])[0] if self.next is not None else None
     if check and self.m < self.n:
-        if self.open and self.next is not None and self.clear: return
+        if self.next is not None and (self.open and self.clear or self.cut and not self.found()): return
         if self.open and self.clear and len(waiting): return self.recall(int(waiting.argmax())) # the chain has ended, yet something is lacking
         if self.ready(): return self.search(waiting, here)
         pending = torch.cat([self.wait.norm(dim=1), self.tail.norm()[None] if here is not None else torch.zeros(0)])
@@ -506,7 +516,7 @@ def choose(self: _Krylov, check: bool):
 @patch
 def search(self: _Krylov, waiting, here):
     "Start a chain, once there is room for it."
-    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > self.slack / (8 * self.k): # one must be dropped: first make it small
+    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > .02 * self.slack: # one must be dropped: first make it small
         return self.recall(int(waiting.argmin())) if waiting.min() < here else None
     places = min(len(self.wait) + 1, self.patience) # that waiting vectors will take
     if self.size < self.n and self.size - self.m - places < max(2, (self.size - self.k) // 3): self.restart(self.k + (self.size - self.k - places) // 4)
@@ -523,14 +533,14 @@ def blend(
     return out[0]
 
 # %% ../nbs/01_lanczos.ipynb #27c8256c
-_STATE = ("m", "used", "generation", "open", "closed")
-_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties", "doubt")
+_STATE = ("m", "used", "generation", "open", "closed", "cut")
+_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties")
 
 @patch
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
     state = {f"past{i}": t for i, t in enumerate(self.past)} | {a: getattr(self, a).contiguous() for a in _TENSORS}
-    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), noise=torch.tensor(self.noise, dtype=torch.float64), generator=self.generator.get_state())
+    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), real=torch.tensor([self.noise, self.started], dtype=torch.float64), generator=self.generator.get_state())
     save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
     os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
     for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
@@ -546,8 +556,8 @@ def load(self: _Krylov, request: dict) -> bool:
     state = load_file(self.dir/"state.safetensors")
     for a, number in zip(_STATE, state["whole"].tolist()): setattr(self, a, number)
     for a in _TENSORS: setattr(self, a, state[a])
-    self.open, self.closed = bool(self.open), bool(self.closed)
-    self.later, self.noise = self.later.to(self.op.device, copy=True), state["noise"].item()
+    self.open, self.closed, self.cut = bool(self.open), bool(self.closed), bool(self.cut)
+    self.later, (self.noise, self.started) = self.later.to(self.op.device, copy=True), state["real"].tolist()
     self.generator.set_state(state["generator"])
     self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
