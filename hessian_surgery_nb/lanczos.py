@@ -327,6 +327,8 @@ def recall(self: _Krylov, i: int):
     "Multiply a waiting vector next; what was to come next waits instead."
     self.open = False
     vector, tail = self.later[i].clone(), self.wait[i].clone()
+    orthogonalise(vector, self.basis[:self.m]) # little may be left of it, and that inexact
+    vector.div_(extent(vector).to(vector))
     if self.next is None: self.forget(i)
     else: self.later[i], self.wait[i] = self.next / self.length, self.tail
     self.next, self.length, self.tail = vector, 1., tail
@@ -344,13 +346,17 @@ def full(self: _Krylov) -> bool:
 # %% ../nbs/01_lanczos.ipynb #c243ee6e
 @patch
 def ritz(self: _Krylov, order):
-    "Ritz values, wanted first, their small vectors, and bounds on their residuals."
+    "Ritz values, wanted first, and their small vectors."
     theta, U = map(team().same, torch.linalg.eigh(self.T[:self.m, :self.m]))
     idx = torch.argsort(order(theta), stable=True)
-    U = U[:, idx]
-    blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
+    return theta[idx], U[:, idx]
+
+@patch
+def residuals(self: _Krylov, U):
+    "Bounds on the residuals of Ritz pairs."
     ahead = torch.cat([self.tail[None], self.wait]) @ U # orthogonal to each other
-    return theta[idx], U, ahead.square().sum(0).sqrt() + (self.left @ U).abs().sum(0) + blur
+    blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
+    return ahead.square().sum(0).sqrt() + (self.left @ U).abs().sum(0) + blur
 
 @patch
 def settled(self: _Krylov, k, slack): # (k,) bool
@@ -569,9 +575,10 @@ _ODDS = 1e-3 # that a certificate overlooked something
 @patch
 def look(self: _Krylov, tol):
     "Where the run stands: which of the wanted pairs are good enough, and still."
-    scale = team().same(torch.linalg.eigvalsh(self.T[:self.m, :self.m])).abs().max().item()
+    theta, U = self.ritz(_ORDER[self.which])
+    scale = theta.abs().max().item()
     self.close(tol * scale)
-    theta, U, self.res = self.ritz(_ORDER[self.which])
+    self.res = self.residuals(U)
     self.floor = _floor(self.op.dtype, self.n, scale, self.noise)
     self.aim(theta, U, max(tol * scale, self.floor))
     self.past = [*self.past, _ORDER[self.which](theta[:self.k]).clone()][-(self.k // 4 + 1):]
