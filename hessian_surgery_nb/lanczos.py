@@ -215,7 +215,7 @@ class _Krylov:
         self.chain = torch.zeros(2, 0, dtype=torch.float64) # alpha and beta since the last random start
         self.known, self.ties = empty, empty # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
         self.open, self.closed = False, False # is the chain one Lanczos run; has the space ever closed
-        self.cut, self.started = False, -math.inf # has a restart cut it short; the last wanted level when it began
+        self.cut, self.clear, self.started = False, True, empty[0:0].flatten() # has a restart cut it short; had it found nothing; the wanted levels when it began
 
     def rows(self, count, name):
         if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
@@ -300,7 +300,7 @@ def fresh(self: _Krylov):
         w = w / extent(w).to(w)
     self.next, self.length, self.tail = w, 1., torch.zeros(self.m, dtype=torch.float64)
     self.chain, self.open, self.cut = self.chain[:, :0], True, False
-    self.started = self.level[-1].item()
+    self.started = self.level.clone()
     self.part()
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c02
@@ -489,13 +489,13 @@ def far(self: _Krylov) -> float:
 
 @patch
 def found(self: _Krylov) -> bool:
-    "Has the last wanted value risen since the chain's random start?"
-    return bool(self.level[-1] > self.started + self.slack)
+    "Has a wanted value risen since the chain's random start? Then there may be more like it, and the chain cannot tell."
+    return len(self.level) != len(self.started) or bool((self.level > self.started + .25 * self.slack).any())
 
 @patch
 def bank(self: _Krylov):
     "A restart cuts the chain short: from now on it is judged otherwise."
-    self.cut, self.open = self.cut or self.open and self.chain.shape[1] > 0, False
+    self.cut, self.open = self.cut or self.open and self.clear and self.chain.shape[1] > 0, False
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c05
 @patch
@@ -510,7 +510,7 @@ def choose(self: _Krylov, check: bool):
     if check and self.m < self.n:
         if self.next is not None and (self.open and self.clear or self.cut and not self.found()): return
         if self.open and self.clear and len(waiting): return self.recall(int(waiting.argmax())) # the chain has ended, yet something is lacking
-        if self.ready(): return self.search(waiting, here)
+        if self.ready() or self.open and not self.clear and self.full: return self.search(waiting, here)
         pending = torch.cat([self.wait.norm(dim=1), self.tail.norm()[None] if here is not None else torch.zeros(0)])
         if len(pending):
             i = int(pending.argmax())
@@ -539,14 +539,14 @@ def blend(
     return out[0]
 
 # %% ../nbs/01_lanczos.ipynb #27c8256c
-_STATE = ("m", "used", "generation", "open", "closed", "cut")
-_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties")
+_STATE = ("m", "used", "generation", "open", "closed", "cut", "clear")
+_TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties", "started")
 
 @patch
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
     state = {f"past{i}": t for i, t in enumerate(self.past)} | {a: getattr(self, a).contiguous() for a in _TENSORS}
-    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), real=torch.tensor([self.noise, self.started], dtype=torch.float64), generator=self.generator.get_state())
+    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), noise=torch.tensor(self.noise, dtype=torch.float64), generator=self.generator.get_state())
     save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
     os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
     for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
@@ -562,8 +562,8 @@ def load(self: _Krylov, request: dict) -> bool:
     state = load_file(self.dir/"state.safetensors")
     for a, number in zip(_STATE, state["whole"].tolist()): setattr(self, a, number)
     for a in _TENSORS: setattr(self, a, state[a])
-    self.open, self.closed, self.cut = bool(self.open), bool(self.closed), bool(self.cut)
-    self.later, (self.noise, self.started) = self.later.to(self.op.device, copy=True), state["real"].tolist()
+    self.open, self.closed, self.cut, self.clear = map(bool, (self.open, self.closed, self.cut, self.clear))
+    self.later, self.noise = self.later.to(self.op.device, copy=True), state["noise"].item()
     self.generator.set_state(state["generator"])
     self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
