@@ -23,8 +23,8 @@ from .ranks import share, team
 
 # %% auto #0
 __all__ = ['whole_number', 'check_seed', 'as_real', 'slabs', 'extent', 'times', 'orthogonalise', 'Tridiagonal', 'random_unit',
-           'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'combine', 'blend', 'top_eigenpairs', 'eigen_residuals',
-           'angle_bounds']
+           'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'rounding_floor', 'combine', 'blend', 'top_eigenpairs',
+           'eigen_residuals', 'angle_bounds']
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c08
 def whole_number(
@@ -366,9 +366,15 @@ def settled(self: _Krylov, k, slack): # (k,) bool
     gain[:len(self.past[0])] = self.past[0] - self.past[-1][:len(self.past[0])]
     return gain <= slack
 
-def _floor(dtype, n, scale, noise=0.): # noise: largest |<a, H b> - <b, H a>| seen, a and b of length 1
-    "What a product of this type is off by, about: 32 units of rounding, 16 times the asymmetry seen, or what is too small for the type."
-    return max(32 * torch.finfo(dtype).eps * scale, 16 * noise, math.sqrt(n) * torch.finfo(dtype).tiny if scale else 0.)
+# %% ../nbs/01_lanczos.ipynb #e7a10c0e
+def rounding_floor(
+    dtype: torch.dtype, n: int, # the operator's type and size
+    scale: float, # its largest |Ritz value|
+    noise: float = 0., # largest |<a, H b> - <b, H a>| seen, a and b of length 1
+) -> float:
+    "What products of this type are off by, about: 32 units of rounding, or 16 times the asymmetry seen, or what is too small for the type."
+    if not scale: return 0.
+    return max(32 * torch.finfo(dtype).eps * scale, 16 * noise, math.sqrt(n) * torch.finfo(dtype).tiny)
 
 # %% ../nbs/01_lanczos.ipynb #415a0632
 def combine(
@@ -579,7 +585,7 @@ def look(self: _Krylov, tol):
     scale = theta.abs().max().item()
     self.close(tol * scale)
     self.res = self.residuals(U)
-    self.floor = _floor(self.op.dtype, self.n, scale, self.noise)
+    self.floor = rounding_floor(self.op.dtype, self.n, scale, self.noise)
     self.aim(theta, U, max(tol * scale, self.floor))
     self.past = [*self.past, _ORDER[self.which](theta[:self.k]).clone()][-(self.k // 4 + 1):]
     rounding = torch.tensor(self.floor if tol * scale > 2 * self.floor else 0., dtype=torch.float64) # below rounding nothing can be reached
