@@ -105,7 +105,13 @@ def unflatten(
 def length(
     v: torch.Tensor, # (n,)
 ) -> torch.Tensor: # float64 scalar
-    "The Euclidean length, to the precision of the entries however many they are."
+    "The Euclidean length, to the precision of the entries however many, small or large they are."
+    size = _length(v)
+    if v.dtype == torch.float64 and 1e-140 < size < 1e140 or 1e-16 < size < 1e16: return size
+    most = v.abs().max().double() if len(v) else size # squares may leave the range of the type
+    return most * _length((v.double() / most).to(v.dtype)) if 0 < most < math.inf else size
+
+def _length(v):
     if len(v) < 1 << 16 or v.device.type != "cpu" or v.dtype == torch.float64: return v.norm().double()
     n = len(v) // 4096 * 4096
     return torch.hypot(v[:n].reshape(-1, 4096).norm(dim=1).double().norm(), v[n:].norm().double())
@@ -1081,36 +1087,81 @@ class steady:
         self.op._steady -= 1
         if kind is None: self.fixed = self.op.unchanged(self.before) and self.weights == self.op._stamped
 
+# %% ../nbs/00_hvp.ipynb #e7a10c0a
+_REAL = "a matrix must hold real floating-point numbers."
+_HERMITIAN = "of a Hermitian A + iB take the real symmetric [[A, -B], [B, A]], which has each eigenvalue twice"
+
+def _native(a: np.ndarray) -> np.ndarray:
+    "In this machine's byte order, and of a type that torch knows."
+    if a.dtype.kind == "f" and a.dtype.itemsize > 8: a = a.astype(np.float64)
+    return a.astype(a.dtype.newbyteorder("="), copy=False)
+
+def _real_type(dtype) -> torch.dtype: # of torch, of NumPy, or None
+    "The type to compute in: float64 for integers and for what is longer."
+    if isinstance(dtype, torch.dtype):
+        if dtype.is_floating_point: return dtype
+        raise InputError(f"{_REAL} Got {dtype}; {_HERMITIAN if dtype.is_complex else 'convert it with A.double()'}.")
+    kind = np.dtype(np.float64 if dtype is None else dtype)
+    if kind.kind not in "fiub": raise InputError(f"{_REAL} Got {kind}; {_HERMITIAN}.")
+    if kind.kind != "f" or kind.itemsize > 8: return torch.float64
+    return torch.from_numpy(np.empty(0, dtype=kind.newbyteorder("="))).dtype
+
+def _checked(A: torch.Tensor) -> torch.Tensor: # (n, n)
+    "Refuse what is not real, finite and symmetric; without its gradient."
+    _real_type(A.dtype)
+    A = A.detach()
+    if A.layout != torch.strided: A = A.to_sparse_coo().coalesce()
+    values, off = (A, A - A.T) if A.layout == torch.strided else (A.values(), (A - A.T).coalesce().values())
+    if not torch.isfinite(values).all():
+        raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(values)).sum())} NaN or infinite entries.")
+    if values.numel() and not off.abs().max() <= 1e-4 * values.abs().max():
+        raise InputError(f"a matrix must be symmetric. Got |A - A'| = {off.double().norm():.2g}; pass (A + A.T) / 2.")
+    return A
+
+def _checked_sparse(A): # of SciPy
+    "The same for a sparse matrix, in a type that products can be made in."
+    if A.dtype.kind == "c": raise InputError(f"{_REAL} Got {A.dtype}; {_HERMITIAN}.")
+    A = A.astype({torch.float32: np.float32}.get(_real_type(A.dtype), np.float64))
+    if not np.isfinite(A.tocoo().data).all(): raise InputError("a matrix must be finite. Got NaN or infinite entries.")
+    if A.nnz and not abs(A - A.T).max() <= 1e-4 * abs(A).max(): raise InputError("a matrix must be symmetric. Got one that is not; pass (A + A.T) / 2.")
+    return A
+
 # %% ../nbs/00_hvp.ipynb #3953e98c
 class MatrixOperator:
-    "A symmetric tensor, a SciPy `LinearOperator`, or anything with `.shape` and `@`, with products counted."
+    "A symmetric tensor (dense or sparse), a SciPy matrix or `LinearOperator`, or anything with `.shape` and `@`, with products counted."
     def __init__(self, A):
         shape = tuple(A.shape)
         if len(shape) != 2 or shape[0] != shape[1]: raise InputError(f"an operator must be square. Got shape {shape}.")
         self.A, self.shape, self.num_matvecs = A, shape, 0
         self.torch = torch.is_tensor(A)
-        if self.torch and not A.is_floating_point():
-            raise InputError(f"a matrix must hold real floating-point numbers. Got {A.dtype}; convert it with A.double().")
-        if self.torch and not torch.isfinite(A).all():
-            raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(A)).sum())} NaN or infinite entries.")
-        if self.torch and not torch.allclose(A, A.T, rtol=1e-4, atol=1e-6 * float(A.abs().max() if A.numel() else 1)):
-            raise InputError(f"a matrix must be symmetric. Got |A - A'| = {(A - A.T).norm():.2g}; pass (A + A.T) / 2.")
-        dtype = getattr(A, "dtype", None) or np.float64
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else torch.from_numpy(np.empty(0, dtype=dtype)).dtype
+        if self.torch: self.A = A = _checked(A)
+        elif hasattr(A, "tocoo"): self.A = A = _checked_sparse(A)
+        self.dtype = _real_type(getattr(A, "dtype", None))
         self.device = getattr(A, "device", torch.device("cpu"))
 
     def __matmul__(self, v):
         self.num_matvecs += 1 if v.ndim == 1 else v.shape[1]
+        v = v.detach()
         if self.torch or isinstance(getattr(self.A, "dtype", None), torch.dtype): return self.A @ v.to(self.device, self.dtype)
-        return torch.as_tensor(np.asarray(self.A @ v.cpu().numpy())).to(self.dtype)
+        out = np.asarray(self.A @ v.cpu().numpy())
+        if out.shape != tuple(v.shape): raise InputError(f"a product must have the shape of its vector, {tuple(v.shape)}. Got {out.shape}.")
+        if out.dtype.kind not in "fiub": raise InputError(f"{_REAL} Got a product of {out.dtype}; {_HERMITIAN}.")
+        return torch.as_tensor(_native(out)).to(v.device, self.dtype)
 
 def as_operator(op):
     "A `HessianOperator` as it is; everything else wrapped."
-    if isinstance(op, (HessianOperator, MatrixOperator)) or all(hasattr(op, a) for a in ("num_matvecs", "shape", "dtype", "device", "__matmul__")): return op
+    if isinstance(op, (HessianOperator, MatrixOperator)): return op
+    if all(hasattr(op, a) for a in ("num_matvecs", "shape", "dtype", "device", "__matmul__")):
+        if not isinstance(op.dtype, torch.dtype) or not op.dtype.is_floating_point: raise InputError(f"{_REAL} Got an operator of {op.dtype}; {_HERMITIAN}.")
+        return op
     if not hasattr(op, "shape"):
         raise InputError("an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got "
                          f"{type(op).__name__}.")
-    return MatrixOperator(torch.as_tensor(op) if isinstance(op, np.ndarray) else op)
+    if isinstance(op, np.ndarray):
+        if op.dtype.kind == "c": raise InputError(f"{_REAL} Got {op.dtype}; {_HERMITIAN}.")
+        if op.dtype.kind not in "fiub": raise InputError(f"{_REAL} Got an array of {op.dtype}.")
+        op = torch.as_tensor(_native(op))
+    return MatrixOperator(op)
 
 # %% ../nbs/00_hvp.ipynb #260c47d4
 @patch

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .hvp import InputError, as_operator, free_memory
-from .lanczos import Eigenpairs, combine, extent, lanczos_tridiag, orthogonalise
+from .lanczos import Eigenpairs, check_seed, combine, extent, lanczos_tridiag, orthogonalise, rounding_floor, whole_number
 from .ranks import team
 
 # %% auto #0
@@ -83,8 +83,8 @@ def spectral_density(
 ) -> SpectralDensity:
     "Stochastic Lanczos quadrature, eq. (3)."
     from tqdm.auto import tqdm
-    if num_probes < 1 or num_matvecs < 1: raise InputError(f"num_probes and num_matvecs must be at least 1. Got {num_probes} and {num_matvecs}.")
-    op = as_operator(op)
+    num_probes, num_matvecs, max_known = whole_number("num_probes", num_probes, 1), whole_number("num_matvecs", num_matvecs, 1), whole_number("max_known", max_known, 0)
+    op, seed = as_operator(op), check_seed(seed)
     n = op.shape[0]
     if reorthogonalise is None: reorthogonalise = not team().any((num_matvecs + 3 * max_known) * team().here(n) * op.dtype.itemsize >= max(free_memory(op.device) / 2, 2**28))
     known, runs = _Known(op, spikes, max_known), []
@@ -97,11 +97,13 @@ def spectral_density(
         w, share = U[0] ** 2, (n - K) / n
         gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
         runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
-                     share * gaps.sum().item(), tri.beta[-1] * U[-1, [0, -1]].abs(), theta))
+                     share * gaps.sum().item(), torch.hypot(tri.beta[-1] * U[-1, [0, -1]].abs(), _rounding(op, theta)), theta))
         if s != seeds[-1]: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
     return _gather(runs, n)
 
 # %% ../nbs/02_slq.ipynb #2df4dd94
+def _rounding(op, theta): return torch.tensor(rounding_floor(op.dtype, op.shape[0], theta.abs().max().item()), dtype=torch.float64)
+
 def _gather(runs, n) -> SpectralDensity:
     m = max(len(r[0]) for r in runs)
     pad = lambda x, fill: torch.cat([x, torch.full((m - len(x),), fill, dtype=x.dtype)])

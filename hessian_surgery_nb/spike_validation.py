@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .hvp import HessianOperator, InputError, as_batches, inner, length, select_params, split_batch, unflatten
-from .lanczos import top_eigenpairs
+from .lanczos import check_seed, top_eigenpairs, whole_number
 from .train import class_report
 
 # %% auto #0
@@ -66,7 +66,7 @@ def count_spikes(
         raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of "
                          "tensors.")
     X, y = (torch.cat(t) for t in zip(*batches))
-    if candidates < 2 or resamples < 1: raise InputError(f"candidates must be at least 2 and resamples at least 1. Got {candidates} and {resamples}.")
+    candidates, resamples, seed = whole_number("candidates", candidates, 2), whole_number("resamples", resamples, 1), check_seed(seed)
     g, rows = torch.Generator().manual_seed(seed), []
     for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
         i = torch.randint(len(y), (len(y),), generator=g)
@@ -145,7 +145,7 @@ def stability(
     "Appendix A on nested batches: how far eigenvalues, vectors and spaces of a small batch are from those of a large one, and what they cost."
     from tqdm.auto import tqdm
     X, y = split_batch(data)
-    sizes = sorted(sizes)
+    sizes, k, seed = sorted(whole_number("sizes", size, 1) for size in sizes), whole_number("k", k, 1), check_seed(seed)
     if not torch.is_tensor(X) or sizes[-1] > len(y): raise InputError(f"nested batches are cut from one pair of tensors with at least {sizes[-1]} images. Got {len(y)}; ask for smaller sizes.")
     if max(subspaces) > k: raise InputError(f"subspaces must not exceed k = {k}. Got {max(subspaces)}.")
     order, rows, reference = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)), [], None
@@ -224,6 +224,7 @@ def bulk_walk(
     from tqdm.auto import trange
     if within not in ("bulk", "spikes", "anywhere"): raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
     if steps < 1 or not step > 0: raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
+    num_spikes, seed = whole_number("num_spikes", num_spikes, 1), check_seed(seed)
     walker, g, archive, rows, walls, d, first, spikes = copy.deepcopy(model), torch.Generator().manual_seed(seed), [], [], 0, None, None, None
     chosen = select_params(walker, params)
     for t in trange(steps + 1, desc=f"walk ({within})", leave=False, disable=not progress):
