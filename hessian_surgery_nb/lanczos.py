@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from dataclasses import dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,15 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .hvp import InputError, as_operator, free_memory, inner, length
+from .guards import ChangingFunction, InputError, plainly, seed_of, whole
+from .hvp import as_operator, free_memory, inner, length, steady
 from .ranks import share, team
 
 # %% auto #0
-__all__ = ['whole_number', 'check_seed', 'as_real', 'slabs', 'extent', 'times', 'orthogonalise', 'Tridiagonal', 'random_unit',
-           'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'rounding_floor', 'combine', 'blend', 'top_eigenpairs',
-           'eigen_residuals', 'angle_bounds']
+__all__ = ['as_real', 'slabs', 'extent', 'times', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz',
+           'Eigenpairs', 'rounding_floor', 'combine', 'blend', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c08
-def whole_number(
-    what: str, # its name
-    value, # an int, or NumPy's
-    least: int, most: int | None = None,
-) -> int:
-    "A count or a seed as an int, or a clear refusal."
-    if not isinstance(value, Integral) or isinstance(value, bool): raise InputError(f"{what} must be a whole number. Got {value!r}.")
-    if value < least: raise InputError(f"{what} must be at least {least}. Got {value}.")
-    if most is not None and value > most: raise InputError(f"{what} must be at most {most}. Got {value}.")
-    return int(value)
-
-def check_seed(seed) -> int:
-    "A seed that torch.Generator takes."
-    return whole_number("seed", seed, -2**63, 2**64 - 1)
-
 def as_real(
     numbers, # tensor, array or list
 ) -> torch.Tensor: # floating point, without gradient
@@ -114,6 +99,7 @@ def random_unit(
     return (v / length(v).to(v)).to(like.device, like.dtype)
 
 # %% ../nbs/01_lanczos.ipynb #bc73e06d
+@plainly()
 def lanczos_tridiag(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     num_steps: int, # m; stops early when the space is exhausted
@@ -125,8 +111,8 @@ def lanczos_tridiag(
 ) -> Tridiagonal:
     "Algorithm 1 with full reorthogonalisation."
     op, n = as_operator(op), op.shape[0]
-    m = min(whole_number("num_steps", num_steps, 1), n)
-    q = _start(v0, op, torch.Generator().manual_seed(check_seed(seed)))
+    m = min(whole("num_steps", num_steps, 1), n)
+    q = _start(v0, op, torch.Generator().manual_seed(seed_of(seed)))
     if outside is not None: orthogonalise(q, outside); q = q / extent(q).to(q)
     basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, len(q), dtype=op.dtype, device=op.device), [], [], None
     for j in range(m):
@@ -593,6 +579,7 @@ def look(self: _Krylov, tol):
     return ok if self.m == self.n else ok & self.settled(self.k, self.slack)[:len(ok)]
 
 # %% ../nbs/01_lanczos.ipynb #60540aca
+@plainly()
 def top_eigenpairs(
     op, # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
     k: int, # pairs wanted
@@ -614,17 +601,25 @@ def top_eigenpairs(
     size, g = _size(op, k, max_basis, basis_dtype, run_dir), torch.Generator().manual_seed(seed)
     kry, bar = _Krylov(op, size, k, which, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
     if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.next = _start(v0, op, g); kry.put()
+    with steady(op) as watch: ok, check = _search(kry, tol, limit, verify, bar)
+    bar.close()
+    pairs = _finish(kry, ok, tol, check)
+    if watch.fixed: return pairs
+    warnings.warn("eigenpairs of one matrix need one matrix. The network, its weights or the data changed during the search; none is certified.", ChangingFunction, stacklevel=3)
+    return replace(pairs, converged=torch.zeros_like(pairs.converged))
+
+def _search(kry: _Krylov, tol: float, limit: int, verify: bool, bar) -> tuple[torch.Tensor, bool]:
+    "Products until the wanted pairs stand: which of them do, and whether others were looked for."
+    k, n, size = kry.k, kry.n, kry.size
     while True:
         kry.expand()
         ok = kry.look(tol)
         bar.update(min(int(ok.sum()), k) - bar.n)
         check, done, kry.last = verify or kry.closed, bool(ok.all()) and len(ok) == k, kry.used >= limit
-        if kry.m == n or kry.last or done and (not check or bool(kry.sure().all())): break
+        if kry.m == n or kry.last or done and (not check or bool(kry.sure().all())): return ok, check
         if kry.full and size < n: kry.restart(min(k + (size - len(kry.wait) - k) // 2, size - len(kry.wait) - 1))
         kry.choose(done and check)
         kry.put()
-    bar.close()
-    return _finish(kry, ok, tol, check)
 
 # %% ../nbs/01_lanczos.ipynb #5328bce1
 def _turn(vectors, n): # (k, this process's coordinates), changed in place; n: all coordinates
@@ -655,15 +650,15 @@ def _finish(kry, ok, tol, check) -> Eigenpairs:
 _SMALL = 2**28 # bytes that nobody need ask for
 
 def _check_request(op, k, which, tol, limit, max_basis, basis_dtype, seed):
-    n, k = op.shape[0], whole_number("k", k, -2**63)
+    n, k = op.shape[0], whole("k", k, -2**63)
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
     if which not in tuple(_ORDER): raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
     if not isinstance(tol, Real) or not 0 < tol < 1: raise InputError(f"tol must be positive and below 1. Got {tol!r}.")
-    limit = 20 * k + 200 if limit is None else whole_number("max_matvecs", limit, 0)
+    limit = 20 * k + 200 if limit is None else whole("max_matvecs", limit, 0)
     if limit < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
-    if max_basis is not None and whole_number("max_basis", max_basis, 1) < min(n, k + 3): raise InputError(f"a basis must hold k + 3 vectors. Got max_basis={max_basis} for k={k}; raise it.")
+    if max_basis is not None and whole("max_basis", max_basis, 1) < min(n, k + 3): raise InputError(f"a basis must hold k + 3 vectors. Got max_basis={max_basis} for k={k}; raise it.")
     if basis_dtype is not None and not (isinstance(basis_dtype, torch.dtype) and basis_dtype.is_floating_point): raise InputError(f"basis_dtype must be a floating-point type. Got {basis_dtype!r}; torch.bfloat16 halves the memory.")
-    return k, limit, check_seed(seed)
+    return k, limit, seed_of(seed)
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c07
 def _size(op, k, max_basis, dtype, run_dir):
@@ -695,6 +690,7 @@ def _bar(progress: bool, total: int):
     return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress or team().rank > 0)
 
 # %% ../nbs/01_lanczos.ipynb #39ff92fa
+@plainly()
 def eigen_residuals(
     op, # any operator
     pairs: Eigenpairs,

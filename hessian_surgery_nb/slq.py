@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
 
-from .hvp import InputError, as_operator, free_memory
-from .lanczos import Eigenpairs, check_seed, combine, extent, lanczos_tridiag, orthogonalise, rounding_floor, whole_number
+from .guards import ChangingFunction, InputError, plainly, seed_of, whole
+from .hvp import as_operator, free_memory, steady
+from .lanczos import Eigenpairs, combine, extent, lanczos_tridiag, orthogonalise, rounding_floor
 from .ranks import team
 
 # %% auto #0
 __all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
 
 # %% ../nbs/02_slq.ipynb #52b5a859
+@plainly()
 def probe_quadrature(
     op, # any operator
     num_matvecs: int, # m
@@ -70,6 +73,7 @@ class _Known:
         self.add(theta[far], rows)
 
 # %% ../nbs/02_slq.ipynb #dfc77630
+@plainly()
 def spectral_density(
     op, # HessianOperator, SciPy LinearOperator or symmetric tensor
     *,
@@ -83,23 +87,28 @@ def spectral_density(
 ) -> SpectralDensity:
     "Stochastic Lanczos quadrature, eq. (3)."
     from tqdm.auto import tqdm
-    num_probes, num_matvecs, max_known = whole_number("num_probes", num_probes, 1), whole_number("num_matvecs", num_matvecs, 1), whole_number("max_known", max_known, 0)
-    op, seed = as_operator(op), check_seed(seed)
+    num_probes, num_matvecs, max_known = whole("num_probes", num_probes, 1), whole("num_matvecs", num_matvecs, 1), whole("max_known", max_known, 0)
+    op, seed = as_operator(op), seed_of(seed)
     n = op.shape[0]
     if reorthogonalise is None: reorthogonalise = not team().any((num_matvecs + 3 * max_known) * team().here(n) * op.dtype.itemsize >= max(free_memory(op.device) / 2, 2**28))
     known, runs = _Known(op, spikes, max_known), []
     seeds = torch.randint(2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)).tolist()
-    for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):
-        K = len(known.values)
-        if K == n: runs.append((known.values, torch.full((n,), 1 / n, dtype=torch.float64), 0., torch.zeros(2), known.values)); continue
-        tri = lanczos_tridiag(op, min(num_matvecs, n - K), seed=s, outside=known.rows if K else None, reorthogonalise=reorthogonalise)
-        theta, U = map(team().same, torch.linalg.eigh(tri.T))
-        w, share = U[0] ** 2, (n - K) / n
-        gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
-        runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
-                     share * gaps.sum().item(), torch.hypot(tri.beta[-1] * U[-1, [0, -1]].abs(), _rounding(op, theta)), theta))
-        if s != seeds[-1]: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
+    with steady(op) as watch:
+        for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress): _probe(op, s, known, runs, num_matvecs, reorthogonalise, last=s == seeds[-1])
+    if not watch.fixed: warnings.warn("the density of one matrix needs one matrix. The network, its weights or the data changed between the probes; this is the density of nothing.", ChangingFunction, stacklevel=3)
     return _gather(runs, n)
+
+def _probe(op, s: int, known: _Known, runs: list, num_matvecs: int, reorthogonalise: bool, last: bool):
+    "One random vector: what it sees joins the runs, and what it certifies is known to the next."
+    n, K = op.shape[0], len(known.values)
+    if K == n: runs.append((known.values, torch.full((n,), 1 / n, dtype=torch.float64), 0., torch.zeros(2), known.values)); return
+    tri = lanczos_tridiag(op, min(num_matvecs, n - K), seed=s, outside=known.rows if K else None, reorthogonalise=reorthogonalise)
+    theta, U = map(team().same, torch.linalg.eigh(tri.T))
+    w, share = U[0] ** 2, (n - K) / n
+    gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
+    runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
+                 share * gaps.sum().item(), torch.hypot(tri.beta[-1] * U[-1, [0, -1]].abs(), _rounding(op, theta)), theta))
+    if not last: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
 
 # %% ../nbs/02_slq.ipynb #2df4dd94
 def _rounding(op, theta): return torch.tensor(rounding_floor(op.dtype, op.shape[0], theta.abs().max().item()), dtype=torch.float64)

@@ -5,15 +5,16 @@
 # %% ../nbs/03_spike_validation.ipynb #a2a92c08
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .hvp import HessianOperator, InputError, as_batches, inner, length, select_params, split_batch, unflatten
-from .lanczos import check_seed, top_eigenpairs, whole_number
+from .guards import InputError, plainly, seed_of, whole
+from .hvp import HessianOperator, as_batches, inner, length, select_params, split_batch, unflatten
+from .lanczos import top_eigenpairs
+from .models import copy_model
 from .train import class_report
 
 # %% auto #0
@@ -51,6 +52,7 @@ def vote(
     return SpikeCount(count, votes.count(count) / len(votes), tuple(votes), values)
 
 # %% ../nbs/03_spike_validation.ipynb #a0b87385
+@plainly()
 def count_spikes(
     model: nn.Module, loss_fn, data, # as for HessianOperator; data a pair of tensors or batches of them
     *,
@@ -66,7 +68,7 @@ def count_spikes(
         raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of "
                          "tensors.")
     X, y = (torch.cat(t) for t in zip(*batches))
-    candidates, resamples, seed = whole_number("candidates", candidates, 2), whole_number("resamples", resamples, 1), check_seed(seed)
+    candidates, resamples, seed = whole("candidates", candidates, 2), whole("resamples", resamples, 1), seed_of(seed)
     g, rows = torch.Generator().manual_seed(seed), []
     for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
         i = torch.randint(len(y), (len(y),), generator=g)
@@ -133,6 +135,7 @@ class Stability:
     def __repr__(self): return f"Stability({len(self.sizes)} batches of {', '.join(map(str, self.sizes))} images, {self.values.shape[1]} eigenpairs each)"
 
 # %% ../nbs/03_spike_validation.ipynb #3176500f
+@plainly()
 def stability(
     model: nn.Module, loss_fn, data, # as for HessianOperator; data a pair of tensors (X, y)
     *,
@@ -145,7 +148,7 @@ def stability(
     "Appendix A on nested batches: how far eigenvalues, vectors and spaces of a small batch are from those of a large one, and what they cost."
     from tqdm.auto import tqdm
     X, y = split_batch(data)
-    sizes, k, seed = sorted(whole_number("sizes", size, 1) for size in sizes), whole_number("k", k, 1), check_seed(seed)
+    sizes, k, seed = sorted(whole("sizes", size, 1) for size in sizes), whole("k", k, 1), seed_of(seed)
     if not torch.is_tensor(X) or sizes[-1] > len(y): raise InputError(f"nested batches are cut from one pair of tensors with at least {sizes[-1]} images. Got {len(y)}; ask for smaller sizes.")
     if max(subspaces) > k: raise InputError(f"subspaces must not exceed k = {k}. Got {max(subspaces)}.")
     order, rows, reference = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)), [], None
@@ -193,7 +196,7 @@ class Walk:
 # %% ../nbs/03_spike_validation.ipynb #46340154
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
-    d = torch.randn(V.shape[0], generator=g).to(like)
+    d = torch.randn(V.shape[0], generator=g, dtype=torch.float32).to(like)
     part = _along(d, V) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
     if not part.norm() > 1e-4 * d.norm():
         raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
@@ -210,6 +213,7 @@ def _bulk_part(d, V, archive):
     return d
 
 # %% ../nbs/03_spike_validation.ipynb #3aa78051
+@plainly()
 def bulk_walk(
     model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
     data, # where classes are measured
@@ -224,8 +228,8 @@ def bulk_walk(
     from tqdm.auto import trange
     if within not in ("bulk", "spikes", "anywhere"): raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
     if steps < 1 or not step > 0: raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
-    num_spikes, seed = whole_number("num_spikes", num_spikes, 1), check_seed(seed)
-    walker, g, archive, rows, walls, d, first, spikes = copy.deepcopy(model), torch.Generator().manual_seed(seed), [], [], 0, None, None, None
+    num_spikes, seed = whole("num_spikes", num_spikes, 1), seed_of(seed)
+    walker, g, archive, rows, walls, d, first, spikes = copy_model(model), torch.Generator().manual_seed(seed), [], [], 0, None, None, None
     chosen = select_params(walker, params)
     for t in trange(steps + 1, desc=f"walk ({within})", leave=False, disable=not progress):
         op = HessianOperator(walker, loss_fn, hessian_data, params=params, forward=forward)
