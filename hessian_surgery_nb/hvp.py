@@ -1015,7 +1015,10 @@ def _kept_product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     kept = self._kept()
     if kept is None: return self._product(v)
     leaves, graphs = kept
-    outs = [backward_through(g, leaves, unflatten(v, leaves), True) for g in graphs]
+    try: outs = [backward_through(g, leaves, unflatten(v, leaves), True) for g in graphs]
+    except RuntimeError as e:
+        if "inplace operation" not in str(e): raise
+        raise InputError("what products are computed from must stay as it is meanwhile. Weights, labels or the loss were changed in place during a search, or by the network itself; change them before or after.") from e
     return self._team.add(flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])).div_(self.denominator)
 
 # %% ../nbs/00_hvp.ipynb #4c9dc14d

@@ -267,7 +267,10 @@ def check_order(
     again = torch.cat([split_batch(batch)[1].reshape(-1) for batch in batches])
     if not torch.equal(again.long().cpu(), y.cpu()):
         raise InputError(f"{where} must come in the same order on every pass. Labels of two passes differ; build the loader with shuffle=False, or give its batches as a list.")
-    if contents() != contents():
+    one, two = contents(), contents()
+    if one != two and (sorted(one) == sorted(two) or [row[0] for row in one] != [row[0] for row in two]):
+        raise InputError(f"{where} must come in the same order on every pass. Its batches changed places; build the loader with shuffle=False, or give its batches as a list.")
+    if one != two:
         warnings.warn(f"{where} must hold the same images on every pass. Two passes differ: random augmentation? What is measured is one draw.", ChangingFunction, stacklevel=4)
 
 def _check_alone(net: Forward, batch, device): # where several processes share a batch

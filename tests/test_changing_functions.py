@@ -26,8 +26,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hessian_surgery_nb.hvp import HessianOperator, InputError
-from hessian_surgery_nb.lanczos import top_eigenpairs
+from hessian_surgery_nb.hvp import HessianOperator, InputError, as_batches
+from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.spike_validation import count_spikes
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
@@ -170,11 +170,11 @@ class RandomPool(Plain):
     "Fractional pooling draws its windows anew on every call."
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
+        self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(16, 3)
     def forward(self, x):
         wide = x.repeat(1, 8).view(-1, 1, 6, 8)
         return self.b(
-            F.fractional_max_pool2d(torch.tanh(self.a(wide)), 2, output_size=2).flatten(1)
+            F.fractional_max_pool2d(torch.tanh(self.a(wide)), 2, output_size=(2, 4)).flatten(1)
         )
 
 
@@ -298,13 +298,6 @@ RANDOM_DATA = {
         TensorDataset(X, y), batch_size=8, collate_fn=noisy_collate
     ),
     "with replacement": drawn_with_replacement,
-    "batches with replacement": lambda X, y: DataLoader(
-        TensorDataset(X, y),
-        batch_sampler=BatchSampler(RandomSampler(y, replacement=True), 8, False),
-    ),
-    "the last batch is dropped": lambda X, y: DataLoader(
-        TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 9, True)
-    ),
     "larger on every pass": lambda X, y: Batches(lambda n: [(X * (1 + n / 10), y)]),
     "other labels on every pass": lambda X, y: Batches(lambda n: [(X, y.roll(n))]),
     "fewer on every pass": lambda X, y: Batches(lambda n: [(X[:-n], y[:-n])]),
@@ -318,6 +311,30 @@ def test_nothing_is_certified_of_random_data(name):
     data = RANDOM_DATA[name](X, y)
     assert nothing_certified(made(Plain), CE, data)
     assert torch.equal(X, before)
+
+
+DRAWN_ONCE = {
+    "batches with replacement": lambda X, y: DataLoader(
+        TensorDataset(X, y),
+        batch_sampler=BatchSampler(RandomSampler(y, replacement=True), 8, False),
+    ),
+    "the last batch is dropped": lambda X, y: DataLoader(
+        TensorDataset(X, y), batch_sampler=BatchSampler(RandomSampler(y), 9, True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_ONCE)
+def test_what_a_sampler_draws_is_drawn_once(name):
+    "Its images stay the same for as long as the loader lives: certified, and by a matrix that is there."
+    X, y = images()
+    data = DRAWN_ONCE[name](X, y)
+    op = HessianOperator(made(Plain), CE, data)
+    pairs = top_eigenpairs(op, 2)
+    again = HessianOperator(made(Plain), CE, data)
+    assert pairs.converged.all() and (eigen_residuals(again, pairs) <= 2e-3 * pairs.values[0]).all()
+    drawn = [torch.cat([t for t, _ in as_batches(data)]) for _ in range(2)]
+    assert torch.equal(*drawn)
 
 
 # The same images in another order on every pass ---------------------------------------------------

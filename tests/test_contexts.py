@@ -25,6 +25,7 @@ from hessian_surgery_nb import (
     comparison,
     deflation,
     effective_rank,
+    fingerprints,
     hvp,
     lanczos,
     linearised,
@@ -279,6 +280,10 @@ ENTRIES = {
     "weights_bytes": lambda p: models.weights_bytes(p.net),
     "num_params": lambda p: models.num_params(p.net),
     "find_head": lambda p: models.find_head(p.net, CLASSES)[0],
+    "model_fingerprint": lambda p: fingerprints.model_fingerprint(p.net),
+    "copy_model": lambda p: dict(models.copy_model(p.net).state_dict()),
+    "state_tensors": lambda p: models.state_tensors(p.net),
+    "head_of": lambda p: baselines.head_of(p.net, CLASSES).weight,
 }
 
 # What takes a network or an operator and is not tried here: checks that return nothing, records of
@@ -294,6 +299,13 @@ LEFT_OUT = {
     "dense_hessian",
     "Forward",  # a network: called by the caller, in the caller's context
     "undisturbed",
+    # what a run writes down and takes up: no derivative is asked for, nothing is multiplied
+    "set_tensors",
+    "state_facts",
+    "check_storable",
+    "request_of",
+    "answers",
+    "check_answers",
     "DeflatedResult",
     "SurgeryResult",
     "Front",
