@@ -69,7 +69,8 @@ def head_of(
     "The head, found by what it does."
     name, layer = find_head(model, classes, data, forward)
     twin, g = copy_model(layer), torch.Generator().manual_seed(0)
-    x = torch.randn(4, layer.in_features, generator=g).to(layer.weight)
+    like = next(layer.parameters()) # the weight itself may be computed, and stale
+    x = torch.randn(4, layer.in_features, generator=g, dtype=torch.float32).to(like)
     z = twin(x) # computes the weight, where it is computed
     weight, bias, s = (
         twin.weight.detach().clone(),

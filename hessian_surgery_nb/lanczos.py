@@ -650,7 +650,7 @@ def _finish(kry, ok, tol, check) -> Eigenpairs:
 _SMALL = 2**28 # bytes that nobody need ask for
 
 def _check_request(op, k, which, tol, limit, max_basis, basis_dtype, seed):
-    n, k = op.shape[0], whole("k", k, -2**63)
+    n, k = op.shape[0], whole("k", k, -math.inf, math.inf)
     if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
     if which not in tuple(_ORDER): raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
     if not isinstance(tol, Real) or not 0 < tol < 1: raise InputError(f"tol must be positive and below 1. Got {tol!r}.")
