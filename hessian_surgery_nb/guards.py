@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import sys
 import threading
@@ -78,6 +79,7 @@ def plainly(
 # %% ../nbs/000c_guards.ipynb #f5753d26
 _WIDTH = 4096
 
+@functools.lru_cache
 def _fixed_numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor: # (4096,) in 0.5..1.5
     generator = torch.Generator().manual_seed(20)
     return (torch.rand(_WIDTH, generator=generator, dtype=torch.float64) + .5).to(device, dtype)
@@ -97,17 +99,20 @@ def checksum(
     flat = _plain_numbers(t)
     number = _fold(flat)
     if torch.isfinite(number): return number
-    odd = ~torch.isfinite(flat)
-    return _fold(torch.nan_to_num(flat, nan=1.5, posinf=2.5, neginf=-2.5) * (1 + odd.to(flat)) / max(flat[~odd].abs().max().item() if (~odd).any() else 1., 1.))
+    odd = ~torch.isfinite(flat) # a sum with infinity in it tells nothing: numbers and marks apart
+    finite = torch.where(odd, torch.zeros_like(flat), flat)
+    marks = torch.nan_to_num(flat.sign(), nan=2.) * odd
+    return _fold(finite / finite.abs().max().clamp(min=1.) + 3 * marks)
 
-def _fold(flat: torch.Tensor) -> torch.Tensor:
-    fixed, whole = _fixed_numbers(flat.dtype, flat.device), len(flat) // _WIDTH * _WIDTH
-    sums = torch.cat([flat[:whole].view(-1, _WIDTH) @ fixed, (flat[whole:] @ fixed[:len(flat) - whole])[None]]).double()
-    return sums[0] if len(sums) == 1 else _fold(sums) if len(sums) > _WIDTH else sums @ _fixed_numbers(torch.float64, flat.device)[:len(sums)]
+def _fold(flat: torch.Tensor) -> torch.Tensor: # (entries,) -> float64 scalar
+    "Sums of 4096 entries, each times its number; then sums of these."
+    fixed = _fixed_numbers(flat.dtype, flat.device)
+    rest = flat[len(flat) // _WIDTH * _WIDTH:]
+    rows = flat[:len(flat) - len(rest)].view(-1, _WIDTH)
+    sums = torch.cat([rows @ fixed, (rest @ fixed[:len(rest)])[None]]).double()
+    return sums[0] if len(sums) == 1 else _fold(sums)
 
 # %% ../nbs/000c_guards.ipynb #032b01c6
-_GATE, _INSIDE = threading.RLock(), []
-
 class _PlainCheckpoint:
     "In place of the reentrant checkpoint: run the function."
     @staticmethod
@@ -138,18 +143,23 @@ def _settings_of_pytorch():
             for name in _GLOBAL_HOOKS: getattr(module_hooks, name).update(hooks[name])
             for name, original in before.items(): setattr(checkpointing, name, original)
 
-@contextlib.contextmanager
-def _pytorch_set_aside():
-    "The first thread to come in changes the settings, the last to go out puts them back."
-    with _GATE:
-        if not _INSIDE: _pytorch_set_aside.settings = contextlib.ExitStack(); _pytorch_set_aside.settings.enter_context(_settings_of_pytorch())
-        _INSIDE.append(None)
-    try:
-        yield
-    finally:
-        with _GATE:
-            _INSIDE.pop()
-            if not _INSIDE: _pytorch_set_aside.settings.close()
+class _Shared:
+    "A block that many threads may be in: the first to come changes the settings, the last to go puts them back."
+    def __init__(self, block): # makes the context manager
+        self.block, self.stack = block, contextlib.ExitStack()
+        self.gate, self.inside = threading.RLock(), 0
+
+    def __enter__(self):
+        with self.gate:
+            if not self.inside: self.stack.enter_context(self.block())
+            self.inside += 1
+
+    def __exit__(self, *exception):
+        with self.gate:
+            self.inside -= 1
+            if not self.inside: self.stack.close()
+
+_PYTORCH_SET_ASIDE = _Shared(_settings_of_pytorch)
 
 # %% ../nbs/000c_guards.ipynb #2b691f90
 _HOOKS = "_backward_pre_hooks", "_backward_hooks"
@@ -209,7 +219,7 @@ _LOCKS, _MAKING = weakref.WeakKeyDictionary(), threading.Lock()
 def undisturbed(model: nn.Module):
     "Around an evaluation of a network: nothing but its function counts, and nothing of it stays. One thread at a time."
     with _MAKING: lock = _LOCKS.setdefault(model, threading.RLock())
-    with lock, _pytorch_set_aside():
+    with lock, _PYTORCH_SET_ASIDE:
         modules = [_Attributes(m) for m in model.modules()]
         for m in modules: m.set_aside()
         try:

@@ -257,17 +257,19 @@ def functional_logits(
     X = map_tensors(torch.clone, X) # a network may scale its inputs in place
     watched = [t for k, t in lent.items() if k not in buffers] + ([] if careful else list(model.parameters()))
     versions = [t._version for t in watched if not t.is_inference()]
-    buffers = {k: b.clone() for k, b in buffers.items() if k not in lent}
+    everything = {k: b.clone() for k, b in buffers.items() if k not in lent} | lent
     try:
         precision = torch.autocast(next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False) if short else contextlib.nullcontext()
         with undisturbed(model), TrueGradients(), precision:
-            out = functional_call(net, {f"model.{k}": t for k, t in (buffers | lent).items()}, (X,))
+            out = functional_call(net, {f"model.{k}": t for k, t in everything.items()}, (X,))
     except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as e:
         shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
         raise InputError(f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=.") from e
     wrote = versions != [t._version for t in watched if not t.is_inference()]
-    if net.writes is None: net.writes = wrote or not all(_equal(t, state.get(k)) for k, t in lent.items() if k in state and k not in buffers) or not all(_equal(lent[k], p) for k, p in model.named_parameters() if k not in state)
+    if net.writes is None: # a write through .data leaves no version behind: compare the numbers, once
+        originals = dict(model.named_parameters()) | {k: t for k, t in state.items() if k not in buffers}
+        net.writes = wrote or not all(_equal(lent[k], t) for k, t in originals.items())
     elif wrote and not careful: raise InputError("a pass must write weights always or never. This network wrote some on this batch and none on the first; mend it.")
     return out
 
