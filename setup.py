@@ -1,4 +1,5 @@
 "Everything here comes from settings.ini; the project's static part (pyproject.toml) is written by nbdev_export."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,11 +7,19 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
-parser.read(here/"settings.ini", encoding="utf-8")
+parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 pkg = cfg["lib_path"]
-statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+statuses = [
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 licenses = {"apache2": "Apache-2.0"}
 pythons = ["3.10", "3.11", "3.12", "3.13"]
 oldest = pythons.index(cfg["min_python"])
@@ -20,7 +29,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here/"README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"] or None,
@@ -44,7 +53,9 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={key[:-len(tail)]: value.split() for key, value in cfg.items() if key.endswith(tail)},
+    extras_require={
+        key[: -len(tail)]: value.split() for key, value in cfg.items() if key.endswith(tail)
+    },
     packages=find_packages(include=[pkg, pkg + ".*"]),
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

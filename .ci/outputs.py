@@ -5,6 +5,7 @@
 
 Cells marked `#| eval: false`, or with one of settings.ini's tst_flags, are not run and keep the outputs they have.
 """
+
 import os
 import re
 import sys
@@ -29,10 +30,12 @@ def store(path, cfg):
     nb, flags = read_nb(path), cfg.tst_flags.split()
     shell = CaptureShell(path, mpl_format="png")
     for cell in nb.cells:
-        if cell.cell_type != "code" or is_skipped(cell.source, flags): continue
+        if cell.cell_type != "code" or is_skipped(cell.source, flags):
+            continue
         cell.outputs = []
         shell.cell(cell)
-        if shell.exc: sys.exit(shell.prettytb(fname=path))
+        if shell.exc:
+            sys.exit(shell.prettytb(fname=path))
     write_nb(nb, path)
     nbdev_clean(str(path))
 
@@ -40,18 +43,22 @@ def store(path, cfg):
 def main():
     cfg = get_config()
     sys.path.insert(0, str(cfg.config_path))
-    names = [Path(a).resolve() for a in sys.argv[1:]] or sorted(cfg.nbs_path.resolve().glob("[!._]*.ipynb"))
-    os.chdir(cfg.nbs_path)
+    names = [Path(a).resolve() for a in sys.argv[1:]] or sorted(
+        cfg.nbs_path.resolve().rglob("[!._]*.ipynb")
+    )
     for path in names:
         # a child per notebook, so that no state passes from one to the next
         start, pid = time.time(), os.fork()
         if pid == 0:
+            os.chdir(path.parent)
             store(path, cfg)
             sys.stdout.flush()
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(f"{path.name}: {'stored' if code == 0 else 'FAILED'} in {time.time() - start:.0f} s")
-        if code: sys.exit(code)
+        if code:
+            sys.exit(code)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 """README.md is the text of nbs/index.ipynb; only the standard library is needed to make it.
 
-    python .ci/readme.py              write README.md
-    python .ci/readme.py --check      exit 1 if README.md is stale
-    python .ci/readme.py --command 1  print README.md's first command (or its second, with 2)
+python .ci/readme.py              write README.md
+python .ci/readme.py --check      exit 1 if README.md is stale
+python .ci/readme.py --command 1  print README.md's first command (or its second, with 2)
 """
+
 import argparse
 import json
 import re
@@ -12,14 +13,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each of the two commands must hold, so that CI never runs something else in their place.
-COMMANDS = [("pip install .", "hessian-surgery demo --out demo"), ("pip install -e '.[dev]'", "nbdev_test", "pytest")]
+COMMANDS = [
+    ("pip install .", "hessian-surgery demo --out demo"),
+    ("pip install -e '.[dev]'", "nbdev_test", "pytest"),
+]
 
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 LINK = re.compile(r"(\]\()([^)\s#]+)")
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
 
 
-def text(s): return s if isinstance(s, str) else "".join(s)
+def text(s):
+    return s if isinstance(s, str) else "".join(s)
 
 
 def fenced(lang, body):
@@ -32,17 +37,24 @@ def split_directives(source):
     found, rest = {}, []
     for line in source.split("\n"):
         m = DIRECTIVE.match(line)
-        if m: found[m[1]] = m[2].lower()
-        else: rest.append(line)
+        if m:
+            found[m[1]] = m[2].lower()
+        else:
+            rest.append(line)
     return found, "\n".join(rest).strip("\n")
 
 
 def relink(markdown, nbs):
     "Links are relative to the notebook; from README.md they start at its folder. Fenced code is left alone."
-    def fix(m): return m[1] + (f"{nbs.name}/{m[2]}" if "://" not in m[2] and (nbs/m[2]).exists() else m[2])
+
+    def fix(m):
+        return m[1] + (
+            f"{nbs.name}/{m[2]}" if "://" not in m[2] and (nbs / m[2]).exists() else m[2]
+        )
+
     out, at = [], 0
     for m in FENCE.finditer(markdown):
-        out += [LINK.sub(fix, markdown[at:m.start()]), m[0]]
+        out += [LINK.sub(fix, markdown[at : m.start()]), m[0]]
         at = m.end()
     return "".join([*out, LINK.sub(fix, markdown[at:])])
 
@@ -50,10 +62,16 @@ def relink(markdown, nbs):
 def output_text(output):
     "What an output looks like without pictures; '' for pictures and for what goes to stderr."
     if output["output_type"] == "stream":
-        return fenced("text", text(output["text"]).rstrip()) if output.get("name") == "stdout" and text(output["text"]).strip() else ""
+        return (
+            fenced("text", text(output["text"]).rstrip())
+            if output.get("name") == "stdout" and text(output["text"]).strip()
+            else ""
+        )
     data = output.get("data", {})
-    if any(k.startswith("image/") for k in data): return ""
-    if "text/markdown" in data: return text(data["text/markdown"]).strip()
+    if any(k.startswith("image/") for k in data):
+        return ""
+    if "text/markdown" in data:
+        return text(data["text/markdown"]).strip()
     plain = text(data.get("text/plain", "")).strip("\n")
     return fenced("text", plain) if plain.strip() else ""
 
@@ -61,50 +79,66 @@ def output_text(output):
 def cell_texts(cell, nbs):
     "The pieces of README.md which one cell gives, in order."
     source = text(cell["source"]).strip()
-    if cell["cell_type"] == "raw": return
-    directives, code = split_directives(source)
-    if "hide" in directives or directives.get("include") == "false": return
-    if cell["cell_type"] == "markdown":
-        if source: yield relink(source, nbs)
+    if cell["cell_type"] == "raw":
         return
-    if code and directives.get("echo") != "false": yield fenced("python", code)
-    if directives.get("output") == "false": return
+    directives, code = split_directives(source)
+    if "hide" in directives or directives.get("include") == "false":
+        return
+    if cell["cell_type"] == "markdown":
+        if source:
+            yield relink(source, nbs)
+        return
+    if code and directives.get("echo") != "false":
+        yield fenced("python", code)
+    if directives.get("output") == "false":
+        return
     for output in cell.get("outputs", []):
         piece = output_text(output)
-        if piece: yield piece
+        if piece:
+            yield piece
 
 
 def readme_text(notebook):
     "The whole of README.md, from the path of the index notebook."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return "\n\n".join(piece for cell in cells for piece in cell_texts(cell, notebook.parent)) + "\n"
+    return (
+        "\n\n".join(piece for cell in cells for piece in cell_texts(cell, notebook.parent)) + "\n"
+    )
 
 
 def commands(readme):
     "The two commands of README.md: its only two ```sh blocks, one line each."
     blocks = [b.strip() for b in re.findall(r"^```sh[ \t]*\n(.*?)^```[ \t]*$", readme, re.M | re.S)]
     if len(blocks) != len(COMMANDS):
-        raise SystemExit(f"README.md must hold exactly {len(COMMANDS)} ```sh blocks, found {len(blocks)}; mark other examples ```bash")
+        raise SystemExit(
+            f"README.md must hold exactly {len(COMMANDS)} ```sh blocks, found {len(blocks)}; mark other examples ```bash"
+        )
     for i, (block, parts) in enumerate(zip(blocks, COMMANDS), 1):
         missing = [p for p in parts if p not in block]
-        if missing: raise SystemExit(f"command {i} of README.md must contain {missing}, got: {block}")
-        if "\n" in block: raise SystemExit(f"command {i} of README.md must be one line, got:\n{block}")
+        if missing:
+            raise SystemExit(f"command {i} of README.md must contain {missing}, got: {block}")
+        if "\n" in block:
+            raise SystemExit(f"command {i} of README.md must be one line, got:\n{block}")
     return blocks
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--check", action="store_true", help="exit 1 if README.md is stale")
     p.add_argument("--command", type=int, choices=(1, 2), help="print this command of README.md")
     args = p.parse_args()
-    readme = ROOT/"README.md"
+    readme = ROOT / "README.md"
     if args.command:
         print(commands(readme.read_text(encoding="utf-8"))[args.command - 1])
         return
-    new = readme_text(ROOT/"nbs"/"index.ipynb")
-    if not args.check: readme.write_text(new, encoding="utf-8")
+    new = readme_text(ROOT / "nbs" / "index.ipynb")
+    if not args.check:
+        readme.write_text(new, encoding="utf-8")
     elif not readme.exists() or readme.read_text(encoding="utf-8") != new:
         sys.exit("README.md is not the text of nbs/index.ipynb: run `python .ci/readme.py`")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Class accuracies of a given sigma; a second method that flips some answers and changes sigma by a known
 factor; seeds whose changes differ or not. Images are counted again and again, and an interval of 95 %
 is made of each count. The percentile bootstrap, which draws the images once more, stands beside."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,25 +17,31 @@ import numpy as np
 
 from hessian_surgery_nb.baselines import _change_ends, _pooled_ends, _sigma_ends
 
-LEVEL = .95
+LEVEL = 0.95
 LESIONS = (30, 2500, 60, 100, 300, 700, 50, 1200)  # images a class, of 8
-PAIRS = ((1., .05), (1., .15), (.8, .1), (.6, .15))  # factor of sigma, share of flipped answers
+PAIRS = (
+    (1.0, 0.05),
+    (1.0, 0.15),
+    (0.8, 0.1),
+    (0.6, 0.15),
+)  # factor of sigma, share of flipped answers
 
 
 def accuracies(sigma, classes, rng):
     "Class accuracies with exactly this sigma (as a share of 1)."
-    mean = .8 if sigma < .1 else .7
+    mean = 0.8 if sigma < 0.1 else 0.7
     while True:
         e = rng.standard_normal(classes) if classes < 20 else rng.uniform(-1, 1, classes)
         p = mean + sigma * (e - e.mean()) / e.std()
-        if p.min() > .03 and p.max() < .99: return p
+        if p.min() > 0.03 and p.max() < 0.99:
+            return p
 
 
 def second(p, factor, flips):
     "Shares (C, 4) of images on which neither, only b, only a and both are right; b has factor * sigma."
     change = (factor - 1) * (p - p.mean())
     room = np.minimum(2 * p + change, 2 * (1 - p) - change)
-    churn = np.maximum(np.minimum(np.maximum(flips, np.abs(change) + .01), room), np.abs(change))
+    churn = np.maximum(np.minimum(np.maximum(flips, np.abs(change) + 0.01), room), np.abs(change))
     a, b = (churn - change) / 2, (churn + change) / 2
     return np.clip(np.stack([1 - p - b, b, a, p - a], -1), 0, None)
 
@@ -45,9 +52,12 @@ def counts(shares, images, repeats, rng):  # -> (repeats, C, 4)
 
 def seeds(p, factor, between, images, repeats, n, rng):  # -> (repeats, n, C, 4)
     "Each seed has a change of its own: its factor is drawn around the mean one."
-    if not between: return counts(second(p, factor, .1), images, repeats * n, rng).reshape(repeats, n, len(p), 4)
-    factors = np.clip(factor + between / p.std() * rng.standard_normal(repeats * n), .05, None)
-    drawn = [counts(second(p, f, .1), images, 1, rng)[0] for f in factors]
+    if not between:
+        return counts(second(p, factor, 0.1), images, repeats * n, rng).reshape(
+            repeats, n, len(p), 4
+        )
+    factors = np.clip(factor + between / p.std() * rng.standard_normal(repeats * n), 0.05, None)
+    drawn = [counts(second(p, f, 0.1), images, 1, rng)[0] for f in factors]
     return np.stack(drawn).reshape(repeats, n, len(p), 4)
 
 
@@ -71,68 +81,129 @@ def percentile(kinds, what, rng, draws=300):
 
 def ends(kinds, what, draws=500, size=100):
     "Of many intervals, some at a time."
-    make = dict(single=lambda k: _sigma_ends(alone(k), LEVEL, draws, 0),
-                paired=lambda k: _change_ends(k, LEVEL, draws, 0),
-                pooled=lambda k: _pooled_ends(k, np.zeros(len(k)), LEVEL, draws, 0))[what]
-    parts = [make(kinds[i:i + size]) for i in range(0, len(kinds), size)]
+    make = dict(
+        single=lambda k: _sigma_ends(alone(k), LEVEL, draws, 0),
+        paired=lambda k: _change_ends(k, LEVEL, draws, 0),
+        pooled=lambda k: _pooled_ends(k, np.zeros(len(k)), LEVEL, draws, 0),
+    )[what]
+    parts = [make(kinds[i : i + size]) for i in range(0, len(kinds), size)]
     return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
 
 
-def held(found, truth): return float(100 * np.mean((found[0] <= truth) & (truth <= found[1])))
+def held(found, truth):
+    return float(100 * np.mean((found[0] <= truth) & (truth <= found[1])))
 
 
-def cell(sigma, images, what, repeats, seed, factor=1., flips=.1, between=0., n=1, beside=0, draws=500):
+def cell(
+    sigma, images, what, repeats, seed, factor=1.0, flips=0.1, between=0.0, n=1, beside=0, draws=500
+):
     "One row: how many intervals hold the truth, in percent."
-    rng = np.random.default_rng([seed, round(1e4 * sigma), sum(images), n, round(100 * factor), round(100 * flips)])
+    rng = np.random.default_rng(
+        [seed, round(1e4 * sigma), sum(images), n, round(100 * factor), round(100 * flips)]
+    )
     p = accuracies(sigma, len(images), rng)
-    if what == "pooled": kinds = seeds(p, factor, between, images, repeats, n, rng)
-    else: kinds = counts(second(p, factor, flips), images, repeats, rng)
+    if what == "pooled":
+        kinds = seeds(p, factor, between, images, repeats, n, rng)
+    else:
+        kinds = counts(second(p, factor, flips), images, repeats, rng)
     truth = sigma if what == "single" else (factor - 1) * sigma
     found = ends(kinds, what, draws)
     name = what if n == 1 else f"pooled over {n} seeds"
-    row = {"interval": name, "sigma (pp)": round(100 * sigma), "images a class": min(images), "factor": factor,
-           "flips": flips, "between seeds (pp)": 100 * between, "repeats": repeats,
-           "classes": str(len(images)) + ("" if min(images) == max(images) else ", uneven"),
-           "covered (%)": held(found, truth), "truth below (%)": float(100 * np.mean(truth < found[0])),
-           "truth above (%)": float(100 * np.mean(truth > found[1])), "width (pp)": float(100 * np.mean(found[1] - found[0]))}
-    if beside: row["percentile bootstrap (%)"] = held(percentile(kinds[:beside], what, rng), truth)
+    row = {
+        "interval": name,
+        "sigma (pp)": round(100 * sigma),
+        "images a class": min(images),
+        "factor": factor,
+        "flips": flips,
+        "between seeds (pp)": 100 * between,
+        "repeats": repeats,
+        "classes": str(len(images)) + ("" if min(images) == max(images) else ", uneven"),
+        "covered (%)": held(found, truth),
+        "truth below (%)": float(100 * np.mean(truth < found[0])),
+        "truth above (%)": float(100 * np.mean(truth > found[1])),
+        "width (pp)": float(100 * np.mean(found[1] - found[0])),
+    }
+    if beside:
+        row["percentile bootstrap (%)"] = held(percentile(kinds[:beside], what, rng), truth)
     return row
 
 
 def cells(sigma, images, repeats, seed, beside=0):
     "All kinds of intervals in one world."
     yield cell(sigma, images, "single", repeats, seed, beside=beside)
-    for factor, flips in PAIRS: yield cell(sigma, images, "paired", repeats, seed, factor, flips, beside=beside)
+    for factor, flips in PAIRS:
+        yield cell(sigma, images, "paired", repeats, seed, factor, flips, beside=beside)
     for n in (3, 6):
-        for between, factor in ((0., 1.), (0., .7), (.005, .8)):
-            yield cell(sigma, images, "pooled", repeats, seed, factor, between=between, n=n, beside=beside)
+        for between, factor in ((0.0, 1.0), (0.0, 0.7), (0.005, 0.8)):
+            yield cell(
+                sigma, images, "pooled", repeats, seed, factor, between=between, n=n, beside=beside
+            )
 
 
 def commit():
     root = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return found.stdout.strip()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="worlds: each draws other class accuracies")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="worlds: each draws other class accuracies",
+    )
     parser.add_argument("--out", default="coverage_sigma.json")
     args = parser.parse_args()
     start, rows = time.time(), []
-    worlds = [((n,) * C, R) for C, n, R in ((10, 50, args.repeats), (10, 500, args.repeats), (100, 50, args.repeats // 4))]
+    worlds = [
+        ((n,) * C, R)
+        for C, n, R in (
+            (10, 50, args.repeats),
+            (10, 500, args.repeats),
+            (100, 50, args.repeats // 4),
+        )
+    ]
     worlds.append((LESIONS, args.repeats // 4))
     for images, repeats in worlds:
-        for sigma in (.02, .07, .19):
-            if len(images) == 100 and sigma > .1: sigma = .16  # as far apart as a hundred accuracies with room for flips
+        for sigma in (0.02, 0.07, 0.19):
+            if len(images) == 100 and sigma > 0.1:
+                sigma = 0.16  # as far apart as a hundred accuracies with room for flips
             for seed in args.seeds:
-                for row in cells(sigma, images, repeats, seed, beside=min(repeats, 400) if len(images) == 10 else 0):
+                for row in cells(
+                    sigma,
+                    images,
+                    repeats,
+                    seed,
+                    beside=min(repeats, 400) if len(images) == 10 else 0,
+                ):
                     rows.append(row | {"seed": seed})
                     print(json.dumps(row), flush=True)
-    about = dict(date=time.strftime("%Y-%m-%d"), commit=commit(), python=platform.python_version(), numpy=np.__version__,
-                 repeats=args.repeats, seeds=args.seeds, level=LEVEL, seconds=time.time() - start)
-    Path(args.out).write_text(json.dumps(dict(about=about, cells=rows), indent=1) + "\n", encoding="utf-8")
+    about = dict(
+        date=time.strftime("%Y-%m-%d"),
+        commit=commit(),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        repeats=args.repeats,
+        seeds=args.seeds,
+        level=LEVEL,
+        seconds=time.time() - start,
+    )
+    Path(args.out).write_text(
+        json.dumps(dict(about=about, cells=rows), indent=1) + "\n", encoding="utf-8"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

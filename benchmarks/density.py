@@ -2,6 +2,7 @@
 
 Three matrices whose eigenvalues are known: five spikes over a bulk, the Hessian of a trained network, and a Wigner matrix
 that has no spikes at all. Nodes and weights are compared as they come, before any smoothing."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,12 +14,12 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 from tqdm import tqdm
 
-from hessian_surgery_nb.data import load_digits, long_tail_splits
+from hessian_surgery_nb.foundations.images import load_digits, long_tail_splits
 from hessian_surgery_nb.hvp import HessianOperator
-from hessian_surgery_nb.models import digits_net
+from hessian_surgery_nb.foundations.networks import digits_net
 from hessian_surgery_nb.slq import spectral_density
-from hessian_surgery_nb.testbed import planted_matrix, spiked_spectrum
-from hessian_surgery_nb.train import train
+from hessian_surgery_nb.foundations.testbed import planted_matrix, spiked_spectrum
+from hessian_surgery_nb.foundations.training import train
 
 
 def ours(A, probes, m, seed, **options):
@@ -28,6 +29,7 @@ def ours(A, probes, m, seed, **options):
 
 def curvlinops(A, probes, m, seed):
     from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
     torch.manual_seed(seed)
     runs = [fast_lanczos(A, m) for _ in range(probes)]
     return torch.cat([t for t, _ in runs]), torch.cat([U[0] ** 2 for _, U in runs])
@@ -36,12 +38,23 @@ def curvlinops(A, probes, m, seed):
 def eigenthings(A, probes, m, seed):
     from hessian_eigenthings import LambdaOperator
     from hessian_eigenthings import spectral_density as theirs
-    d = theirs(LambdaOperator(lambda v: A @ v, len(A), dtype=A.dtype, device=A.device), num_runs=probes, lanczos_steps=m, seed=1000 * seed)
+
+    d = theirs(
+        LambdaOperator(lambda v: A @ v, len(A), dtype=A.dtype, device=A.device),
+        num_runs=probes,
+        lanczos_steps=m,
+        seed=1000 * seed,
+    )
     keep = ~d.raw_eigenvalues.isnan()
     return d.raw_eigenvalues[keep], d.raw_weights[keep]
 
 
-RUNS = {"ours": ours, "ours, plain quadrature": lambda *a: ours(*a, max_known=0), "curvlinops": curvlinops, "hessian-eigenthings": eigenthings}
+RUNS = {
+    "ours": ours,
+    "ours, plain quadrature": lambda *a: ours(*a, max_known=0),
+    "curvlinops": curvlinops,
+    "hessian-eigenthings": eigenthings,
+}
 
 
 def matrices():
@@ -58,7 +71,9 @@ def matrices():
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     p.add_argument("--probes", type=int, default=10)
     p.add_argument("--products", type=int, default=40, help="of each probe")
     p.add_argument("--seeds", type=int, default=20)
@@ -77,10 +92,29 @@ def main():
                 raw[name][k].append(float(wasserstein_distance(truth, nodes, None, weights)))
         width = float(truth[-1] - truth[0])
         for k, d in raw[name].items():
-            rows.append(dict(matrix=name, what=k, distance=float(np.mean(d)), stderr=float(np.std(d, ddof=1) / np.sqrt(len(d))), of_width=float(np.mean(d)) / width))
+            rows.append(
+                dict(
+                    matrix=name,
+                    what=k,
+                    distance=float(np.mean(d)),
+                    stderr=float(np.std(d, ddof=1) / np.sqrt(len(d))),
+                    of_width=float(np.mean(d)) / width,
+                )
+            )
         best = min(r["distance"] for r in rows[-2:])
-        for r in rows[-len(RUNS):]: r["over_best_peer"] = r["distance"] / best
-    write(args.out, dict(command="python benchmarks/density.py", about=about(args, probes=args.probes, products=args.products, seeds=args.seeds), rows=rows, distances=raw), table(rows))
+        for r in rows[-len(RUNS) :]:
+            r["over_best_peer"] = r["distance"] / best
+    write(
+        args.out,
+        dict(
+            command="python benchmarks/density.py",
+            about=about(args, probes=args.probes, products=args.products, seeds=args.seeds),
+            rows=rows,
+            distances=raw,
+        ),
+        table(rows),
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 The machine's own scatter may be larger than the cost, so what is spent inside the guard is added up, too, in the guarded runs.
 Without means: no pass before and after a search for eigenpairs, no comparison of passes, no fingerprints of weights and
 data before a product, no second look at two images before an evaluation, nothing set aside around a forward pass."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,8 +16,9 @@ from problem import about, arguments, images, peak_gb, seconds, table, write
 from torch import nn
 from tqdm import trange
 
-from hessian_surgery_nb import hvp, train
-from hessian_surgery_nb.models import load_weights, resnet20
+from hessian_surgery_nb import hvp
+from hessian_surgery_nb.foundations import training as train
+from hessian_surgery_nb.foundations.networks import load_weights, resnet20
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 
 
@@ -25,8 +27,10 @@ def unguarded():
     "The package as it would be without the guard."
     nothing = contextlib.nullcontext()
     with contextlib.ExitStack() as stack:
+
         def replace(place, name, new):
             stack.enter_context(mock.patch.object(place, name, new))
+
         replace(hvp.HessianOperator, "observe", lambda self: None)
         replace(hvp.HessianOperator, "unchanged", lambda self, since: True)
         replace(hvp.HessianOperator, "_compare", lambda self, trace, moved: None)
@@ -38,35 +42,47 @@ def unguarded():
 
 class Clock:
     "Adds up what is spent inside some functions and blocks; one inside another counts once."
-    def __init__(self): self.total, self.depth = 0., 0
+
+    def __init__(self):
+        self.total, self.depth = 0.0, 0
 
     def __enter__(self):
-        if not self.depth: self.start = time.perf_counter()
+        if not self.depth:
+            self.start = time.perf_counter()
         self.depth += 1
 
     def __exit__(self, *exception):
         self.depth -= 1
-        if not self.depth: self.total += time.perf_counter() - self.start
+        if not self.depth:
+            self.total += time.perf_counter() - self.start
 
     def around(self, f):
         def timed(*args, **kwargs):
-            with self: return f(*args, **kwargs)
+            with self:
+                return f(*args, **kwargs)
+
         return timed
 
     @contextlib.contextmanager
     def ends(self, block):
         "Entering and leaving a block; what runs inside it is not counted."
-        with self: block.__enter__()
-        try: yield
+        with self:
+            block.__enter__()
+        try:
+            yield
         finally:
-            with self: block.__exit__(None, None, None)
+            with self:
+                block.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
 def watched(clock: Clock):
     "The package as it is, with a clock on the guard."
     with contextlib.ExitStack() as stack:
-        def replace(place, name, new): stack.enter_context(mock.patch.object(place, name, new))
+
+        def replace(place, name, new):
+            stack.enter_context(mock.patch.object(place, name, new))
+
         for name in ("observe", "unchanged", "_compare", "_present"):
             replace(hvp.HessianOperator, name, clock.around(getattr(hvp.HessianOperator, name)))
         for place, name in ((hvp, "_noted"), (hvp, "_equal"), (train, "_check_repeats")):
@@ -84,25 +100,54 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     net = resnet20().eval()
-    if args.weights: load_weights(net, args.weights)
+    if args.weights:
+        load_weights(net, args.weights)
     curved = images(args.data, args.batch)
     x, y = images(args.data, args.sensitivity, seed=1)
     judged = list(zip(x.split(250), y.split(250)))
-    config = SurgeryConfig(iterations=args.iterations, eps=.02)
+    config = SurgeryConfig(iterations=args.iterations, eps=0.02)
 
     def surgery():
-        operate(net, nn.CrossEntropyLoss(), curved, judged, config=config, check_overlap=False, progress=False)
+        operate(
+            net,
+            nn.CrossEntropyLoss(),
+            curved,
+            judged,
+            config=config,
+            check_overlap=False,
+            progress=False,
+        )
 
     times, shares = {"guarded": [], "unguarded": []}, []
     for _ in trange(args.rounds, desc="rounds"):
         clock = Clock()
-        with watched(clock): times["guarded"].append(seconds(surgery))
+        with watched(clock):
+            times["guarded"].append(seconds(surgery))
         shares.append(clock.total / times["guarded"][-1])
-        with unguarded(): times["unguarded"].append(seconds(surgery))
+        with unguarded():
+            times["unguarded"].append(seconds(surgery))
     rows = [dict(what=k, seconds=statistics.median(t), fastest=min(t)) for k, t in times.items()]
-    facts = about(args, rounds=args.rounds, sensitivity=args.sensitivity, iterations=args.iterations, network="resnet20")
+    facts = about(
+        args,
+        rounds=args.rounds,
+        sensitivity=args.sensitivity,
+        iterations=args.iterations,
+        network="resnet20",
+    )
     shown = f"{table(rows)}\nspent inside the guard: {', '.join(f'{share:.2%}' for share in shares)} of the run"
-    write(args.out, dict(command="python benchmarks/guard.py", about=facts, rows=rows, shares=shares, times=times, peak_gb=peak_gb()), shown)
+    write(
+        args.out,
+        dict(
+            command="python benchmarks/guard.py",
+            about=facts,
+            rows=rows,
+            shares=shares,
+            times=times,
+            peak_gb=peak_gb(),
+        ),
+        shown,
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

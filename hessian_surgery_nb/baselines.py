@@ -14,26 +14,51 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .guards import plainly, whole
-from .hvp import InputError, as_batches, rows_of
-from .models import copy_model, find_head
-from .train import ClassReport, class_means, class_report_of, predict
+from .foundations.batches import as_batches, rows_of
+from .foundations.guards import InputError, plainly, whole
+from .foundations.networks import copy_model, find_head
+from hessian_surgery_nb.foundations.training import (
+    ClassReport,
+    class_means,
+    class_report_of,
+    predict,
+)
 
 # %% auto #0
-__all__ = ['class_accuracies', 'best_of', 'Head', 'head_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep', 'Biased',
-           'logit_adjustment', 'tune_biases', 'tune_scales', 'sigma_interval', 'paired_interval', 'mean_interval',
-           'shown', 'pooled_interval', 'Rival', 'rival', 'post_hoc']
+__all__ = [
+    "class_accuracies",
+    "best_of",
+    "Head",
+    "head_of",
+    "tau_norm_state",
+    "head_inputs",
+    "tau_norm_sweep",
+    "Biased",
+    "logit_adjustment",
+    "tune_biases",
+    "tune_scales",
+    "sigma_interval",
+    "paired_interval",
+    "mean_interval",
+    "shown",
+    "pooled_interval",
+    "Rival",
+    "rival",
+    "post_hoc",
+]
+
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
-    logits: torch.Tensor, # (N, C)
-    y: torch.Tensor, # (N,)
-) -> torch.Tensor: # (C,) float64
+    logits: torch.Tensor,  # (N, C)
+    y: torch.Tensor,  # (N,)
+) -> torch.Tensor:  # (C,) float64
     "Class accuracies from logits."
     return class_means(logits.argmax(1) == y, y, logits.shape[1])
 
+
 def best_of(
-    candidates, # logits (N, C) of each candidate, the untouched model first
+    candidates,  # logits (N, C) of each candidate, the untouched model first
     y: torch.Tensor,
 ) -> int:
     "The candidate with the smallest sigma among those whose balanced accuracy is not below that of the first."
@@ -41,95 +66,120 @@ def best_of(
     allowed = [i for i, a in enumerate(acc) if a.mean() >= acc[0].mean() - 1e-12]
     return min(allowed, key=lambda i: (acc[i].std(correction=0).item(), i))
 
+
 # %% ../nbs/05a_baselines.ipynb #439b031e
 @dataclass(frozen=True)
 class Head:
     "A linear head as it acts, and the parameter that its weight is, or is computed from."
-    key: str # name of that parameter in the model
-    own: torch.Tensor # (C, ...) its value; scaling its rows scales those of the weight
-    weight: torch.Tensor # (C, d)
-    bias: torch.Tensor | None # (C,)
-    def lengths(self, tau: float) -> torch.Tensor: # (C, 1)
+
+    key: str  # name of that parameter in the model
+    own: torch.Tensor  # (C, ...) its value; scaling its rows scales those of the weight
+    weight: torch.Tensor  # (C, d)
+    bias: torch.Tensor | None  # (C,)
+
+    def lengths(self, tau: float) -> torch.Tensor:  # (C, 1)
         "Lengths of the rows to the power tau."
         return self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau
-    def logits(self, x: torch.Tensor, tau: float) -> torch.Tensor: # (N, d) -> (N, C)
+
+    def logits(self, x: torch.Tensor, tau: float) -> torch.Tensor:  # (N, d) -> (N, C)
         "What the head makes of its inputs once each row is divided by its length to the power tau."
         return nn.functional.linear(x, self.weight / self.lengths(tau), self.bias)
+
     def state(self, tau: float) -> dict[str, torch.Tensor]:
         "The same for the whole network, to be passed as `state`."
         return {self.key: self.own / self.lengths(tau).reshape(-1, *[1] * (self.own.ndim - 1))}
+
 
 # %% ../nbs/05a_baselines.ipynb #de7caea5
 @plainly()
 @torch.no_grad()
 def head_of(
-    model: nn.Module, classes: int, # C
-    data=None, forward=None, # as for `find_head`
+    model: nn.Module,
+    classes: int,  # C
+    data=None,
+    forward=None,  # as for `find_head`
 ) -> Head:
     "The head, found by what it does."
     name, layer = find_head(model, classes, data, forward)
     twin, g = copy_model(layer), torch.Generator().manual_seed(0)
-    like = next(layer.parameters()) # the weight itself may be computed, and stale
+    like = next(layer.parameters())  # the weight itself may be computed, and stale
     x = torch.randn(4, layer.in_features, generator=g, dtype=torch.float32).to(like)
-    z = twin(x) # computes the weight, where it is computed
+    z = twin(x)  # computes the weight, where it is computed
     weight, bias, s = (
         twin.weight.detach().clone(),
         None if twin.bias is None else twin.bias.detach().clone(),
         (0.5 + torch.rand(classes, 1, generator=g)).to(x),
     )
+
     def near(a, b):
         # rounding of single precision
         return a.shape == b.shape and torch.allclose(
             a, b, rtol=1e-4, atol=1e-4 * z.abs().max().item()
         )
+
     if near(z, nn.functional.linear(x, weight, bias)):
         for key, p in layer.named_parameters():
-            if not p.ndim or len(p) != classes or p is layer.bias: continue
+            if not p.ndim or len(p) != classes or p is layer.bias:
+                continue
             made = functional_call(twin, {key: p * s.reshape(-1, *[1] * (p.ndim - 1))}, (x,))
             if near(made, nn.functional.linear(x, weight * s, bias)):
                 return Head(f"{name}.{key}" if name else key, p.detach().clone(), weight, bias)
-    raise InputError("rescaling needs a head whose rows can be scaled by themselves. Those of "
-                     f"{name or type(layer).__name__} cannot: its weight is computed from "
-                     "parameters as a whole, as by spectral norm, or it adds something of its "
-                     "own; leave that method out.")
+    raise InputError(
+        "rescaling needs a head whose rows can be scaled by themselves. Those of "
+        f"{name or type(layer).__name__} cannot: its weight is computed from "
+        "parameters as a whole, as by spectral norm, or it adds something of its "
+        "own; leave that method out."
+    )
+
 
 # %% ../nbs/05a_baselines.ipynb #0e9577e9
 @plainly()
 def tau_norm_state(
     model: nn.Module,
-    classes: int, # C
-    tau: float, # 0: nothing; 1: unit lengths
-    data=None, forward=None, # as for `find_head`
-) -> dict[str, torch.Tensor]: # to be passed as `state`
+    classes: int,  # C
+    tau: float,  # 0: nothing; 1: unit lengths
+    data=None,
+    forward=None,  # as for `find_head`
+) -> dict[str, torch.Tensor]:  # to be passed as `state`
     "The head's weight with every row divided by its length to the power tau."
     return head_of(model, classes, data, forward).state(tau)
+
 
 # %% ../nbs/05a_baselines.ipynb #5417420d
 @plainly()
 @torch.no_grad()
 def head_inputs(
-    model: nn.Module, data,
-    logits: torch.Tensor, # (N, C) of the model on these data
+    model: nn.Module,
+    data,
+    logits: torch.Tensor,  # (N, C) of the model on these data
     forward=None,
-) -> torch.Tensor | None: # (N, d)
+) -> torch.Tensor | None:  # (N, d)
     "What the head sees, in one pass. None where logits are more than what the head makes of it."
     _, head = find_head(model, logits.shape[1], data, forward)
     hook = head.register_forward_hook(lambda head, x, z: torch.cat([z, x[0]], -1))
-    try: x = predict(model, data, forward=forward)[0][:, logits.shape[1]:]
-    except InputError: return None # something after the head wants its output as it was
-    finally: hook.remove()
-    same = x.shape[1] == head.in_features and torch.allclose(head(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+    try:
+        x = predict(model, data, forward=forward)[0][:, logits.shape[1] :]
+    except InputError:
+        return None  # something after the head wants its output as it was
+    finally:
+        hook.remove()
+    same = x.shape[1] == head.in_features and torch.allclose(
+        head(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item()
+    )
     return x if same else None
+
 
 # %% ../nbs/05a_baselines.ipynb #ab7737e2
 @plainly()
 @torch.no_grad()
 def tau_norm_sweep(
-    model: nn.Module, data, logits: torch.Tensor, # as for `head_inputs`
+    model: nn.Module,
+    data,
+    logits: torch.Tensor,  # as for `head_inputs`
     taus: list[float],
     forward=None,
-    head: Head | None = None, # where it is known
-) -> tuple[list[torch.Tensor], int]: # logits (N, C) for each tau, and passes over the data
+    head: Head | None = None,  # where it is known
+) -> tuple[list[torch.Tensor], int]:  # logits (N, C) for each tau, and passes over the data
     "Tau-normalisation in many strengths: the network runs once, the head for each."
     head, x = (
         head or head_of(model, logits.shape[1], data, forward),
@@ -144,128 +194,173 @@ def tau_norm_sweep(
         predict(model, few, forward=forward)[0],
         predict(model, few, state=head.state(1.0), forward=forward)[0],
     )
-    here = head.logits(head_inputs(model, few, z, forward), 1.)
+    here = head.logits(head_inputs(model, few, z, forward), 1.0)
     # rounding of single precision, generously
     if not torch.allclose(there, here, rtol=1e-3, atol=1e-3 * here.abs().max().item()):
-        raise InputError("rescaling needs a head whose weight is used for the logits alone. "
-                         f"{head.key} serves elsewhere too; leave that method out.")
+        raise InputError(
+            "rescaling needs a head whose weight is used for the logits alone. "
+            f"{head.key} serves elsewhere too; leave that method out."
+        )
     return [head.logits(x, t) for t in taus], 1
+
 
 # %% ../nbs/05a_baselines.ipynb #afc9e623
 class Biased(nn.Module):
     "A model whose logits are shifted by a constant a class."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: nn.Module,
-        bias: torch.Tensor, # (C,)
+        bias: torch.Tensor,  # (C,)
     ):
         super().__init__()
         self.model = model
         self.register_buffer("bias", bias)
-    def forward(self, *args, **kwargs): return self.model(*args, **kwargs) + self.bias.to(next(self.model.parameters()))
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs) + self.bias.to(next(self.model.parameters()))
+
 
 def logit_adjustment(
-    counts, # (C,) training images a class
-    tau: float = 1.,
-) -> torch.Tensor: # (C,) float64
+    counts,  # (C,) training images a class
+    tau: float = 1.0,
+) -> torch.Tensor:  # (C,) float64
     "-tau log pi_c, centred."
     n = torch.as_tensor(counts, dtype=torch.float64)
-    if not (n > 0).all(): raise InputError(f"every class needs a training frequency. Got {n.tolist()}; leave logit adjustment out.")
+    if not (n > 0).all():
+        raise InputError(
+            f"every class needs a training frequency. Got {n.tolist()}; leave logit adjustment out."
+        )
     b = -tau * (n / n.sum()).log()
     return b - b.mean()
 
+
 # %% ../nbs/05a_baselines.ipynb #3c75793d
 def tune_biases(
-    logits: torch.Tensor, # (N, C) on the sensitivity set
-    y: torch.Tensor, # (N,)
+    logits: torch.Tensor,  # (N, C) on the sensitivity set
+    y: torch.Tensor,  # (N,)
     *,
-    rounds: int = 20, # of coordinate search, at most
-) -> torch.Tensor: # (C,) float64, centred
+    rounds: int = 20,  # of coordinate search, at most
+) -> torch.Tensor:  # (C,) float64, centred
     "Per-class biases that minimise sigma on these images at no loss of balanced accuracy."
     from scipy.optimize import minimize
+
     Z, Y = logits.double().cpu(), y.cpu()
     C = Z.shape[1]
-    w = (1. / torch.bincount(Y, minlength=C).clamp(min=1).double())[Y] / C
+    w = (1.0 / torch.bincount(Y, minlength=C).clamp(min=1).double())[Y] / C
+
     def objective(b):
         P = (Z + torch.as_tensor(b)).log_softmax(1)
-        G = P.exp(); G[torch.arange(len(Y)), Y] -= 1
-        return -(w * P[torch.arange(len(Y)), Y]).sum().item() + 5e-4 * b @ b, (w[:, None] * G).sum(0).numpy() + 1e-3 * b
+        G = P.exp()
+        G[torch.arange(len(Y)), Y] -= 1
+        return -(w * P[torch.arange(len(Y)), Y]).sum().item() + 5e-4 * b @ b, (w[:, None] * G).sum(
+            0
+        ).numpy() + 1e-3 * b
+
     smooth = torch.as_tensor(minimize(objective, np.zeros(C), jac=True, method="L-BFGS-B").x)
     path = [s * smooth for s in np.linspace(0, 2, 41)]
     return _coordinate_search(Z, Y, path[best_of([Z + b for b in path], Y)], rounds)
 
+
 # %% ../nbs/05a_baselines.ipynb #6bc2e9d8
-def _coordinate_search(Z, Y, b, rounds, floor=None): # floor: smallest balanced accuracy; None: that of Z
+def _coordinate_search(
+    Z, Y, b, rounds, floor=None
+):  # floor: smallest balanced accuracy; None: that of Z
     "Greedy descent on sigma itself, a bias at a time, with shrinking steps."
     start = class_accuracies(Z, Y).mean() if floor is None else floor
     sigma = class_accuracies(Z + b, Y).std(correction=0)
-    for step in (1., .5, .25, .1):
+    for step in (1.0, 0.5, 0.25, 0.1):
         for _ in range(rounds):
-            trials = [b + s * step * torch.eye(len(b), dtype=b.dtype)[c] for c in range(len(b)) for s in (1, -1)]
+            trials = [
+                b + s * step * torch.eye(len(b), dtype=b.dtype)[c]
+                for c in range(len(b))
+                for s in (1, -1)
+            ]
             acc = torch.stack([class_accuracies(Z + t, Y) for t in trials])
             found = torch.where(acc.mean(1) >= start - 1e-12, acc.std(1, correction=0), torch.inf)
-            if found.min() >= sigma - 1e-12: break
+            if found.min() >= sigma - 1e-12:
+                break
             b, sigma = trials[int(found.argmin())], found.min()
     return b - b.mean()
 
+
 # %% ../nbs/05a_baselines.ipynb #d0b4b6f4
 def tune_scales(
-    logits: torch.Tensor, y: torch.Tensor, # as for `tune_biases`
+    logits: torch.Tensor,
+    y: torch.Tensor,  # as for `tune_biases`
     *,
     rounds: int = 20,
-) -> tuple[torch.Tensor, torch.Tensor]: # (C,) scales, (C,) biases, float64
+) -> tuple[torch.Tensor, torch.Tensor]:  # (C,) scales, (C,) biases, float64
     "A scale and a bias a class that minimise sigma on these images at no loss of balanced accuracy."
     from scipy.optimize import minimize
+
     Z, Y = logits.double().cpu(), y.cpu()
     C, unit = Z.shape[1], Z.std().clamp(min=1e-12)
-    w = (1. / torch.bincount(Y, minlength=C).clamp(min=1).double())[Y] / C
+    w = (1.0 / torch.bincount(Y, minlength=C).clamp(min=1).double())[Y] / C
+
     def objective(u):
         s, b = torch.as_tensor(u).split(C)
         A = s.exp() * Z
         P = (A + unit * b).log_softmax(1)
-        G = P.exp(); G[torch.arange(len(Y)), Y] -= 1; G *= w[:, None]
-        return -(w * P[torch.arange(len(Y)), Y]).sum().item() + 5e-4 * u @ u, torch.cat([(G * A).sum(0), unit * G.sum(0)]).numpy() + 1e-3 * u
-    s, b = torch.as_tensor(minimize(objective, np.zeros(2 * C), jac=True, method="L-BFGS-B").x).split(C)
+        G = P.exp()
+        G[torch.arange(len(Y)), Y] -= 1
+        G *= w[:, None]
+        return -(w * P[torch.arange(len(Y)), Y]).sum().item() + 5e-4 * u @ u, torch.cat(
+            [(G * A).sum(0), unit * G.sum(0)]
+        ).numpy() + 1e-3 * u
+
+    s, b = torch.as_tensor(
+        minimize(objective, np.zeros(2 * C), jac=True, method="L-BFGS-B").x
+    ).split(C)
     path = [((t * s).exp(), t * unit * b) for t in np.linspace(0, 2, 41)]
     scale, bias = path[best_of([a * Z + c for a, c in path], Y)]
     return scale, _coordinate_search(scale * Z, Y, bias, rounds, class_accuracies(Z, Y).mean())
 
-# %% ../nbs/05a_baselines.ipynb #18c0d51c
-_TINY = 1e-300 # keeps zero from dividing
 
-def _kinds(a, b, y) -> np.ndarray: # (C, 4) images of each class: right is neither, b, a, both
+# %% ../nbs/05a_baselines.ipynb #18c0d51c
+_TINY = 1e-300  # keeps zero from dividing
+
+
+def _kinds(a, b, y) -> np.ndarray:  # (C, 4) images of each class: right is neither, b, a, both
     what, y = (2 * a.bool().int() + b.bool().int()).cpu().numpy(), y.cpu().numpy()
     return np.stack([np.bincount(what[y == c], minlength=4) for c in np.unique(y)])
 
-def _accuracies(kinds): # (..., C, 4) -> images (..., C), accuracies of a and b (..., 2, C)
+
+def _accuracies(kinds):  # (..., C, 4) -> images (..., C), accuracies of a and b (..., 2, C)
     n, right = kinds.sum(-1), np.stack([kinds[..., 2:].sum(-1), kinds[..., 1::2].sum(-1)], -2)
     return n, right / n[..., None, :]
 
-def _centred(x): return x - x.mean(-1, keepdims=True)
 
-def _without_sampling(acc, n): # (..., 2, C), (..., C) -> (..., 2), (..., 2, C)
+def _centred(x):
+    return x - x.mean(-1, keepdims=True)
+
+
+def _without_sampling(acc, n):  # (..., 2, C), (..., C) -> (..., 2), (..., 2, C)
     "Sigma squared less what sampling adds, right in the mean (even below 0); accuracies so far apart."
-    C, raw, n, t = n.shape[-1], acc.var(-1), n[..., None, :], 1.
-    for _ in range(30): # sampling adds what accuracies that lie so far apart make it add
-        own = np.where(n > 1, _centred(acc), 0) # one image tells of no scatter
+    C, raw, n, t = n.shape[-1], acc.var(-1), n[..., None, :], 1.0
+    for _ in range(30):  # sampling adds what accuracies that lie so far apart make it add
+        own = np.where(n > 1, _centred(acc), 0)  # one image tells of no scatter
         p = acc.mean(-1, keepdims=True) + t * own
-        squared = raw - (C - 1) / C ** 2 * (p * (1 - p) / n).sum(-1)
+        squared = raw - (C - 1) / C**2 * (p * (1 - p) / n).sum(-1)
         t = np.sqrt(np.clip(squared, 0, None) / np.maximum(raw, _TINY))[..., None]
     return squared, p
 
+
 @lru_cache(maxsize=8)
-def _normals(size: int, draws: int, seed: int) -> np.ndarray: # (size, draws)
+def _normals(size: int, draws: int, seed: int) -> np.ndarray:  # (size, draws)
     "Normal numbers in opposite pairs; uncorrelated to the last digit where draws are enough."
     half = np.random.default_rng(seed).standard_normal((size, max(draws // 2, 1)))
     if half.shape[1] >= 2 * size:
         half = np.linalg.solve(np.linalg.cholesky(half @ half.T / half.shape[1]), half)
     return np.concatenate([half, -half], 1)
 
+
 # %% ../nbs/05a_baselines.ipynb #a1c4e0bf
-def _profiles(acc, apart): # (..., 2, C), (..., C) variance of the difference -> (..., 2, C)
+def _profiles(acc, apart):  # (..., 2, C), (..., C) variance of the difference -> (..., 2, C)
     "How classes lie around their mean; two methods as far from each other as sampling leaves of it."
     C, mean = acc.shape[-1], acc.mean(-2, keepdims=True)
     off = acc - mean
-    added = (C - 1) / C ** 2 * apart.sum(-1)
+    added = (C - 1) / C**2 * apart.sum(-1)
     true = np.clip(1 - added / np.maximum((2 * off[..., 1, :]).var(-1), _TINY), 0, None)
     off = _centred(mean + np.sqrt(true)[..., None, None] * off)
     for likely in (off[..., ::-1, :], np.broadcast_to(_centred(np.arange(C)), off.shape)):
@@ -273,49 +368,58 @@ def _profiles(acc, apart): # (..., 2, C), (..., C) variance of the difference ->
         off = np.where(off.std(-1, keepdims=True) > 0, off, likely)
     return off
 
-def _root(f, low, high, shape): # (..., ) zeros of increasing functions
+
+def _root(f, low, high, shape):  # (..., ) zeros of increasing functions
     "Bisection, for many at once."
     low, high = np.full(shape, low), np.full(shape, high)
-    for _ in range(20): # to 1e-6 of the range
+    for _ in range(20):  # to 1e-6 of the range
         middle = (low + high) / 2
         below = f(middle) < 0
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
 
-def _so_far_apart(off, variance, sigma): # (..., 2, C), (..., 2, C), (..., 2) -> (..., 2, C)
+
+def _so_far_apart(off, variance, sigma):  # (..., 2, C), (..., 2, C), (..., 2) -> (..., 2, C)
     "The most plausible class accuracies of this sigma, centred: those known badly give way first."
     v = variance / np.maximum(variance.max(-1, keepdims=True), _TINY)
-    def at(x): return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v)) # x: wide to flat
+
+    def at(x):
+        return _centred(off / (1 + (x / (1 - x) - 1)[..., None] * v))  # x: wide to flat
+
     d = at(_root(lambda x: sigma - at(x).std(-1), 1e-6, 1 - 1e-6, sigma.shape))
     return sigma[..., None] * d / np.maximum(d.std(-1, keepdims=True), _TINY)
+
 
 # %% ../nbs/05a_baselines.ipynb #a1c4e0b5
 class _Sampling:
     "What the choice of images does to sigma. Leading axes of every array: independent problems."
-    def __init__(self, kinds, draws, seed): # (..., C, 4)
+
+    def __init__(self, kinds, draws, seed):  # (..., C, 4)
         self.n, self.acc = _accuracies(kinds)
         self.counted, (self.squared, p) = self.acc.std(-1), _without_sampling(self.acc, self.n)
         flips = kinds[..., 1:3].sum(-1)
         mean = flips.sum(-1, keepdims=True) / self.n.sum(-1, keepdims=True)
-        rate = (flips + mean) / (self.n + 1) # a class without any may owe that to chance
+        rate = (flips + mean) / (self.n + 1)  # a class without any may owe that to chance
         self.apart = np.clip(rate - (p[..., 1, :] - p[..., 0, :]) ** 2, 0, None) / self.n
         self.normals = _normals(2 * self.n.shape[-1], draws, seed).reshape(2, self.n.shape[-1], -1)
         self.variance = p * (1 - p) / self.n[..., None, :]
         self.errors, self.square = self.noise(self.variance)
         self.off = _profiles(self.acc, self.apart)
 
-    def noise(self, variance): # (..., 2, C) -> errors of a, of b shared with a, of b alone; their spread
+    def noise(
+        self, variance
+    ):  # (..., 2, C) -> errors of a, of b shared with a, of b alone; their spread
         a, b = np.moveaxis(np.sqrt(variance), -2, 0)
-        apart = np.maximum(self.apart, (a - b) ** 2) # variance of their difference
-        shared = np.divide((a ** 2 + b ** 2 - apart) / 2, a, out=np.zeros_like(a), where=a > 0)
-        own = np.sqrt(np.clip(b ** 2 - shared ** 2, 0, None))
+        apart = np.maximum(self.apart, (a - b) ** 2)  # variance of their difference
+        shared = np.divide((a**2 + b**2 - apart) / 2, a, out=np.zeros_like(a), where=a > 0)
+        own = np.sqrt(np.clip(b**2 - shared**2, 0, None))
         (z, u), C = self.normals, self.n.shape[-1]
         mean = np.stack([a @ z, shared @ z + own @ u], -2) / C
-        b = shared ** 2 @ z ** 2 + 2 * shared * own @ (z * u) + own ** 2 @ u ** 2
-        square = np.stack([a ** 2 @ z ** 2, b], -2) / C
-        return (a, shared, own), square - mean ** 2
+        b = shared**2 @ z**2 + 2 * shared * own @ (z * u) + own**2 @ u**2
+        square = np.stack([a**2 @ z**2, b], -2) / C
+        return (a, shared, own), square - mean**2
 
-    def counted_if(self, sigma, anew=False): # (..., 2) the truth -> (..., 2, draws)
+    def counted_if(self, sigma, anew=False):  # (..., 2) the truth -> (..., 2, draws)
         "Both sigmas as they would be counted; anew: with the errors of just these accuracies."
         d = _so_far_apart(self.off, self.variance, sigma)
         (a, shared, own), square = self.errors, self.square
@@ -326,116 +430,149 @@ class _Sampling:
         linear = np.stack([x * a @ z, y * shared @ z + y * own @ u], -2) / C
         return np.sqrt(np.clip(d.var(-1)[..., None] + 2 * linear + square, 0, None))
 
+
 # %% ../nbs/05a_baselines.ipynb #a1c4e0b7
-def _quantile(x, level): # (..., draws) -> (...)
+def _quantile(x, level):  # (..., draws) -> (...)
     "From mean, deviation and skewness (Cornish and Fisher): steadier in the tails than the draws."
     from scipy.stats import norm
+
     z, off = norm.ppf(level), _centred(x)
     square = off * off
     sd = np.sqrt(square.mean(-1))
-    skew = (square * off).mean(-1) / np.maximum(sd ** 3, _TINY)
-    return x.mean(-1) + sd * (z + (z ** 2 - 1) * skew / 6)
+    skew = (square * off).mean(-1) / np.maximum(sd**3, _TINY)
+    return x.mean(-1) + sd * (z + (z**2 - 1) * skew / 6)
 
-def _two(total, change): # (...) -> (..., 2)
+
+def _two(total, change):  # (...) -> (..., 2)
     "Sigma of a and of b, not negative; their squares sum to `total` where they can."
-    a = (np.sqrt(np.clip(2 * total - change ** 2, 0, None)) - change) / 2
+    a = (np.sqrt(np.clip(2 * total - change**2, 0, None)) - change) / 2
     a = np.maximum(a, np.maximum(0, -change))
     return np.stack([a, a + change], -1)
 
-def _sigma_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
+
+def _sigma_ends(kinds, level, draws, seed):  # (..., C, 4) -> two of (...)
     s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
     now, C = s.counted[..., 0], kinds.shape[-2]
+
     def over(sigma, q):
         counted = s.counted_if(np.stack([sigma, sigma], -1), anew=True)[..., 0, :]
         return _quantile(counted, q) - now
-    low, high = (_root(lambda x, q=q: over(x, q), 0., .5, now.shape) for q in (1 - tail, tail))
+
+    low, high = (_root(lambda x, q=q: over(x, q), 0.0, 0.5, now.shape) for q in (1 - tail, tail))
     low = np.where(over(0 * now, 1 - tail) >= 0, 0, low)
     return low, np.maximum(high, np.sqrt(C - 1) / C / s.n.max(-1))
 
-def _change_ends(kinds, level, draws, seed): # (..., C, 4) -> two of (...)
+
+def _change_ends(kinds, level, draws, seed):  # (..., C, 4) -> two of (...)
     s, tail = _Sampling(kinds, draws, seed), (1 - level) / 2
     now, total = s.counted[..., 1] - s.counted[..., 0], s.squared.sum(-1)
+
     def over(change, q):
         a, b = np.moveaxis(s.counted_if(_two(total, change)), -2, 0)
         return _quantile(b - a, q) - now
-    return tuple(_root(lambda x, q=q: over(x, q), -.5, .5, now.shape) for q in (1 - tail, tail))
+
+    return tuple(_root(lambda x, q=q: over(x, q), -0.5, 0.5, now.shape) for q in (1 - tail, tail))
+
 
 # %% ../nbs/05a_baselines.ipynb #a1c4e0b8
 def sigma_interval(
-    correct: torch.Tensor, # (N,) bool
-    y: torch.Tensor, # (N,)
+    correct: torch.Tensor,  # (N,) bool
+    y: torch.Tensor,  # (N,)
     *,
-    draws: int = 1000, level: float = .95, seed: int = 0,
-) -> tuple[float, float]: # ends, in [0, 1] units
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:  # ends, in [0, 1] units
     "Interval of the true sigma of one network, over images within classes."
     kinds = _kinds(correct, correct, y)
-    if len(kinds) == 1: return 0., 0. # a single class has no spread
+    if len(kinds) == 1:
+        return 0.0, 0.0  # a single class has no spread
     return tuple(map(float, _sigma_ends(kinds, level, draws, seed)))
 
+
 def paired_interval(
-    correct_a: torch.Tensor, correct_b: torch.Tensor, # (N,) bool, the same images
-    y: torch.Tensor, # (N,)
+    correct_a: torch.Tensor,
+    correct_b: torch.Tensor,  # (N,) bool, the same images
+    y: torch.Tensor,  # (N,)
     *,
-    draws: int = 1000, level: float = .95, seed: int = 0,
-) -> tuple[float, float]: # ends, in [0, 1] units
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:  # ends, in [0, 1] units
     "Interval of the true change sigma_b - sigma_a over images; (0, 0) where all answers agree."
     kinds = _kinds(correct_a, correct_b, y)
-    if torch.equal(correct_a, correct_b) or len(kinds) == 1: return 0., 0.
+    if torch.equal(correct_a, correct_b) or len(kinds) == 1:
+        return 0.0, 0.0
     return tuple(map(float, _change_ends(kinds, level, draws, seed)))
+
 
 # %% ../nbs/05a_baselines.ipynb #ee658fe8
 def mean_interval(
-    values, # N numbers
-    level: float = .95,
-) -> tuple[float, float, float]: # mean and the ends of its interval; nan for a single number
+    values,  # N numbers
+    level: float = 0.95,
+) -> tuple[float, float, float]:  # mean and the ends of its interval; nan for a single number
     "Mean and Student's interval."
     from scipy.stats import t
+
     v = np.asarray(values, dtype=float)
-    if len(v) < 2: return float(v.mean()), float("nan"), float("nan")
+    if len(v) < 2:
+        return float(v.mean()), float("nan"), float("nan")
     half = t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
+
 # %% ../nbs/05a_baselines.ipynb #a1c4e0bb
 def shown(
-    triple, # (mean, low, high)
+    triple,  # (mean, low, high)
     digits: int = 1,
 ) -> str:
     "'4.8', or '4.8 ± 0.9' for an interval from 3.9 to 5.7."
     m, lo, hi = triple
     return f"{m:.{digits}f}" if np.isnan(lo) else f"{m:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
+
 # %% ../nbs/05a_baselines.ipynb #8e908ca4
-def _mean_ends(points, within, shared, level): # (..., S), variance over images, covariance of two
+def _mean_ends(points, within, shared, level):  # (..., S), variance over images, covariance of two
     "Student's interval over seeds; knows what they share, and keeps a third of what images alone give."
     from scipy.stats import norm, t
+
     S, level = points.shape[-1], (1 + level) / 2
     over, shared = points.var(-1, ddof=1) / S, np.maximum(shared, 0)
-    degrees = (S - 1) * (1 + shared / np.maximum(over, 1e-12)) ** 2 # Satterthwaite; shared is known well
-    least = norm.ppf(level) * np.sqrt(within / S) / 3 # seeds may agree by luck
+    degrees = (S - 1) * (
+        1 + shared / np.maximum(over, 1e-12)
+    ) ** 2  # Satterthwaite; shared is known well
+    least = norm.ppf(level) * np.sqrt(within / S) / 3  # seeds may agree by luck
     half = np.maximum(t.ppf(level, degrees) * np.sqrt(over + shared), least)
     return points.mean(-1) - half, points.mean(-1) + half
 
-def _pooled_ends(kinds, shared, level, draws, seed): # (..., S, C, 4), (...) -> two of (...)
+
+def _pooled_ends(kinds, shared, level, draws, seed):  # (..., S, C, 4), (...) -> two of (...)
     s = _Sampling(kinds, draws, seed)
     total = s.squared.sum(-1).mean(-1)
     a, b = np.moveaxis(s.counted_if(np.sqrt(np.clip(s.squared, 0, None))), -2, 0)
     points, within = np.diff(s.counted)[..., 0], (b - a).var(-1).mean(-1)
     ends = _mean_ends(points, within, shared, level)
-    def counted(change): # the mean over seeds, if all changed by that
+
+    def counted(change):  # the mean over seeds, if all changed by that
         both = np.repeat(_two(total, change)[..., None, :], kinds.shape[-3], -2)
         a, b = np.moveaxis(s.counted_if(both).mean(-1), -1, 0)
         return (b - a).mean(-1)
-    return tuple(_root(lambda x, end=end: counted(x) - end, -.5, .5, total.shape) for end in ends)
 
-def _weights(kinds, figure): # (C, 4) -> (2, C): what an accuracy of a, of b adds to the figure
+    return tuple(_root(lambda x, end=end: counted(x) - end, -0.5, 0.5, total.shape) for end in ends)
+
+
+def _weights(kinds, figure):  # (C, 4) -> (2, C): what an accuracy of a, of b adds to the figure
     n, acc = _accuracies(kinds)
-    if figure == "sigma": return _centred(acc) / np.maximum(acc.std(-1), _TINY)[:, None] / len(n)
+    if figure == "sigma":
+        return _centred(acc) / np.maximum(acc.std(-1), _TINY)[:, None] / len(n)
     return np.tile(n / n.sum() if figure == "global" else np.full(len(n), 1 / len(n)), (2, 1))
 
-def _shared(pairs, kinds, figure): # covariance of the changes of two seeds
+
+def _shared(pairs, kinds, figure):  # covariance of the changes of two seeds
     "Where seeds were measured on the same images, what these images did to all of them."
     first = pairs[0][2]
-    if not all(torch.equal(first, y) for _, _, y in pairs): return 0.
+    if not all(torch.equal(first, y) for _, _, y in pairs):
+        return 0.0
     place, pulls = torch.unique(first, return_inverse=True)[1].cpu(), []
     for (a, b, _), k in zip(pairs, kinds):
         w, acc = torch.as_tensor(_weights(k, figure) / k.sum(-1)), _accuracies(k)[1]
@@ -444,85 +581,132 @@ def _shared(pairs, kinds, figure): # covariance of the changes of two seeds
     both, S = torch.stack(pulls) @ torch.stack(pulls).T, len(pairs)
     return ((both.sum() - both.trace()) / (S * (S - 1))).item()
 
+
 # %% ../nbs/05a_baselines.ipynb #a1c4e0bc
 def pooled_interval(
-    pairs, # for each seed: (correct_a, correct_b, y), (N,) each
-    figure: str = "sigma", # or "global", "balanced"
+    pairs,  # for each seed: (correct_a, correct_b, y), (N,) each
+    figure: str = "sigma",  # or "global", "balanced"
     *,
-    draws: int = 1000, level: float = .95, seed: int = 0,
-) -> tuple[float, float, float]: # mean change b - a as counted, ends for the true one; in [0, 1]
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:  # mean change b - a as counted, ends for the true one; in [0, 1]
     "Change of a figure of merit, and an interval of its mean over all seeds; of one seed, over images."
     from scipy.stats import norm
+
     pairs, kinds = list(pairs), [_kinds(*pair) for pair in pairs]
     if figure not in ("sigma", "global", "balanced"):
         raise InputError(f"figure must be 'sigma', 'global' or 'balanced'. Got {figure!r}.")
+
     def value(k):
         n, acc = _accuracies(k)
         return acc.std(-1) if figure == "sigma" else (acc * _weights(k, figure)).sum(-1)
+
     points = np.array([b - a for a, b in map(value, kinds)])
     no_spread = figure == "sigma" and all(len(k) == 1 for k in kinds)
-    if no_spread or all(torch.equal(a, b) for a, b, _ in pairs): return 0., 0., 0.
+    if no_spread or all(torch.equal(a, b) for a, b, _ in pairs):
+        return 0.0, 0.0, 0.0
     if figure == "sigma" and len(pairs) == 1:
         ends = paired_interval(*pairs[0], draws=draws, level=level, seed=seed)
     elif figure == "sigma":
         classes = {len(k) for k in kinds}
         if len(classes) > 1:
-            raise InputError(f"seeds must be measured on the same classes. Got {sorted(classes)}; "
-                             "leave images of the others out.")
+            raise InputError(
+                f"seeds must be measured on the same classes. Got {sorted(classes)}; "
+                "leave images of the others out."
+            )
         ends = _pooled_ends(np.stack(kinds), _shared(pairs, kinds, figure), level, draws, seed)
     else:
         apart = [_weights(k, figure)[0] ** 2 * _Sampling(k, 2, seed).apart for k in kinds]
         within = np.mean([v.sum() for v in apart])
         half = norm.ppf((1 + level) / 2) * np.sqrt(within)
         ends = points[0] - half, points[0] + half
-        if len(pairs) > 1: ends = _mean_ends(points, within, _shared(pairs, kinds, figure), level)
+        if len(pairs) > 1:
+            ends = _mean_ends(points, within, _shared(pairs, kinds, figure), level)
     return float(points.mean()), *map(float, ends)
+
 
 # %% ../nbs/05a_baselines.ipynb #80d4e050
 @dataclass(frozen=True)
 class Rival:
     "One method's result."
+
     name: str
-    report: ClassReport # held-out
-    tuned_report: ClassReport # sensitivity
-    setting: str # what the tuning chose
-    passes: int # over the sensitivity set
-    correct: torch.Tensor = field(repr=False) # (N,) bool, held-out
-    products: int = 0 # Hessian-vector products
+    report: ClassReport  # held-out
+    tuned_report: ClassReport  # sensitivity
+    setting: str  # what the tuning chose
+    passes: int  # over the sensitivity set
+    correct: torch.Tensor = field(repr=False)  # (N,) bool, held-out
+    products: int = 0  # Hessian-vector products
+
 
 # %% ../nbs/05a_baselines.ipynb #f843dec5
 def rival(name, logits, y, tuned_logits, tuned_y, names, setting, passes) -> Rival:
     "A method that is logits, on both sets."
-    return Rival(name, class_report_of(logits, y, names), class_report_of(tuned_logits, tuned_y, names, "sensitivity"), setting, passes, (logits.argmax(1) == y).cpu())
+    return Rival(
+        name,
+        class_report_of(logits, y, names),
+        class_report_of(tuned_logits, tuned_y, names, "sensitivity"),
+        setting,
+        passes,
+        (logits.argmax(1) == y).cpu(),
+    )
+
 
 def post_hoc(
-    model: nn.Module, sensitivity_data, held_out, # as for `compare`
-    counts=None, # (C,) training images a class, for logit adjustment; None leaves it out
-    names=None, forward=None,
-    steps: int = 41, # settings in a sweep
-    scales: bool = False, # a scale a class as well as a bias
-): # yields Rival; the untouched model first
+    model: nn.Module,
+    sensitivity_data,
+    held_out,  # as for `compare`
+    counts=None,  # (C,) training images a class, for logit adjustment; None leaves it out
+    names=None,
+    forward=None,
+    steps: int = 41,  # settings in a sweep
+    scales: bool = False,  # a scale a class as well as a bias
+):  # yields Rival; the untouched model first
     "The methods that only need logits or the head."
     steps = whole("steps", steps, 2)
     run = lambda data, state=None: predict(model, data, state=state, forward=forward)
     (Zs, ys), (Zh, yh) = run(sensitivity_data), run(held_out)
     C = Zs.shape[1]
-    def shifted(name, b, setting, passes=1): return rival(name, Zh + b.to(Zh), yh, Zs + b.to(Zs), ys, names, setting, passes)
+
+    def shifted(name, b, setting, passes=1):
+        return rival(name, Zh + b.to(Zh), yh, Zs + b.to(Zs), ys, names, setting, passes)
+
     yield shifted("no change", torch.zeros(C), "")
     b = tune_biases(Zs, ys)
     yield shifted("tuned biases", b, f"{C} biases within +-{b.abs().max():.1f}")
     if scales:
         a, b = (t.to(Zs) for t in tune_scales(Zs, ys))
-        yield rival("tuned biases and scales", Zh * a + b, yh, Zs * a + b, ys, names, f"scales in {a.min():.2f}..{a.max():.2f}", 1)
+        yield rival(
+            "tuned biases and scales",
+            Zh * a + b,
+            yh,
+            Zs * a + b,
+            ys,
+            names,
+            f"scales in {a.min():.2f}..{a.max():.2f}",
+            1,
+        )
     taus = [2 * i / (steps - 1) for i in range(steps)]
     try:
         head = head_of(model, C, sensitivity_data, forward)
         sweep, passes = tau_norm_sweep(model, sensitivity_data, Zs, taus, forward, head)
     except InputError as e:
-        logging.getLogger("hessian_surgery_nb").info("tau-norm left out: %s", e) # nothing that could be rescaled
+        logging.getLogger("hessian_surgery_nb").info(
+            "tau-norm left out: %s", e
+        )  # nothing that could be rescaled
     else:
         t = taus[best_of(sweep, ys)]
-        yield rival("tau-norm", run(held_out, head.state(t))[0], yh, sweep[taus.index(t)], ys, names, f"tau = {t:.2f}", passes)
+        yield rival(
+            "tau-norm",
+            run(held_out, head.state(t))[0],
+            yh,
+            sweep[taus.index(t)],
+            ys,
+            names,
+            f"tau = {t:.2f}",
+            passes,
+        )
     if counts is not None:
         t = taus[best_of([Zs + logit_adjustment(counts, t).to(Zs) for t in taus], ys)]
         yield shifted("logit adjustment", logit_adjustment(counts, t), f"tau = {t:.2f}")

@@ -10,112 +10,149 @@ import math
 import torch
 from torch import nn
 
-from .guards import plainly
-from hessian_surgery_nb.hvp import (
-    Forward,
-    InputError,
+from hessian_surgery_nb.foundations.batches import (
     check_inputs,
-    check_mode,
-    flatten,
-    functional_logits,
-    inner,
     my_batches,
-    select_params,
     split_batch,
+    tensors_in,
     to_device,
 )
-from .hvp import tensors_in
-from .losses import as_loss_module, call_loss, infer_reduction, known_reduction
+from .foundations.distributed import team
+from .foundations.forward import Forward, functional_logits
+from .foundations.guards import InputError, plainly
+from hessian_surgery_nb.foundations.losses import (
+    as_loss_module,
+    call_loss,
+    infer_reduction,
+    known_reduction,
+)
+from .foundations.weights import check_mode, flatten, inner, select_params
 from .lanczos import Eigenpairs
-from .ranks import team
 
 # %% auto #0
-__all__ = ['class_gradients', 'class_subspace', 'subspace_overlap']
+__all__ = ["class_gradients", "class_subspace", "subspace_overlap"]
+
 
 # %% ../nbs/03a_class_structure.ipynb #ac51feb6
-def _of_class(X, y, c): # the rows of one class, whatever inputs are made of
-    def rows(t): return t[y == c] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
-    if isinstance(X, dict): return {k: rows(t) for k, t in X.items()}
+def _of_class(X, y, c):  # the rows of one class, whatever inputs are made of
+    def rows(t):
+        return t[y == c] if torch.is_tensor(t) and t.ndim and len(t) == len(y) else t
+
+    if isinstance(X, dict):
+        return {k: rows(t) for k, t in X.items()}
     return [rows(t) for t in X] if isinstance(X, (list, tuple)) else rows(X)
 
+
 @torch.no_grad()
-def _check_rows(logits_of, X, y): # logits_of(X) -> (N, C)
+def _check_rows(logits_of, X, y):  # logits_of(X) -> (N, C)
     "Refuse inputs in several tensors where images do not have the same logits without the others."
     shapes = [tuple(t.shape) for t in tensors_in(X) if t.ndim]
-    if len(shapes) < 2: return
+    if len(shapes) < 2:
+        return
     whole, way_out = (
         logits_of(X),
         "use directions='spikes', or batches of another size where a shared table happens to have "
         "as many rows as there are images",
     )
     for c in y.unique().tolist():
-        try: part = logits_of(_of_class(X, y, c))
+        try:
+            part = logits_of(_of_class(X, y, c))
         except InputError as e:
-            raise InputError("images of one class must be told apart. Inputs are of shapes "
-                             f"{shapes} for {len(y)} labels, and the network refuses class {c} "
-                             f"alone ({e}); {way_out}.") from e
+            raise InputError(
+                "images of one class must be told apart. Inputs are of shapes "
+                f"{shapes} for {len(y)} labels, and the network refuses class {c} "
+                f"alone ({e}); {way_out}."
+            ) from e
         # rounding of the type, in another order of sums
         if part.shape != whole[y == c].shape or not torch.allclose(
             part, whole[y == c], rtol=1e-3, atol=1e-4 * whole.abs().max().item()
         ):
-            raise InputError("images of one class must be told apart. Inputs are of shapes "
-                             f"{shapes} for {len(y)} labels, and logits of class {c} change "
-                             f"without the other images; {way_out}.")
+            raise InputError(
+                "images of one class must be told apart. Inputs are of shapes "
+                f"{shapes} for {len(y)} labels, and logits of class {c} change "
+                f"without the other images; {way_out}."
+            )
+
 
 # %% ../nbs/03a_class_structure.ipynb #519f1bfa
 def _class_numbers(y: torch.Tensor) -> torch.Tensor:
     "Labels as the loss wants them."
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
-        raise InputError("class means need one whole number an image, shape (N,). Got "
-                         f"{y.dtype} of shape {tuple(y.shape)}; convert them with y.long().")
+        raise InputError(
+            "class means need one whole number an image, shape (N,). Got "
+            f"{y.dtype} of shape {tuple(y.shape)}; convert them with y.long()."
+        )
     return y.long()
 
-def _check_classes(z, y): # logits (N, C), all labels of the batch
+
+def _check_classes(z, y):  # logits (N, C), all labels of the batch
     "Refuse labels that name no class."
     if z.ndim != 2:
-        raise InputError(f"class means need logits (N, C). Got shape {tuple(z.shape)}; pass "
-                         "forward=.")
+        raise InputError(
+            f"class means need logits (N, C). Got shape {tuple(z.shape)}; pass forward=."
+        )
     wrong = y[(y < 0) | (y >= z.shape[1])]
     if len(wrong):
-        raise InputError("class means need a class for every image: labels must lie in "
-                         f"0..{z.shape[1] - 1}. Got {wrong[0].item()} in {len(wrong)} of "
-                         f"{len(y)}; leave those images out, or relabel them.")
+        raise InputError(
+            "class means need a class for every image: labels must lie in "
+            f"0..{z.shape[1] - 1}. Got {wrong[0].item()} in {len(wrong)} of "
+            f"{len(y)}; leave those images out, or relabel them."
+        )
+
 
 # %% ../nbs/03a_class_structure.ipynb #bf5cdad7
-def _wrong_labels(z, c, cross) -> dict: # which column: (a sum over images, weights of its images)
+def _wrong_labels(z, c, cross) -> dict:  # which column: (a sum over images, weights of its images)
     log_p, p = z.log_softmax(1), z.detach().softmax(1)
-    if cross: return {(c, o): (-(p[:, o] * log_p[:, o]).sum(), p[:, o].sum()) for o in range(z.shape[1]) if o != c}
+    if cross:
+        return {
+            (c, o): (-(p[:, o] * log_p[:, o]).sum(), p[:, o].sum())
+            for o in range(z.shape[1])
+            if o != c
+        }
     return {(c,): ((p[:, c] * log_p[:, c]).sum(), 1 - p[:, c])}
 
+
 # %% ../nbs/03a_class_structure.ipynb #5e57cc7e
-def _own_loss(loss_fn, z, labels, reduction) -> tuple: # a sum over images, weights of its images
+def _own_loss(loss_fn, z, labels, reduction) -> tuple:  # a sum over images, weights of its images
     loss = call_loss(loss_fn, z, labels)
     if not torch.isfinite(loss):
-        raise InputError(f"the loss of every class must be finite. Got {loss.item()} for class "
-                         f"{labels[0].item()}: ignored, or of weight 0? Leave its images out, or "
-                         "use another loss.")
+        raise InputError(
+            f"the loss of every class must be finite. Got {loss.item()} for class "
+            f"{labels[0].item()}: ignored, or of weight 0? Leave its images out, or "
+            "use another loss."
+        )
     kind = known_reduction(loss_fn) or reduction
-    if kind is None: kind = infer_reduction(loss_fn, z.detach(), labels) if len(z) > 2 else "mean"
+    if kind is None:
+        kind = infer_reduction(loss_fn, z.detach(), labels) if len(z) > 2 else "mean"
     return loss if kind == "sum" else len(z) * loss, torch.ones(len(z))
+
 
 # %% ../nbs/03a_class_structure.ipynb #57ebcf05
 @plainly()
 def class_gradients(
-    model: nn.Module, data, # as for `HessianOperator`; the loss is the mean cross-entropy
+    model: nn.Module,
+    data,  # as for `HessianOperator`; the loss is the mean cross-entropy
     *,
-    cross: bool = False, # one column for each class and wrong label, C (C - 1), instead of one a class
-    loss_fn=None, # loss_fn(z, y), a mean over images: gradients of this loss over each class in their place, columns sqrt(share of the class) g
-    params=None, forward=None, reduction=None, # likewise
-) -> torch.Tensor: # (n, C) or (n, C (C - 1)) columns sqrt(w) g; the sum of their outer products is at most the Gauss-Newton matrix
+    cross: bool = False,  # one column for each class and wrong label, C (C - 1), instead of one a class
+    loss_fn=None,  # loss_fn(z, y), a mean over images: gradients of this loss over each class in their place, columns sqrt(share of the class) g
+    params=None,
+    forward=None,
+    reduction=None,  # likewise
+) -> torch.Tensor:  # (n, C) or (n, C (C - 1)) columns sqrt(w) g; the sum of their outer products is at most the Gauss-Newton matrix
     "Averaged gradients of the labels that an image does not have."
     chosen, net = select_params(model, params), Forward(model, forward)
     loss_fn = None if loss_fn is None else as_loss_module(loss_fn)
     check_mode(model)
     leaves, sums, weights, N = [p.detach().requires_grad_() for p in chosen.values()], {}, {}, 0
-    def logits(X): return functional_logits(net, dict(zip(chosen, leaves)), X)
+
+    def logits(X):
+        return functional_logits(net, dict(zip(chosen, leaves)), X)
+
     def terms_of(z, c, labels):
-        if loss_fn is None: return _wrong_labels(z, c, cross)
+        if loss_fn is None:
+            return _wrong_labels(z, c, cross)
         return {(c,): _own_loss(loss_fn, z, labels, reduction)}
+
     for batch in my_batches(data):
         X, y = split_batch(batch)
         X, y = to_device(X, leaves[0].device), y.to(leaves[0].device)
@@ -129,14 +166,18 @@ def class_gradients(
             terms = terms_of(z, c, y[y == c])
             for i, (key, (loss, w)) in enumerate(terms.items()):
                 keep = i + 1 < len(terms)
-                grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True)
+                grads = torch.autograd.grad(
+                    loss, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+                )
                 sums[key] = sums.get(key, 0) + flatten(grads).detach()
-                weights[key] = weights.get(key, 0.) + w.double().sum().item()
-    if not N: raise InputError("class means need images, and each process at least one. Got none.")
+                weights[key] = weights.get(key, 0.0) + w.double().sum().item()
+    if not N:
+        raise InputError("class means need images, and each process at least one. Got none.")
     return _columns(sums, weights, N, z.shape[1], cross, leaves)
 
+
 # %% ../nbs/03a_class_structure.ipynb #c872554e
-def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor: # (n, columns), of all processes
+def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor:  # (n, columns), of all processes
     t, zero = (
         team(),
         torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device),
@@ -147,37 +188,78 @@ def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor: # (n, columns)
         else [(c,) for c in range(C)]
     )
     keys = sorted(sums) if t.size == 1 else every
-    facts = t.add(torch.tensor([[float(k in sums), weights.get(k, 0.)] for k in keys] + [[N, 0.]], dtype=torch.float64)).tolist()
+    facts = t.all_reduce(
+        torch.tensor(
+            [[float(k in sums), weights.get(k, 0.0)] for k in keys] + [[N, 0.0]],
+            dtype=torch.float64,
+        )
+    ).tolist()
     N = facts.pop()[0]
     columns = [
-        (t.add(sums.pop(k) if k in sums else zero.clone()), there, w)
+        (t.all_reduce(sums.pop(k) if k in sums else zero.clone()), there, w)
         for k, (there, w) in zip(keys, facts)
     ]
-    return torch.stack([g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1)
+    return torch.stack(
+        [g / math.sqrt(N * w) if w > 0 else 0 * g for g, there, w in columns if there], 1
+    )
+
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa
 @plainly()
 def class_subspace(
-    model: nn.Module, data, # as for `class_gradients`
-    k: int | None = None, # directions; None: classes - 1, or as many as there are
+    model: nn.Module,
+    data,  # as for `class_gradients`
+    k: int | None = None,  # directions; None: classes - 1, or as many as there are
     *,
-    cross: bool = False, loss_fn=None, params=None, forward=None, reduction=None, # likewise
-) -> Eigenpairs: # of the matrix of class means; its values are lower bounds for the Gauss-Newton matrix (not with loss_fn), its residuals against that are not known
+    cross: bool = False,
+    loss_fn=None,
+    params=None,
+    forward=None,
+    reduction=None,  # likewise
+) -> Eigenpairs:  # of the matrix of class means; its values are lower bounds for the Gauss-Newton matrix (not with loss_fn), its residuals against that are not known
     "The leading directions of the averaged gradients, without one Hessian-vector product."
-    V = class_gradients(model, data, cross=cross, loss_fn=loss_fn, params=params, forward=forward, reduction=reduction)
+    V = class_gradients(
+        model,
+        data,
+        cross=cross,
+        loss_fn=loss_fn,
+        params=params,
+        forward=forward,
+        reduction=reduction,
+    )
     V = V.double() if V.shape[0] < 1_000_000 else V
-    values, U = map(team().same, torch.linalg.eigh(inner(V, V)))
+    values, U = map(team().broadcast, torch.linalg.eigh(inner(V, V)))
     values, U = values.flip(0), U.flip(1)
     rank = int((values > 1e-10 * values[0]).sum()) if values[0] > 0 else 0
-    C = V.shape[1] if not cross or loss_fn is not None else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)
+    C = (
+        V.shape[1]
+        if not cross or loss_fn is not None
+        else round((1 + math.sqrt(1 + 4 * V.shape[1])) / 2)
+    )
     k = min(C - 1, rank) if k is None else k
-    if not 1 <= k <= rank: raise InputError(f"k must lie in 1..{rank}, the rank of the class means. Got {k}; ask for fewer{'' if cross or loss_fn else ', or give cross=True'}.")
-    Q, R = torch.linalg.qr(V @ (U[:, :k] / values[:k].sqrt()).to(V)) # orthonormal to the last digit
-    like, nothing = next(iter(select_params(model, params).values())), torch.full((k,), math.nan, dtype=torch.float64)
-    return Eigenpairs(values[:k], team().mine((Q * R.diagonal().sign()).to(like)), nothing, 0, torch.zeros(k, dtype=torch.bool))
+    if not 1 <= k <= rank:
+        raise InputError(
+            f"k must lie in 1..{rank}, the rank of the class means. Got {k}; ask for fewer{'' if cross or loss_fn else ', or give cross=True'}."
+        )
+    Q, R = torch.linalg.qr(
+        V @ (U[:, :k] / values[:k].sqrt()).to(V)
+    )  # orthonormal to the last digit
+    like, nothing = (
+        next(iter(select_params(model, params).values())),
+        torch.full((k,), math.nan, dtype=torch.float64),
+    )
+    return Eigenpairs(
+        values[:k],
+        team().shard((Q * R.diagonal().sign()).to(like)),
+        nothing,
+        0,
+        torch.zeros(k, dtype=torch.bool),
+    )
+
 
 def subspace_overlap(
-    A: torch.Tensor, B: torch.Tensor, # (n, k) and (n, j), orthonormal columns
-) -> float: # 1: the smaller lies in the larger; k j / (n min(k, j)) in the mean for random ones
+    A: torch.Tensor,
+    B: torch.Tensor,  # (n, k) and (n, j), orthonormal columns
+) -> float:  # 1: the smaller lies in the larger; k j / (n min(k, j)) in the mean for random ones
     "Mean squared cosine between two spaces."
     return inner(A, B).square().sum().item() / min(A.shape[1], B.shape[1])

@@ -12,44 +12,76 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import Rival, paired_interval, post_hoc, rival
-from .data import check_disjoint
-from .guards import plainly, whole
-from .hvp import InputError, as_batches, split_batch
+from .foundations.batches import as_batches, split_batch
+from .foundations.guards import InputError, plainly, whole
+from .foundations.images import check_disjoint
+from .foundations.networks import find_head
+from .foundations.training import predict
 from .linearised import linearised_operate, tuned_to_price
-from .models import find_head
-from .surgery import LOG, SurgeryConfig, SurgeryResult, operate, report_dict, with_reduction
-from .train import predict
+from hessian_surgery_nb.surgery import (
+    LOG,
+    SurgeryConfig,
+    SurgeryResult,
+    operate,
+    report_dict,
+    with_reduction,
+)
 
 # %% auto #0
-__all__ = ['PRODUCT', 'Comparison', 'controls_of', 'compare', 'plot_comparison']
+__all__ = ["PRODUCT", "Comparison", "controls_of", "compare", "plot_comparison"]
 
 # %% ../nbs/05c_comparison.ipynb #78472aa0
-PRODUCT = 6 # forward passes that a Hessian-vector product is worth
+PRODUCT = 6  # forward passes that a Hessian-vector product is worth
+
 
 @dataclass(frozen=True)
 class Comparison:
     "Every method on the same splits; the first is the untouched model."
+
     rivals: tuple[Rival, ...]
-    y: torch.Tensor = field(repr=False) # (N,) held-out labels
+    y: torch.Tensor = field(repr=False)  # (N,) held-out labels
     surgery: SurgeryResult = field(repr=False)
-    share: float = 0. # images that show the curvature, over those of the sensitivity set
-    def __getitem__(self, name): return next(r for r in self.rivals if r.name == name)
-    def __repr__(self): return "Comparison(" + ", ".join(f"{r.name}: {100 * r.report.sigma:.1f}" for r in self.rivals) + " pp)"
-    def cost(self, r: Rival) -> float: # forward passes over the sensitivity set
+    share: float = 0.0  # images that show the curvature, over those of the sensitivity set
+
+    def __getitem__(self, name):
+        return next(r for r in self.rivals if r.name == name)
+
+    def __repr__(self):
+        return (
+            "Comparison("
+            + ", ".join(f"{r.name}: {100 * r.report.sigma:.1f}" for r in self.rivals)
+            + " pp)"
+        )
+
+    def cost(self, r: Rival) -> float:  # forward passes over the sensitivity set
         "What a method took, products counted as passes."
         return r.passes + PRODUCT * self.share * r.products
 
+
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
 def _controls(
-    config: SurgeryConfig, C: int, model, data, forward, eps: float, draws: int,
-): # yields name, config
-    for name, directions in (("spikes", "spikes"), ("class means", "class_means"), ("gradients of classes", "gradients")):
-        if directions != config.directions: yield name, replace(config, directions=directions, eps=None)
-    try: head = find_head(model, C, data, forward)[0]
+    config: SurgeryConfig,
+    C: int,
+    model,
+    data,
+    forward,
+    eps: float,
+    draws: int,
+):  # yields name, config
+    for name, directions in (
+        ("spikes", "spikes"),
+        ("class means", "class_means"),
+        ("gradients of classes", "gradients"),
+    ):
+        if directions != config.directions:
+            yield name, replace(config, directions=directions, eps=None)
+    try:
+        head = find_head(model, C, data, forward)[0]
     except InputError as e:
         head = None
         LOG.info("head alone left out: %s", e)
-    if head is not None and config.params is None: yield "head alone", replace(config, params=f"{head}.*" if head else "*", eps=None)
+    if head is not None and config.params is None:
+        yield "head alone", replace(config, params=f"{head}.*" if head else "*", eps=None)
     for own in (False, True):
         for d in range(draws):
             yield (
@@ -63,103 +95,253 @@ def _controls(
                 ),
             )
 
-def controls_of(draws: int) -> int: # at most
+
+def controls_of(draws: int) -> int:  # at most
     "How many runs of surgery the controls are."
     return 4 + 2 * draws
 
+
 # %% ../nbs/05c_comparison.ipynb #23802965
 def _operated(name, r: SurgeryResult) -> Rival:
-    return Rival(name, r.after, r.sensitivity_after, f"eps = {r.history[0].eps:.2g}, step {r.best} of {len(r.history)}", sum(h.passes for h in r.history), r.correct[1], sum(h.matvecs for h in r.history))
+    return Rival(
+        name,
+        r.after,
+        r.sensitivity_after,
+        f"eps = {r.history[0].eps:.2g}, step {r.best} of {len(r.history)}",
+        sum(h.passes for h in r.history),
+        r.correct[1],
+        sum(h.matvecs for h in r.history),
+    )
 
-def _at_price(model, loss_fn, sets, held_out, price, config, names, forward, progress): # yields Rival
+
+def _at_price(
+    model, loss_fn, sets, held_out, price, config, names, forward, progress
+):  # yields Rival
     (Zs, ys), (Zh, yh) = (predict(model, data, forward=forward) for data in (sets[1], held_out))
     folds = min(5, torch.bincount(ys, minlength=Zs.shape[1]).min().item())
-    f = linearised_operate(model, loss_fn, *sets, held_out=held_out, prices=(price,), rounds=5, folds=folds, config=config, names=names, forward=forward, check_overlap=False, progress=progress)
+    f = linearised_operate(
+        model,
+        loss_fn,
+        *sets,
+        held_out=held_out,
+        prices=(price,),
+        rounds=5,
+        folds=folds,
+        config=config,
+        names=names,
+        forward=forward,
+        check_overlap=False,
+        progress=progress,
+    )
     p = f.points[-1]
-    yield Rival("linearised surgery", p.held_out, p.sensitivity, f"price {100 * price:g} pp, moved {p.alpha.norm():.2g}", p.passes, p.correct, f.num_matvecs)
+    yield Rival(
+        "linearised surgery",
+        p.held_out,
+        p.sensitivity,
+        f"price {100 * price:g} pp, moved {p.alpha.norm():.2g}",
+        p.passes,
+        p.correct,
+        f.num_matvecs,
+    )
     b = tuned_to_price(Zs, ys, price, count=folds, seed=config.seed).alpha.to(Zs)
-    yield rival("biases at that price", Zh + b, yh, Zs + b, ys, names, f"price {100 * price:g} pp, within +-{b.abs().max():.1f}", 1)
+    yield rival(
+        "biases at that price",
+        Zh + b,
+        yh,
+        Zs + b,
+        ys,
+        names,
+        f"price {100 * price:g} pp, within +-{b.abs().max():.1f}",
+        1,
+    )
+
 
 # %% ../nbs/05c_comparison.ipynb #fcba7c2e
 @plainly()
 def compare(
-    model: nn.Module, loss_fn, hessian_data, sensitivity_data, held_out, # as for `operate`
+    model: nn.Module,
+    loss_fn,
+    hessian_data,
+    sensitivity_data,
+    held_out,  # as for `operate`
     *,
     config: SurgeryConfig = SurgeryConfig(),
-    counts=None, # (C,) training images a class, for logit adjustment; None leaves it out
-    names=None, forward=None, reduction=None,
-    controls: bool = True, # surgery along other directions as well
-    draws: int = 3, # of random subspaces
-    price: float = .005, # what the linearised search and its rival may cost in global accuracy, a fraction
-    surgery: SurgeryResult | None = None, # a run of `operate` with these arguments, if there is one
-    steps: int = 41, # settings in a sweep
+    counts=None,  # (C,) training images a class, for logit adjustment; None leaves it out
+    names=None,
+    forward=None,
+    reduction=None,
+    controls: bool = True,  # surgery along other directions as well
+    draws: int = 3,  # of random subspaces
+    price: float = 0.005,  # what the linearised search and its rival may cost in global accuracy, a fraction
+    surgery: SurgeryResult
+    | None = None,  # a run of `operate` with these arguments, if there is one
+    steps: int = 41,  # settings in a sweep
     progress: bool = True,
 ) -> Comparison:
     "Surgery, its controls and its rivals, tuned on the same set and measured on the same held-out images."
     from tqdm.auto import tqdm
+
     config = with_reduction(config, reduction)
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     steps, draws = whole("steps", steps, 2), whole("draws", draws)
-    if not 0 <= price <= 1: raise InputError(f"price must be a fraction of the global accuracy, in 0..1. Got {price}; half a point is 0.005.")
+    if not 0 <= price <= 1:
+        raise InputError(
+            f"price must be a fraction of the global accuracy, in 0..1. Got {price}; half a point is 0.005."
+        )
     C = predict(model, sensitivity_data, forward=forward)[0].shape[1]
-    if counts is not None and len(counts) != C: raise InputError(f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers.")
-    def run(c): return operate(model, loss_fn, hessian_data, sensitivity_data, held_out=held_out, config=c, names=names, forward=forward, check_overlap=False, progress=progress)
+    if counts is not None and len(counts) != C:
+        raise InputError(
+            f"counts must hold the training images of each of the {C} classes. Got {len(counts)} numbers."
+        )
+
+    def run(c):
+        return operate(
+            model,
+            loss_fn,
+            hessian_data,
+            sensitivity_data,
+            held_out=held_out,
+            config=c,
+            names=names,
+            forward=forward,
+            check_overlap=False,
+            progress=progress,
+        )
+
     surgery = surgery or run(config)
     names, sets = surgery.before.names, (hessian_data, sensitivity_data)
-    untouched, *rivals = post_hoc(model, sensitivity_data, held_out, counts, names, forward, steps, scales=True)
+    untouched, *rivals = post_hoc(
+        model, sensitivity_data, held_out, counts, names, forward, steps, scales=True
+    )
     if not torch.equal(surgery.correct[0], untouched.correct):
-        raise InputError("surgery must be a run of operate with these arguments. The network that "
-                         "it began with answers other held-out images rightly than this one; "
-                         "leave it out, and it is run here.")
-    rivals = [*_at_price(model, loss_fn, sets, held_out, price, config, names, forward, progress), *rivals]
+        raise InputError(
+            "surgery must be a run of operate with these arguments. The network that "
+            "it began with answers other held-out images rightly than this one; "
+            "leave it out, and it is run here."
+        )
+    rivals = [
+        *_at_price(model, loss_fn, sets, held_out, price, config, names, forward, progress),
+        *rivals,
+    ]
     if controls:
-        for name, c in tqdm(list(_controls(config, C, model, sensitivity_data, forward, surgery.history[0].eps, draws)), desc="controls", leave=False, disable=not progress):
-            try: rivals.append(_operated(name, run(c)))
-            except InputError as e: # fewer classes among these images than directions are wanted?
-                if c.directions not in ("class_means", "gradients"): raise
+        for name, c in tqdm(
+            list(
+                _controls(
+                    config, C, model, sensitivity_data, forward, surgery.history[0].eps, draws
+                )
+            ),
+            desc="controls",
+            leave=False,
+            disable=not progress,
+        ):
+            try:
+                rivals.append(_operated(name, run(c)))
+            except InputError as e:  # fewer classes among these images than directions are wanted?
+                if c.directions not in ("class_means", "gradients"):
+                    raise
                 LOG.info("%s left out: %s", name, e)
     curved = sum(len(split_batch(b)[1]) for b in as_batches(hessian_data))
-    return Comparison((untouched, _operated("surgery", surgery), *rivals), surgery.labels, surgery, curved / surgery.sensitivity_after.counts.sum().item())
+    return Comparison(
+        (untouched, _operated("surgery", surgery), *rivals),
+        surgery.labels,
+        surgery,
+        curved / surgery.sensitivity_after.counts.sum().item(),
+    )
+
 
 # %% ../nbs/05c_comparison.ipynb #576a3ceb
 @patch
 def to_frame(self: Comparison):
     "One row a method, held-out, in percent and pp; the interval is that of the change of sigma against no change."
     import pandas as pd
+
     first, rows = self.rivals[0], []
     for r in self.rivals:
         lo, hi = paired_interval(first.correct, r.correct, self.y)
-        rows.append({"method": r.name, "sigma (pp)": 100 * r.report.sigma, "change (pp)": 100 * (r.report.sigma - first.report.sigma),
-                     "95 % low": 100 * lo, "95 % high": 100 * hi, "balanced (%)": 100 * r.report.balanced, "worst (%)": 100 * r.report.worst, "global (%)": 100 * r.report.overall,
-                     "sigma, sensitivity (pp)": 100 * r.tuned_report.sigma, "passes": r.passes, "products": r.products, "forward passes": self.cost(r), "setting": r.setting})
+        rows.append(
+            {
+                "method": r.name,
+                "sigma (pp)": 100 * r.report.sigma,
+                "change (pp)": 100 * (r.report.sigma - first.report.sigma),
+                "95 % low": 100 * lo,
+                "95 % high": 100 * hi,
+                "balanced (%)": 100 * r.report.balanced,
+                "worst (%)": 100 * r.report.worst,
+                "global (%)": 100 * r.report.overall,
+                "sigma, sensitivity (pp)": 100 * r.tuned_report.sigma,
+                "passes": r.passes,
+                "products": r.products,
+                "forward passes": self.cost(r),
+                "setting": r.setting,
+            }
+        )
     return pd.DataFrame(rows).set_index("method")
+
 
 @patch
 def to_dict(self: Comparison) -> list[dict]:
     "For JSON."
+
     def one(r):
         lo, hi = paired_interval(self.rivals[0].correct, r.correct, self.y)
-        return dict(method=r.name, setting=r.setting, passes=r.passes, products=r.products, forward_passes=self.cost(r), held_out=report_dict(r.report), sensitivity=report_dict(r.tuned_report),
-                    sigma_change_pp_95=[100 * lo, 100 * hi])
+        return dict(
+            method=r.name,
+            setting=r.setting,
+            passes=r.passes,
+            products=r.products,
+            forward_passes=self.cost(r),
+            held_out=report_dict(r.report),
+            sensitivity=report_dict(r.tuned_report),
+            sigma_change_pp_95=[100 * lo, 100 * hi],
+        )
+
     return [one(r) for r in self.rivals]
+
 
 # %% ../nbs/05c_comparison.ipynb #caec8b41
 def plot_comparison(
-    comparison: Comparison, ax=None,
+    comparison: Comparison,
+    ax=None,
 ):
     "Held-out sigma of each method, with the paired 95 % interval of its change."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     rivals, first = comparison.rivals, comparison.rivals[0]
-    ax = new_axes(ax, height=.3 * len(rivals) + 1., title="Every method on the same held-out images", xlabel="sigma (pp), lower is better")
+    ax = new_axes(
+        ax,
+        height=0.3 * len(rivals) + 1.0,
+        title="Every method on the same held-out images",
+        xlabel="sigma (pp), lower is better",
+    )
     for i, r in enumerate(reversed(rivals)):
         s = 100 * r.report.sigma
-        colour = COLOURS["red"] if "surgery" in r.name else COLOURS["grey"] if r is first else COLOURS["blue"]
+        colour = (
+            COLOURS["red"]
+            if "surgery" in r.name
+            else COLOURS["grey"]
+            if r is first
+            else COLOURS["blue"]
+        )
         if r is not first:
             lo, hi = paired_interval(first.correct, r.correct, comparison.y)
-            ax.plot([100 * (first.report.sigma + lo), 100 * (first.report.sigma + hi)], [i, i], color=colour, lw=5, alpha=.25, solid_capstyle="butt")
+            ax.plot(
+                [100 * (first.report.sigma + lo), 100 * (first.report.sigma + hi)],
+                [i, i],
+                color=colour,
+                lw=5,
+                alpha=0.25,
+                solid_capstyle="butt",
+            )
         ax.plot(s, i, "o", color=colour)
-        ax.annotate(f"balanced {100 * r.report.balanced:.1f} %", (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=COLOURS["grey"])
-    ax.axvline(100 * first.report.sigma, color=COLOURS["grey"], lw=.8, ls="--")
+        ax.annotate(
+            f"balanced {100 * r.report.balanced:.1f} %",
+            (1.01, i),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7,
+            color=COLOURS["grey"],
+        )
+    ax.axvline(100 * first.report.sigma, color=COLOURS["grey"], lw=0.8, ls="--")
     ax.set_yticks(range(len(rivals)), [r.name for r in reversed(rivals)])
     ax.set_xlim(left=0)
     return ax

@@ -13,11 +13,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .data import check_disjoint
-from .guards import plainly
-from .hvp import HessianOperator, InputError, as_operator, length
-from .lanczos import Eigenpairs, orthogonalise, slabs, top_eigenpairs
-from hessian_surgery_nb.models import (
+from .foundations.distributed import team
+from .foundations.guards import InputError, plainly
+from .foundations.images import check_disjoint
+from hessian_surgery_nb.foundations.networks import (
     check_storable,
     named_part,
     read_tensors,
@@ -25,112 +24,187 @@ from hessian_surgery_nb.models import (
     state_tensors,
     write_tensors,
 )
-from .ranks import team
-from .runs import check_out, out_dir
+from .foundations.runs import check_out, out_dir
+from .foundations.training import ClassReport, class_means
+from .foundations.weights import vector_norm
+from .hvp import HessianOperator, as_operator
+from .lanczos import Eigenpairs, orthogonalise, chunks, top_eigenpairs
 from .sensitivity import Sensitivity
 from hessian_surgery_nb.surgery import (
     StepRecord,
     SurgeryConfig,
     SurgeryOperation,
     amplitude_control,
-    answers,
+    logit_moments,
     as_steps,
-    check_answers,
+    check_logit_moments,
     check_config,
-    with_reduction,
     choose_amplitude,
     request_of,
+    with_reduction,
 )
-from .train import ClassReport, class_means
 
 # %% auto #0
-__all__ = ['DeflatedOperator', 'SpikeStore', 'deflated_eigenpairs', 'check_phases', 'phase_amplitude', 'PhaseRecord',
-           'DeflatedResult', 'deflated_operate', 'phase_frame', 'decile_frame', 'plot_phases', 'shrunk', 'left_out',
-           'agreed']
+__all__ = [
+    "DeflatedOperator",
+    "SpikeStore",
+    "deflated_eigenpairs",
+    "check_phases",
+    "phase_amplitude",
+    "PhaseRecord",
+    "DeflatedResult",
+    "deflated_operate",
+    "phase_frame",
+    "decile_frame",
+    "plot_phases",
+    "with_shrinkage",
+    "without_noisy_spikes",
+    "consensus",
+]
+
 
 # %% ../nbs/06_deflation.ipynb #8ff787e2
 class DeflatedOperator:
     "P H P with P = I - W W', eq. (9): the operator without some directions."
-    def __init__(self,
-        op, # HessianOperator, SciPy LinearOperator or symmetric tensor
-        basis, # W: (n, j) orthonormal columns, of any floating-point type; or Eigenpairs
+
+    def __init__(
+        self,
+        op,  # HessianOperator, SciPy LinearOperator or symmetric tensor
+        basis,  # W: (n, j) orthonormal columns, of any floating-point type; or Eigenpairs
     ):
         W = getattr(basis, "vectors", basis)
         self.op, self.rows = as_operator(op), W.T
         self.shape, self.dtype, self.device = self.op.shape, self.op.dtype, self.op.device
-        if team().size > 1: raise InputError(f"deflation runs in one process. {team().size} share this run; leave together(), or torchrun, out.")
-        if W.ndim != 2 or W.shape[0] != self.shape[0]: raise InputError(f"a basis must be (n, j) with n = {self.shape[0]:,}. Got {tuple(W.shape)}.")
+        if team().size > 1:
+            raise InputError(
+                f"deflation runs in one process. {team().size} share this run; leave distributed(), or torchrun, out."
+            )
+        if W.ndim != 2 or W.shape[0] != self.shape[0]:
+            raise InputError(
+                f"a basis must be (n, j) with n = {self.shape[0]:,}. Got {tuple(W.shape)}."
+            )
         self._check()
 
     def _check(self):
-        if not len(self.rows): return
-        G = sum(part @ part.T for part in (self.rows[:, s].to(self.dtype) for s in slabs(self.rows)))
-        off, allowed = (G - torch.eye(len(G)).to(G)).abs().max().item(), math.sqrt(torch.finfo(self.rows.dtype).eps) # loose: rounding to a short type is no fault
-        if not off <= allowed: raise InputError(f"a basis must have orthonormal columns. They differ by {off:.2g}; pass torch.linalg.qr(basis).Q.")
+        if not len(self.rows):
+            return
+        G = sum(
+            part @ part.T for part in (self.rows[:, s].to(self.dtype) for s in chunks(self.rows))
+        )
+        off, allowed = (
+            (G - torch.eye(len(G)).to(G)).abs().max().item(),
+            math.sqrt(torch.finfo(self.rows.dtype).eps),
+        )  # loose: rounding to a short type is no fault
+        if not off <= allowed:
+            raise InputError(
+                f"a basis must have orthonormal columns. They differ by {off:.2g}; pass torch.linalg.qr(basis).Q."
+            )
 
     @property
-    def num_matvecs(self) -> int: return self.op.num_matvecs
-    def project(self, v: torch.Tensor) -> torch.Tensor: # changed in place
+    def num_matvecs(self) -> int:
+        return self.op.num_matvecs
+
+    def project(self, v: torch.Tensor) -> torch.Tensor:  # changed in place
         "What of a vector lies outside the basis."
-        if len(self.rows): orthogonalise(v, self.rows, near=slice(0) if self.rows.dtype == self.dtype else None) # slice(0): once
+        if len(self.rows):
+            orthogonalise(
+                v, self.rows, near=slice(0) if self.rows.dtype == self.dtype else None
+            )  # slice(0): once
         return v
-    def __matmul__(self, v: torch.Tensor): # (n,) or (n, k)
-        if v.ndim == 2: return torch.stack([self @ column for column in v.T], 1)
+
+    def __matmul__(self, v: torch.Tensor):  # (n,) or (n, k)
+        if v.ndim == 2:
+            return torch.stack([self @ column for column in v.T], 1)
         return self.project(self.op @ self.project(v.to(self.device, self.dtype).clone()))
-    def __repr__(self): return f"DeflatedOperator({self.shape[0]:,} parameters without {len(self.rows)} directions)"
+
+    def __repr__(self):
+        return f"DeflatedOperator({self.shape[0]:,} parameters without {len(self.rows)} directions)"
+
 
 # %% ../nbs/06_deflation.ipynb #ff8dbb1e
 class SpikeStore:
     "Orthonormal directions, found phase by phase; in memory, or in a file."
-    def __init__(self,
-        n: int, capacity: int, # size of a direction, and how many at most
+
+    def __init__(
+        self,
+        n: int,
+        capacity: int,  # size of a direction, and how many at most
         *,
-        dtype: torch.dtype = torch.float32, # torch.bfloat16 halves the memory
+        dtype: torch.dtype = torch.float32,  # torch.bfloat16 halves the memory
         device="cpu",
-        path=None, # a file; None: in memory
+        path=None,  # a file; None: in memory
     ):
-        if path is None: self.all = torch.empty(capacity, n, dtype=dtype, device=device)
-        else: self.all = torch.from_file(str(path), shared=True, size=capacity * n, dtype=dtype).view(capacity, n)
+        if path is None:
+            self.all = torch.empty(capacity, n, dtype=dtype, device=device)
+        else:
+            self.all = torch.from_file(str(path), shared=True, size=capacity * n, dtype=dtype).view(
+                capacity, n
+            )
         self.count = 0
 
     @property
-    def vectors(self) -> torch.Tensor: # (n, count)
-        return self.all[:self.count].T
+    def vectors(self) -> torch.Tensor:  # (n, count)
+        return self.all[: self.count].T
 
-    def add(self, vectors: torch.Tensor) -> float: # (n, k); returns the largest |cosine| with what was there before; 0 for the first
+    def add(
+        self, vectors: torch.Tensor
+    ) -> float:  # (n, k); returns the largest |cosine| with what was there before; 0 for the first
         "Orthonormalise and keep; refuse what adds nothing."
-        if self.count + vectors.shape[1] > len(self.all): raise InputError(f"there is room for {len(self.all)} directions. {self.count} and {vectors.shape[1]} are too many.")
-        overlap, before = 0., self.count
+        if self.count + vectors.shape[1] > len(self.all):
+            raise InputError(
+                f"there is room for {len(self.all)} directions. {self.count} and {vectors.shape[1]} are too many."
+            )
+        overlap, before = 0.0, self.count
         for v in vectors.T:
             w = v.to(torch.float64 if self.all.dtype == torch.float64 else torch.float32).clone()
             if self.count:
-                shared = orthogonalise(w, self.all[:self.count])[:before].abs()
+                shared = orthogonalise(w, self.all[: self.count])[:before].abs()
                 overlap = max([overlap, *shared.tolist()])
-                if not length(w) > .1: raise InputError(f"a new direction must be new. All but {length(w):.2g} of one lies in those before.")
-            self.all[self.count] = (w / length(w).to(w)).to(self.all.dtype)
+                if not vector_norm(w) > 0.1:
+                    raise InputError(
+                        f"a new direction must be new. All but {vector_norm(w):.2g} of one lies in those before."
+                    )
+            self.all[self.count] = (w / vector_norm(w).to(w)).to(self.all.dtype)
             self.count += 1
         return overlap
+
 
 # %% ../nbs/06_deflation.ipynb #b0299f67
 @plainly()
 def deflated_eigenpairs(
-    op, # HessianOperator, SciPy LinearOperator or symmetric tensor
-    phases, # how many pairs each phase looks for, such as (15, 15, 15)
+    op,  # HessianOperator, SciPy LinearOperator or symmetric tensor
+    phases,  # how many pairs each phase looks for, such as (15, 15, 15)
     *,
-    tol: float = 1e-3, seed: int = 0, # as for `top_eigenpairs`
-    basis_dtype: torch.dtype | None = None, # in which directions are kept; None: the operator's
-    path=None, # keep them in this file
+    tol: float = 1e-3,
+    seed: int = 0,  # as for `top_eigenpairs`
+    basis_dtype: torch.dtype | None = None,  # in which directions are kept; None: the operator's
+    path=None,  # keep them in this file
     progress: bool = False,
-) -> tuple[Eigenpairs, list[float]]: # the union of all phases, and the largest |cosine| of each phase's vectors with those before
+) -> tuple[
+    Eigenpairs, list[float]
+]:  # the union of all phases, and the largest |cosine| of each phase's vectors with those before
     "The leading eigenpairs, a few at a time."
     op, phases = as_operator(op), check_phases(phases, as_operator(op).shape[0])
-    kept, found, overlaps = SpikeStore(op.shape[0], sum(phases), dtype=basis_dtype or op.dtype, device=op.device, path=path), [], []
+    kept, found, overlaps = (
+        SpikeStore(
+            op.shape[0], sum(phases), dtype=basis_dtype or op.dtype, device=op.device, path=path
+        ),
+        [],
+        [],
+    )
     for k in phases:
-        pairs = top_eigenpairs(DeflatedOperator(op, kept.vectors), k, tol=tol, seed=seed, progress=progress)
+        pairs = top_eigenpairs(
+            DeflatedOperator(op, kept.vectors), k, tol=tol, seed=seed, progress=progress
+        )
         found.append(pairs)
         overlaps.append(kept.add(pairs.vectors))
-    values, residuals, converged = (torch.cat([getattr(p, a) for p in found]) for a in ("values", "residuals", "converged"))
-    return Eigenpairs(values, kept.vectors, residuals, sum(p.num_matvecs for p in found), converged), overlaps
+    values, residuals, converged = (
+        torch.cat([getattr(p, a) for p in found]) for a in ("values", "residuals", "converged")
+    )
+    return Eigenpairs(
+        values, kept.vectors, residuals, sum(p.num_matvecs for p in found), converged
+    ), overlaps
+
 
 def check_phases(phases, n: int) -> tuple[int, ...]:
     "How many spikes each phase takes."
@@ -143,56 +217,76 @@ def check_phases(phases, n: int) -> tuple[int, ...]:
         )
     )
     if not good or sum(given) > n:
-        raise InputError(f"phases must be whole numbers from 1 on that add up to at most {n:,} "
-                         f"parameters. Got {given}.")
+        raise InputError(
+            f"phases must be whole numbers from 1 on that add up to at most {n:,} "
+            f"parameters. Got {given}."
+        )
     return tuple(map(int, given))
+
 
 # %% ../nbs/06_deflation.ipynb #131ec31c
 def phase_amplitude(
-    eps: float, # of an earlier phase
-    then: float, now: float, # the largest eigenvalue of that phase and of this one
+    eps: float,  # of an earlier phase
+    then: float,
+    now: float,  # the largest eigenvalue of that phase and of this one
 ) -> float:
     "Eq. (10)."
-    if not (eps > 0 and then > 0 and now > 0): raise InputError(f"amplitudes need a positive eps and positive eigenvalues. Got {eps}, {then} and {now}; ask for fewer spikes.")
+    if not (eps > 0 and then > 0 and now > 0):
+        raise InputError(
+            f"amplitudes need a positive eps and positive eigenvalues. Got {eps}, {then} and {now}; ask for fewer spikes."
+        )
     return eps * math.sqrt(then / now)
+
 
 # %% ../nbs/06_deflation.ipynb #d7e542ed
 @dataclass(frozen=True)
 class PhaseRecord:
     "One phase of deflated surgery. Fractions."
+
     phase: int
-    spikes: int # in use so far
-    largest: float # eigenvalue of this phase
+    spikes: int  # in use so far
+    largest: float  # eigenvalue of this phase
     smallest: float
-    eps: float # amplitude at its start
-    overlap: float # largest |cosine| with the directions of earlier phases
+    eps: float  # amplitude at its start
+    overlap: float  # largest |cosine| with the directions of earlier phases
     certified: bool
     matvecs: int
-    sigma: float # on the sensitivity set, after the phase
+    sigma: float  # on the sensitivity set, after the phase
     overall: float
-    held_out_sigma: float | None # reported, never used
+    held_out_sigma: float | None  # reported, never used
     held_out_overall: float | None
     steps: tuple[StepRecord, ...] = field(repr=False)
+
 
 @dataclass(frozen=True)
 class DeflatedResult:
     "What surgery over many spikes did."
+
     model: nn.Module = field(repr=False)
-    before: ClassReport # on the held-out set when there is one
+    before: ClassReport  # on the held-out set when there is one
     after: ClassReport
     sensitivity_before: ClassReport
     sensitivity_after: ClassReport
     phases: list[PhaseRecord] = field(repr=False)
-    labels: torch.Tensor = field(repr=False) # (N,) of the images that `before` and `after` were measured on
-    correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False) # (N,) bool each: which of them were right before and after
+    labels: torch.Tensor = field(
+        repr=False
+    )  # (N,) of the images that `before` and `after` were measured on
+    correct: tuple[torch.Tensor, torch.Tensor] = field(
+        repr=False
+    )  # (N,) bool each: which of them were right before and after
+
     def __repr__(self):
         b, a = self.before, self.after
-        return (f"DeflatedResult({self.phases[-1].spikes} spikes in {len(self.phases)} phases, {a.measured_on}: sigma {100 * b.sigma:.2f} -> {100 * a.sigma:.2f} pp, "
-                f"global {100 * b.overall:.2f} -> {100 * a.overall:.2f} %)")
+        return (
+            f"DeflatedResult({self.phases[-1].spikes} spikes in {len(self.phases)} phases, {a.measured_on}: sigma {100 * b.sigma:.2f} -> {100 * a.sigma:.2f} pp, "
+            f"global {100 * b.overall:.2f} -> {100 * a.overall:.2f} %)"
+        )
+
 
 # %% ../nbs/06_deflation.ipynb #4a0b9fdc
 class _Phases:
     "The state between phases: an operation, the directions so far, the records; and its file."
+
     def __init__(self, operation, phases, run_dir, basis_dtype, held_out):
         self.op, self.held_out, self.records, self.kept = operation, held_out, [], None
         self.like = next(iter(operation.params().values()))
@@ -205,20 +299,23 @@ class _Phases:
             check_phases(phases, self.n),
             None if run_dir is None else check_out(run_dir),
         )
-        if self.dir is None: return
+        if self.dir is None:
+            return
         check_storable(operation.model)
         self.request, self.answers = (
             request_of(operation, held_out, phases=list(self.phases), dtype=str(basis_dtype)),
-            answers(operation),
+            logit_moments(operation),
         )
 
     @property
-    def basis(self) -> torch.Tensor: # (n, count)
+    def basis(self) -> torch.Tensor:  # (n, count)
         return self.like.detach().new_empty(self.n, 0) if self.kept is None else self.kept.vectors
 
-    def keep(self, vectors) -> float: # the largest |cosine| with those before
-        if self.kept is None: self.kept = self.store()
+    def keep(self, vectors) -> float:  # the largest |cosine| with those before
+        if self.kept is None:
+            self.kept = self.store()
         return self.kept.add(vectors)
+
     def store(self) -> SpikeStore:
         return SpikeStore(
             self.n,
@@ -228,10 +325,12 @@ class _Phases:
             path=None if self.dir is None else out_dir(self.dir) / "directions.bin",
         )
 
+
 # %% ../nbs/06_deflation.ipynb #96f36db4
 @patch
 def save(self: _Phases):
-    if self.dir is None: return
+    if self.dir is None:
+        return
     write_tensors(
         self.dir / "phases.safetensors",
         {f"model.{k}": v for k, v in state_tensors(self.op.model).items()},
@@ -244,40 +343,57 @@ def save(self: _Phases):
         ),
     )
 
+
 @patch
 def load(self: _Phases):
-    path = None if self.dir is None else self.dir/"phases.safetensors"
-    if path is None or not path.exists(): return
+    path = None if self.dir is None else self.dir / "phases.safetensors"
+    if path is None or not path.exists():
+        return
     tensors, facts = read_tensors(path, self.request)
-    check_answers(facts["answers"], self.op, path)
-    there, wanted = self.dir/"directions.bin", sum(self.phases) * self.n * self.dtype.itemsize
+    check_logit_moments(facts["answers"], self.op, path)
+    there, wanted = self.dir / "directions.bin", sum(self.phases) * self.n * self.dtype.itemsize
     if not there.exists() or there.stat().st_size != wanted:
-        raise InputError(f"what a run goes on with must be whole. {there} should hold "
-                         f"{wanted:,} bytes of directions; remove {self.dir}, or name another "
-                         "run_dir.")
+        raise InputError(
+            f"what a run goes on with must be whole. {there} should hold "
+            f"{wanted:,} bytes of directions; remove {self.dir}, or name another "
+            "run_dir."
+        )
     set_tensors(self.op.model, named_part(tensors, "model"))
     self.kept, self.op.config = self.store(), replace(self.op.config, eps=facts["eps"])
     self.kept.count = facts["count"]
-    self.records = [PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]]
+    self.records = [
+        PhaseRecord(**{**r, "steps": tuple(as_steps(r["steps"]))}) for r in facts["records"]
+    ]
     self.op.history = [s for r in self.records for s in r.steps]
     self.op.now, self.op.seen = self.op.measure(self.op.data)
-    self.op.best, self.op.best_seen = (self.op.now.sigma, self.op.weights(), len(self.op.history)), self.op.seen
+    self.op.best, self.op.best_seen = (
+        (self.op.now.sigma, self.op.weights(), len(self.op.history)),
+        self.op.seen,
+    )
+
 
 # %% ../nbs/06_deflation.ipynb #6ca05c1f
 def _begin_phase(state: _Phases, loss_fn, hessian_data, forward, size: int):
     "Directions and amplitude of the next phase, handed to the operation."
     op, c = state.op, state.op.config
-    H = HessianOperator(op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options)
+    H = HessianOperator(
+        op.model, loss_fn, hessian_data, params=c.params, forward=forward, **c.product_options
+    )
     op.pairs, op.fixed, eps, past = (
         top_eigenpairs(DeflatedOperator(H, state.basis), size, tol=c.tol, seed=c.seed),
         True,
         c.eps,
         state.records,
     )
-    if past: eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
-    elif eps is None: eps = choose_amplitude(op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names)[0].eps
+    if past:
+        eps = phase_amplitude(past[0].eps, past[0].largest, op.pairs.values[0].item())
+    elif eps is None:
+        eps = choose_amplitude(
+            op.model, op.pairs, op.data, params=c.params, forward=forward, names=op.names
+        )[0].eps
     op.control = amplitude_control(c, eps, op.now.sigma)
     return eps
+
 
 def _end_phase(state: _Phases, eps: float, steps):
     "Back to the best weights so far; the directions join those before."
@@ -285,112 +401,208 @@ def _end_phase(state: _Phases, eps: float, steps):
     op.return_to_best()
     overlap = state.keep(pairs.vectors)
     held = None if state.held_out is None else op.measure(state.held_out, "held_out")[0]
-    state.records.append(PhaseRecord(len(state.records) + 1, state.kept.count, pairs.values[0].item(), pairs.values[-1].item(), eps, overlap, bool(op.first[0].converged.all()), pairs.num_matvecs,
-                                     op.now.sigma, op.now.overall, held and held.sigma, held and held.overall, tuple(steps)))
-    op.pairs = op.first = None # large, and in the store by now
+    state.records.append(
+        PhaseRecord(
+            len(state.records) + 1,
+            state.kept.count,
+            pairs.values[0].item(),
+            pairs.values[-1].item(),
+            eps,
+            overlap,
+            bool(op.first[0].converged.all()),
+            pairs.num_matvecs,
+            op.now.sigma,
+            op.now.overall,
+            held and held.sigma,
+            held and held.overall,
+            tuple(steps),
+        )
+    )
+    op.pairs = op.first = None  # large, and in the store by now
+
 
 # %% ../nbs/06_deflation.ipynb #658c3067
 @plainly()
 def deflated_operate(
-    model: nn.Module, # in evaluation mode; left as it is
-    loss_fn, hessian_data, sensitivity_data, # as for `operate`
+    model: nn.Module,  # in evaluation mode; left as it is
+    loss_fn,
+    hessian_data,
+    sensitivity_data,  # as for `operate`
     *,
-    phases, # how many spikes each phase takes, such as (15, 15, 15)
-    held_out=None, # for the report only
-    config: SurgeryConfig = SurgeryConfig(iterations=3), # iterations are those of a phase; the paper's 3
-    names=None, forward=None, reduction=None, check_overlap: bool = True, # as for `operate`
-    basis_dtype: torch.dtype | None = None, # in which directions are kept; torch.bfloat16 halves the memory
-    run_dir=None, # keep directions and state there; an interrupted run goes on after its last complete phase
-    after_phase=None, # called with each PhaseRecord and the network as it is then, before the phase is written down
+    phases,  # how many spikes each phase takes, such as (15, 15, 15)
+    held_out=None,  # for the report only
+    config: SurgeryConfig = SurgeryConfig(
+        iterations=3
+    ),  # iterations are those of a phase; the paper's 3
+    names=None,
+    forward=None,
+    reduction=None,
+    check_overlap: bool = True,  # as for `operate`
+    basis_dtype: torch.dtype
+    | None = None,  # in which directions are kept; torch.bfloat16 halves the memory
+    run_dir=None,  # keep directions and state there; an interrupted run goes on after its last complete phase
+    after_phase=None,  # called with each PhaseRecord and the network as it is then, before the phase is written down
     progress: bool = True,
 ) -> DeflatedResult:
     "Sequential surgery over many spikes (section 8.2). Each phase ends at the best weights so far (choice)."
     from tqdm.auto import tqdm
+
     config = with_reduction(config, reduction)
     check_config(config)
-    if config.directions != "spikes": raise InputError(f"phases are made of spikes. Got directions={config.directions!r}; use operate for the control.")
-    if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
+    if config.directions != "spikes":
+        raise InputError(
+            f"phases are made of spikes. Got directions={config.directions!r}; use operate for the control."
+        )
+    if check_overlap:
+        check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
     before, labels, was = op.reported(held_out)
     state = _Phases(op, phases, run_dir, basis_dtype, held_out)
     state.load()
-    for size in (bar := tqdm(state.phases[len(state.records):], desc="phases", leave=False, disable=not progress)):
+    for size in (
+        bar := tqdm(
+            state.phases[len(state.records) :], desc="phases", leave=False, disable=not progress
+        )
+    ):
         eps, first = _begin_phase(state, loss_fn, hessian_data, forward, size), len(op.history)
         for _ in range(config.iterations):
-            if not op.iterate(): break
+            if not op.iterate():
+                break
         _end_phase(state, eps, op.history[first:])
-        if after_phase: after_phase(state.records[-1], op.model)
+        if after_phase:
+            after_phase(state.records[-1], op.model)
         state.save()
         bar.set_postfix_str(f"{state.kept.count} spikes, sigma {100 * op.now.sigma:.2f} pp")
     after, _, now = op.reported(held_out)
-    return DeflatedResult(op.model, before, after, op.start, op.now, state.records, labels, (was, now))
+    return DeflatedResult(
+        op.model, before, after, op.start, op.now, state.records, labels, (was, now)
+    )
+
 
 # %% ../nbs/06_deflation.ipynb #92afd695
 def phase_frame(result: DeflatedResult):
     "One row a phase, as in Table 10; in percent and pp."
     import pandas as pd
+
     b = result.sensitivity_before
-    rows = [dict(phase="before", spikes="", **{"global (%)": 100 * b.overall, "sigma (pp)": 100 * b.sigma})]
+    rows = [
+        dict(
+            phase="before",
+            spikes="",
+            **{"global (%)": 100 * b.overall, "sigma (pp)": 100 * b.sigma},
+        )
+    ]
     first = 1
     for r in result.phases:
-        rows.append({"phase": r.phase, "spikes": f"{first}-{r.spikes}", "largest eigenvalue": r.largest, "eps": r.eps, "overlap with earlier": r.overlap, "global (%)": 100 * r.overall, "sigma (pp)": 100 * r.sigma,
-                     "held-out sigma (pp)": None if r.held_out_sigma is None else 100 * r.held_out_sigma, "products": r.matvecs})
+        rows.append(
+            {
+                "phase": r.phase,
+                "spikes": f"{first}-{r.spikes}",
+                "largest eigenvalue": r.largest,
+                "eps": r.eps,
+                "overlap with earlier": r.overlap,
+                "global (%)": 100 * r.overall,
+                "sigma (pp)": 100 * r.sigma,
+                "held-out sigma (pp)": None if r.held_out_sigma is None else 100 * r.held_out_sigma,
+                "products": r.matvecs,
+            }
+        )
         first = r.spikes + 1
     return pd.DataFrame(rows).set_index("phase")
 
+
 def decile_frame(
-    before: ClassReport, after: ClassReport,
-    parts: int = 10, # groups
+    before: ClassReport,
+    after: ClassReport,
+    parts: int = 10,  # groups
     *,
-    by: ClassReport | None = None, # whose accuracies make the groups; None: those before, as in Table 11. Another set's are fairer: among classes that are weak on these images, some are so by their images
+    by: ClassReport
+    | None = None,  # whose accuracies make the groups; None: those before, as in Table 11. Another set's are fairer: among classes that are weak on these images, some are so by their images
 ):
     "Classes grouped by their accuracy: mean accuracy and mean change of each group, percent and pp."
     import pandas as pd
-    if not 1 <= parts <= len(before.accuracy): raise InputError(f"parts must lie in 1..{len(before.accuracy)}, the number of classes. Got {parts}.")
+
+    if not 1 <= parts <= len(before.accuracy):
+        raise InputError(
+            f"parts must lie in 1..{len(before.accuracy)}, the number of classes. Got {parts}."
+        )
     groups = (by or before).accuracy.argsort(stable=True).tensor_split(parts)
-    return pd.DataFrame([{"group": i + 1, "classes": len(g), "before (%)": 100 * before.accuracy[g].mean().item(), "change (pp)": 100 * (after.accuracy[g] - before.accuracy[g]).mean().item()}
-                         for i, g in enumerate(groups)]).set_index("group")
+    return pd.DataFrame(
+        [
+            {
+                "group": i + 1,
+                "classes": len(g),
+                "before (%)": 100 * before.accuracy[g].mean().item(),
+                "change (pp)": 100 * (after.accuracy[g] - before.accuracy[g]).mean().item(),
+            }
+            for i, g in enumerate(groups)
+        ]
+    ).set_index("group")
+
 
 # %% ../nbs/06_deflation.ipynb #0d15d46f
 def plot_phases(
-    result: DeflatedResult, ax=None,
+    result: DeflatedResult,
+    ax=None,
 ):
     "Sigma against the number of spikes in use: on the set that was tuned on, and held out."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     ax = new_axes(ax, title="What more spikes bring", xlabel="spikes in use", ylabel="sigma (pp)")
     x = [0] + [r.spikes for r in result.phases]
-    ax.plot(x, [100 * s for s in [result.sensitivity_before.sigma] + [r.sigma for r in result.phases]], "o-", ms=4, color=COLOURS["blue"], label="sensitivity (tuned on)")
+    ax.plot(
+        x,
+        [100 * s for s in [result.sensitivity_before.sigma] + [r.sigma for r in result.phases]],
+        "o-",
+        ms=4,
+        color=COLOURS["blue"],
+        label="sensitivity (tuned on)",
+    )
     if result.phases[0].held_out_sigma is not None:
-        ax.plot(x, [100 * s for s in [result.before.sigma] + [r.held_out_sigma for r in result.phases]], "o-", ms=4, color=COLOURS["red"], label="held-out")
-    ax.set_ylim(bottom=0); ax.legend(frameon=False, fontsize=8)
+        ax.plot(
+            x,
+            [100 * s for s in [result.before.sigma] + [r.held_out_sigma for r in result.phases]],
+            "o-",
+            ms=4,
+            color=COLOURS["red"],
+            label="held-out",
+        )
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/06_deflation.ipynb #ce9c8e1e
-def shrunk(S: Sensitivity) -> Sensitivity:
-    "Entries pulled towards zero as far as the signal of their spike allows."
-    signal = (S.matrix ** 2 - S.noise ** 2).mean(0).clamp(min=0)
-    return replace(S, matrix=S.matrix * signal / (signal + S.noise ** 2))
 
-def left_out(
+# %% ../nbs/06_deflation.ipynb #ce9c8e1e
+def with_shrinkage(S: Sensitivity) -> Sensitivity:
+    "Entries pulled towards zero as far as the signal of their spike allows."
+    signal = (S.matrix**2 - S.noise**2).mean(0).clamp(min=0)
+    return replace(S, matrix=S.matrix * signal / (signal + S.noise**2))
+
+
+def without_noisy_spikes(
     S: Sensitivity,
-    least: float = 1.5, # |column| over |its noise| of a spike that stays
+    least: float = 1.5,  # |column| over |its noise| of a spike that stays
 ) -> Sensitivity:
     "Zeros for spikes that are mostly noise; the clearest always stays."
     ratio = S.matrix.norm(dim=0) / S.noise.norm(dim=0)
     return replace(S, matrix=S.matrix * (ratio >= ratio.max().clamp(max=least)))
 
-def agreed(
-    S: Sensitivity, solve, # solve(Sensitivity) -> alpha (K,)
-    draws: int = 4, # ways to cut the images in two
-) -> torch.Tensor: # alpha (K,)
+
+def consensus(
+    S: Sensitivity,
+    solve,  # solve(Sensitivity) -> alpha (K,)
+    draws: int = 4,  # ways to cut the images in two
+) -> torch.Tensor:  # alpha (K,)
     "The step of all images, as far as halves that had no say in it would go."
-    C, shares, sigma = len(S.counts), torch.linspace(0, 1, 21, dtype=torch.float64), 0.
+    C, shares, sigma = len(S.counts), torch.linspace(0, 1, 21, dtype=torch.float64), 0.0
     for draw in range(draws):
         g, mine = torch.Generator().manual_seed(draw), torch.zeros(len(S.labels), dtype=torch.bool)
         for c in range(C):
             rows = (S.labels == c).nonzero().flatten()
-            mine[rows[torch.randperm(len(rows), generator=g)[:(len(rows) + 1) // 2]]] = True
+            mine[rows[torch.randperm(len(rows), generator=g)[: (len(rows) + 1) // 2]]] = True
         half = [class_means(S.per_image[m], S.labels[m], C) for m in (mine, ~mine)]
         for chose, judges in (half, half[::-1]):
-            sigma = sigma + (S.accuracy + shares[:, None] * (judges @ solve(replace(S, matrix=chose)))).std(1, correction=0)
+            sigma = sigma + (
+                S.accuracy + shares[:, None] * (judges @ solve(replace(S, matrix=chose)))
+            ).std(1, correction=0)
     return shares[sigma.argmin()] * solve(S)

@@ -11,149 +11,264 @@ import torch
 from torch import nn
 
 from .class_structure import class_subspace
-from .data import check_disjoint
-from .guards import plainly
-from .hvp import HessianOperator, InputError
+from .foundations.guards import InputError, plainly
+from .foundations.images import check_disjoint
+from .foundations.training import class_means, predict
+from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
 from .sensitivity import Sensitivity, sensitivity_matrix
 from .surgery import choose_amplitude, solve_coefficients
-from .train import class_means, predict
 
 # %% auto #0
-__all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'promise', 'Screening', 'look_at', 'screen', 'plot_screening']
+__all__ = [
+    "effective_rank",
+    "rank_interval",
+    "rank_noise_floor",
+    "predicted_change",
+    "Screening",
+    "screening_of",
+    "screen",
+    "plot_screening",
+]
+
 
 # %% ../nbs/08_effective_rank.ipynb #a9158cd6
 def effective_rank(
-    S, # (C, K) matrix, a Sensitivity, or singular values (r,)
+    S,  # (C, K) matrix, a Sensitivity, or singular values (r,)
     *,
-    weights: str = "energy", # "energy": s^2 (the paper's Definition 2); "amplitude": s (Roy and Vetterli)
-) -> float: # at least 1
+    weights: str = "energy",  # "energy": s^2 (the paper's Definition 2); "amplitude": s (Roy and Vetterli)
+) -> float:  # at least 1
     "The entropic effective rank; 1 for a matrix of zeros, whose one trade is no trade."
     S = torch.as_tensor(getattr(S, "matrix", S), dtype=torch.float64)
-    if weights not in ("energy", "amplitude"): raise InputError(f"weights must be 'energy' or 'amplitude'. Got {weights!r}.")
-    if S.ndim not in (1, 2) or not S.numel(): raise InputError(f"an effective rank needs a matrix or singular values. Got shape {tuple(S.shape)}.")
+    if weights not in ("energy", "amplitude"):
+        raise InputError(f"weights must be 'energy' or 'amplitude'. Got {weights!r}.")
+    if S.ndim not in (1, 2) or not S.numel():
+        raise InputError(
+            f"an effective rank needs a matrix or singular values. Got shape {tuple(S.shape)}."
+        )
     if not torch.isfinite(S).all():
-        raise InputError(f"an effective rank needs finite numbers. Got {int((~torch.isfinite(S)).sum())} NaN or infinite entries "
-                         f"of {S.numel()}.")
+        raise InputError(
+            f"an effective rank needs finite numbers. Got {int((~torch.isfinite(S)).sum())} NaN or infinite entries "
+            f"of {S.numel()}."
+        )
     s = torch.linalg.svdvals(S) if S.ndim == 2 else S.abs()
-    if not s.max() > 0: return 1.
+    if not s.max() > 0:
+        return 1.0
     p = (s / s.max()) ** (2 if weights == "energy" else 1)
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
+
 
 # %% ../nbs/08_effective_rank.ipynb #dbb436f6
 def _bootstrapped(s: Sensitivity, draws: int, seed: int):
     "Sensitivity matrices (C, K) of images drawn again, within classes."
-    g, rows = torch.Generator().manual_seed(seed), [(s.labels == c).nonzero().flatten() for c in range(s.matrix.shape[0])]
-    for _ in range(draws): yield torch.stack([s.per_image[r[torch.randint(len(r), (len(r),), generator=g)]].double().mean(0) for r in rows])
+    g, rows = (
+        torch.Generator().manual_seed(seed),
+        [(s.labels == c).nonzero().flatten() for c in range(s.matrix.shape[0])],
+    )
+    for _ in range(draws):
+        yield torch.stack(
+            [
+                s.per_image[r[torch.randint(len(r), (len(r),), generator=g)]].double().mean(0)
+                for r in rows
+            ]
+        )
+
 
 def _middle(values: list[float], level: float) -> tuple[float, float]:
-    q = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    q = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    )
     return q[0].item(), q[1].item()
+
 
 def rank_interval(
     s: Sensitivity,
     *,
-    draws: int = 200, level: float = .95, seed: int = 0, weights: str = "energy",
+    draws: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    weights: str = "energy",
 ) -> tuple[float, float]:
     "Bootstrap spread of the effective rank over sensitivity images, within classes. Not a confidence interval: noise shifts the rank, and resampling adds to it."
-    return _middle([effective_rank(S, weights=weights) for S in _bootstrapped(s, draws, seed)], level)
+    return _middle(
+        [effective_rank(S, weights=weights) for S in _bootstrapped(s, draws, seed)], level
+    )
+
 
 def rank_noise_floor(
     s: Sensitivity,
     *,
-    draws: int = 50, seed: int = 0, weights: str = "energy",
+    draws: int = 50,
+    seed: int = 0,
+    weights: str = "energy",
 ) -> float:
     "Mean effective rank after shuffling labels, the mean response of all classes removed: what meaningless flips look like."
     g, C, ranks = torch.Generator().manual_seed(seed), s.matrix.shape[0], []
     D = (s.per_image - s.per_image.mean(0)).double()
-    for _ in range(draws): ranks.append(effective_rank(class_means(D, s.labels[torch.randperm(len(s.labels), generator=g)], C), weights=weights))
+    for _ in range(draws):
+        ranks.append(
+            effective_rank(
+                class_means(D, s.labels[torch.randperm(len(s.labels), generator=g)], C),
+                weights=weights,
+            )
+        )
     return sum(ranks) / len(ranks)
 
+
 # %% ../nbs/08_effective_rank.ipynb #098b8a4b
-def promise(
+def predicted_change(
     s: Sensitivity,
     *,
-    draws: int = 100, level: float = .95, seed: int = 0,
-    **how, # p, tau, max_drop, box: as for `solve_coefficients`
-) -> tuple[float, float, float]: # sigma after one step of amplitude `s.eps` in [0, 1], and its interval
+    draws: int = 100,
+    level: float = 0.95,
+    seed: int = 0,
+    **how,  # p, tau, max_drop, box: as for `solve_coefficients`
+) -> tuple[
+    float, float, float
+]:  # sigma after one step of amplitude `s.eps` in [0, 1], and its interval
     "What the linear model promises for one step. Accuracies are taken as they are; the noise is that of S."
     a = s.accuracy.double()
     after = lambda S: (a + S @ solve_coefficients(S, a, s.eps, **how)).std(correction=0).item()
-    return after(s.matrix.double()), *_middle([after(S) for S in _bootstrapped(s, draws, seed)], level)
+    return after(s.matrix.double()), *_middle(
+        [after(S) for S in _bootstrapped(s, draws, seed)], level
+    )
+
 
 # %% ../nbs/08_effective_rank.ipynb #f9e0a426
 @dataclass(frozen=True)
 class Screening:
     "What the spikes could do for this network, before they do it."
-    effective_rank: float # energy weights
-    rank_interval: tuple[float, float] # 2.5 and 97.5 % of a bootstrap over images
-    noise_floor: float # what shuffled labels give
-    amplitude_rank: float # Roy and Vetterli's weights
-    flatness: float # s_2 / s_1
-    energy: tuple[float, ...] # cumulative share of the singular directions
-    sigma: float # now, on the sensitivity set, in [0, 1]
-    predicted_sigma: float # after one step of the linear model
-    predicted_interval: tuple[float, float] # 95 %, over images
-    eps: float # amplitude of that step
-    matvecs: int; passes: int # what the look cost
+
+    effective_rank: float  # energy weights
+    rank_interval: tuple[float, float]  # 2.5 and 97.5 % of a bootstrap over images
+    noise_floor: float  # what shuffled labels give
+    amplitude_rank: float  # Roy and Vetterli's weights
+    flatness: float  # s_2 / s_1
+    energy: tuple[float, ...]  # cumulative share of the singular directions
+    sigma: float  # now, on the sensitivity set, in [0, 1]
+    predicted_sigma: float  # after one step of the linear model
+    predicted_interval: tuple[float, float]  # 95 %, over images
+    eps: float  # amplitude of that step
+    matvecs: int
+    passes: int  # what the look cost
     sensitivity: Sensitivity = field(repr=False)
+
     def __repr__(self):
         (lo, hi), (a, b) = self.rank_interval, self.predicted_interval
-        return (f"Screening(effective rank {self.effective_rank:.2f} [{lo:.2f}, {hi:.2f}], shuffled labels "
-                f"{self.noise_floor:.2f}, s2/s1 {self.flatness:.2f}; one step promises sigma {100 * self.sigma:.1f} -> "
-                f"{100 * self.predicted_sigma:.1f} [{100 * a:.1f}, {100 * b:.1f}] pp; {self.matvecs} products, {self.passes} passes)")
+        return (
+            f"Screening(effective rank {self.effective_rank:.2f} [{lo:.2f}, {hi:.2f}], shuffled labels "
+            f"{self.noise_floor:.2f}, s2/s1 {self.flatness:.2f}; one step promises sigma {100 * self.sigma:.1f} -> "
+            f"{100 * self.predicted_sigma:.1f} [{100 * a:.1f}, {100 * b:.1f}] pp; {self.matvecs} products, {self.passes} passes)"
+        )
 
     def to_dict(self) -> dict:
         "For JSON."
-        return {k: v for k, v in vars(self).items() if k != "sensitivity"} | dict(signal_to_noise=self.sensitivity.signal_to_noise)
+        return {k: v for k, v in vars(self).items() if k != "sensitivity"} | dict(
+            signal_to_noise=self.sensitivity.signal_to_noise
+        )
+
 
 # %% ../nbs/08_effective_rank.ipynb #9a42963a
 @plainly()
-def look_at(
+def screening_of(
     s: Sensitivity,
     *,
-    matvecs: int = 0, passes: int | None = None, # what S cost; None: the passes that it tells of
+    matvecs: int = 0,
+    passes: int | None = None,  # what S cost; None: the passes that it tells of
     seed: int = 0,
 ) -> Screening:
     "Everything that a sensitivity matrix says beforehand, without another pass."
-    sv, (predicted, *interval) = torch.linalg.svdvals(s.matrix), promise(s, seed=seed)
-    energy = (sv ** 2).cumsum(0) / (sv ** 2).sum() if sv.max() > 0 else torch.ones_like(sv)
-    return Screening(effective_rank(s), rank_interval(s, seed=seed), rank_noise_floor(s, seed=seed), effective_rank(s, weights="amplitude"), (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0.,
-                     tuple(energy.tolist()), s.accuracy.std(correction=0).item(), predicted, tuple(interval), s.eps, matvecs, s.num_passes if passes is None else passes, s)
+    sv, (predicted, *interval) = torch.linalg.svdvals(s.matrix), predicted_change(s, seed=seed)
+    energy = (sv**2).cumsum(0) / (sv**2).sum() if sv.max() > 0 else torch.ones_like(sv)
+    return Screening(
+        effective_rank(s),
+        rank_interval(s, seed=seed),
+        rank_noise_floor(s, seed=seed),
+        effective_rank(s, weights="amplitude"),
+        (sv[1] / sv[0]).item() if len(sv) > 1 and sv[0] > 0 else 0.0,
+        tuple(energy.tolist()),
+        s.accuracy.std(correction=0).item(),
+        predicted,
+        tuple(interval),
+        s.eps,
+        matvecs,
+        s.num_passes if passes is None else passes,
+        s,
+    )
+
 
 @plainly()
 def screen(
-    model: nn.Module, loss_fn, hessian_data, sensitivity_data, # as for `operate`
+    model: nn.Module,
+    loss_fn,
+    hessian_data,
+    sensitivity_data,  # as for `operate`
     *,
-    num_spikes: int | None = None, # None: C - 1
-    eps: float | None = None, # None: `choose_amplitude`
-    directions: str = "spikes", # or "class_means": no eigenvalue search
-    scheme: str = "central", # or "forward": half the passes
-    params=None, forward=None, names=None, tol: float = 1e-2, seed: int = 0, progress: bool = False,
-    **options, # micro_batch, precision: as for `HessianOperator`
+    num_spikes: int | None = None,  # None: C - 1
+    eps: float | None = None,  # None: `choose_amplitude`
+    directions: str = "spikes",  # or "class_means": no eigenvalue search
+    scheme: str = "central",  # or "forward": half the passes
+    params=None,
+    forward=None,
+    names=None,
+    tol: float = 1e-2,
+    seed: int = 0,
+    progress: bool = False,
+    **options,  # micro_batch, precision: as for `HessianOperator`
 ) -> Screening:
     "Is surgery worth trying? One Lanczos run, one sensitivity matrix; the model is left as it is."
-    if directions not in ("spikes", "class_means"): raise InputError(f"directions must be 'spikes' or 'class_means'. Got {directions!r}.")
+    if directions not in ("spikes", "class_means"):
+        raise InputError(f"directions must be 'spikes' or 'class_means'. Got {directions!r}.")
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data)
-    seen, places = predict(model, sensitivity_data, forward=forward), dict(params=params, forward=forward)
-    if directions == "class_means": pairs = class_subspace(model, hessian_data, num_spikes, **places)
-    else: pairs = top_eigenpairs(HessianOperator(model, loss_fn, hessian_data, **places, **options), seen[0].shape[1] - 1 if num_spikes is None else num_spikes, tol=tol, seed=seed, progress=progress)
+    seen, places = (
+        predict(model, sensitivity_data, forward=forward),
+        dict(params=params, forward=forward),
+    )
+    if directions == "class_means":
+        pairs = class_subspace(model, hessian_data, num_spikes, **places)
+    else:
+        pairs = top_eigenpairs(
+            HessianOperator(model, loss_fn, hessian_data, **places, **options),
+            seen[0].shape[1] - 1 if num_spikes is None else num_spikes,
+            tol=tol,
+            seed=seed,
+            progress=progress,
+        )
     how = dict(scheme=scheme, centre=seen, names=names, **places)
-    if eps is None: s, passes = choose_amplitude(model, pairs, sensitivity_data, **how)
+    if eps is None:
+        s, passes = choose_amplitude(model, pairs, sensitivity_data, **how)
     else:
         s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, progress=progress, **how)
         passes = s.num_passes
-    return look_at(s, matvecs=pairs.num_matvecs, passes=passes + 1, seed=seed)
+    return screening_of(s, matvecs=pairs.num_matvecs, passes=passes + 1, seed=seed)
+
 
 # %% ../nbs/08_effective_rank.ipynb #aaf8ad20
 def plot_screening(
-    look: Screening, ax=None,
+    look: Screening,
+    ax=None,
 ):
     "Cumulative energy of the trades, from the strongest on."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, height=2.6, title=f"{look.effective_rank:.1f} effective trades between classes", xlabel="singular directions of S", ylabel="energy (%)")
-    ax.plot(range(1, len(look.energy) + 1), [100 * e for e in look.energy], "o-", ms=4, color=COLOURS["blue"])
-    ax.axvspan(*look.rank_interval, color=COLOURS["orange"], alpha=.3, lw=0, label="bootstrap spread")
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        height=2.6,
+        title=f"{look.effective_rank:.1f} effective trades between classes",
+        xlabel="singular directions of S",
+        ylabel="energy (%)",
+    )
+    ax.plot(
+        range(1, len(look.energy) + 1),
+        [100 * e for e in look.energy],
+        "o-",
+        ms=4,
+        color=COLOURS["blue"],
+    )
+    ax.axvspan(
+        *look.rank_interval, color=COLOURS["orange"], alpha=0.3, lw=0, label="bootstrap spread"
+    )
     ax.axvline(look.noise_floor, color=COLOURS["grey"], ls="--", lw=1, label="shuffled labels")
-    ax.set_ylim(0, 104); ax.legend(frameon=False, fontsize=8)
+    ax.set_ylim(0, 104)
+    ax.legend(frameon=False, fontsize=8)
     return ax

@@ -8,12 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import threading
 import warnings
-import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 
 import numpy as np
 import psutil
@@ -21,348 +17,142 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from fastcore.basics import patch
 from torch import nn
-from torch.func import functional_call
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from .guards import ChangingFunction, InputError, checksum, plainly, seed_of, undisturbed
-from .layers import LeanLayers, TrueGradients
-from .losses import LossDivisor, as_loss_module, call_loss, is_cross_entropy
-from .ranks import Team, team
+from hessian_surgery_nb.foundations.batches import (
+    check_batch,
+    check_inputs,
+    map_tensors,
+    my_batches,
+    rows_of,
+    split_batch,
+    tensors_in,
+    to_device,
+)
+from .foundations.distributed import team
+from hessian_surgery_nb.foundations.forward import (
+    Forward,
+    _explained,
+    dual_level,
+    functional_logits,
+    logits_and_change,
+    nodes_of,
+    python_functions,
+)
+from hessian_surgery_nb.foundations.guards import (
+    ChangingFunction,
+    InputError,
+    checksum,
+    plainly,
+    seed_of,
+)
+from .foundations.layers import LeanLayers, TrueGradients
+from hessian_surgery_nb.foundations.losses import (
+    LossDivisor,
+    as_loss_module,
+    call_loss,
+    is_cross_entropy,
+)
+from .foundations.weights import check_mode, flatten, select_params, unflatten
 
 # %% auto #0
-__all__ = ['select_params', 'check_model', 'flatten', 'unflatten', 'length', 'inner', 'as_batches', 'map_tensors', 'to_device',
-           'tensors_in', 'split_batch', 'rows_of', 'my_batches', 'Forward', 'functional_logits', 'backward_through',
-           'forward_over_reverse', 'dual_level', 'logits_and_change', 'gauss_newton', 'HessianOperator', 'check_mode',
-           'check_batch', 'check_inputs', 'gradient_graph', 'graph_bytes', 'free_memory', 'Plan', 'nodes_of',
-           'python_functions', 'difference', 'cut', 'same_pass', 'OperatorCheck', 'steady', 'MatrixOperator',
-           'as_operator']
+__all__ = [
+    "backward_through",
+    "forward_over_reverse",
+    "gauss_newton",
+    "HessianOperator",
+    "gradient_graph",
+    "graph_bytes",
+    "free_memory",
+    "Plan",
+    "difference",
+    "cut",
+    "same_pass",
+    "OperatorCheck",
+    "steady",
+    "MatrixOperator",
+    "as_operator",
+]
 
-# %% ../nbs/00_hvp.ipynb #58dff2c0
-def select_params(
-    model: nn.Module,
-    params=None, # None: all that require a gradient; a glob ("layer4.*"); or a list of names and globs
-) -> dict[str, nn.Parameter]: # name -> parameter, in model order
-    "The parameters that span the space we work in."
-    check_model(model)
-    named, every = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False)) # every: tied weights under all their names
-    if params is None: chosen = {k: p for k, p in named.items() if p.requires_grad}
-    else:
-        globs = [params] if isinstance(params, str) else list(params)
-        for g in globs:
-            if not any(fnmatch(k, g) for k in every):
-                raise InputError(f"every name or pattern in params must match a parameter. {g!r} matches none of {len(named)}: "
-                                 f"{', '.join(list(named)[:6])}, ...")
-        wanted = {id(p) for k, p in every.items() if any(fnmatch(k, g) for g in globs)}
-        chosen = {k: p for k, p in named.items() if id(p) in wanted}
-    _check_params(chosen)
-    return chosen
-
-# %% ../nbs/00_hvp.ipynb #bf42d09e
-def check_model(model):
-    "Refuse what is not a network whose weights can take small steps."
-    if not isinstance(model, nn.Module): raise InputError(f"a model must be a torch.nn.Module. Got {type(model).__name__}; pass the network itself.")
-    if isinstance(model, torch.jit.ScriptModule): raise InputError(f"a model must be ordinary PyTorch, so that its weights can be exchanged for a moment. Got a {type(model).__name__}; pass the network that it was made from.")
-    for name, m in model.named_modules():
-        if hasattr(m, "_orig_mod"): raise InputError(f"compiled code cannot be differentiated twice. Module {name or type(m).__name__!r} is compiled; pass its ._orig_mod, which is the same network with the same weights.")
-        if ".quantized" in type(m).__module__: raise InputError(f"quantised weights cannot take small steps. Module {name or type(m).__name__!r} is quantised; pass the network as it was before.")
-    if next(model.parameters(), None) is None: raise InputError("a model must have parameters. Got none; pass a trained network.")
-    for k, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta: raise InputError(f"weights must be there. {k} has none yet; load a checkpoint, or run the network once.")
-        if p.is_inference(): raise InputError(f"weights must be open to gradients. {k} was made under torch.inference_mode(); build and load the network outside of it.")
-
-def _check_params(chosen: dict[str, nn.Parameter]):
-    if not chosen: raise InputError("at least one parameter must be selected. Got none; unfreeze some (requires_grad_(True)) or name them in params.")
-    odd = [k for k, p in chosen.items() if not p.is_floating_point()]
-    if odd: raise InputError(f"parameters must be real floating point. {odd[0]} is {chosen[odd[0]].dtype}; leave it out of params, or rewrite it as real parameters.")
-    kinds = {(p.dtype, p.device) for p in chosen.values()}
-    if len(kinds) > 1:
-        raise InputError(f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or "
-                         "select fewer.")
-    if next(iter(kinds))[0] not in (torch.float32, torch.float64):
-        raise InputError(f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() "
-                         "first.")
-    for k, p in chosen.items():
-        if not torch.isfinite(p).all():
-            raise InputError(f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load "
-                             "another checkpoint.")
-
-# %% ../nbs/00_hvp.ipynb #b91cc42b
-def flatten(
-    tensors, # any iterable of tensors
-) -> torch.Tensor: # (n,)
-    "Join tensors into one vector."
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-def unflatten(
-    v: torch.Tensor, # (n,)
-    like, # tensors that give the shapes
-) -> list[torch.Tensor]: # views of v
-    "Split a vector into views shaped like the given tensors."
-    like = list(like)
-    return [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in like]), like)]
-
-# %% ../nbs/00_hvp.ipynb #a63c1ef3
-def length(
-    v: torch.Tensor, # (n,)
-) -> torch.Tensor: # float64 scalar
-    "The Euclidean length, to the precision of the entries however many, small or large they are."
-    size = _length(v)
-    if v.dtype == torch.float64 and 1e-140 < size < 1e140 or 1e-16 < size < 1e16: return size
-    most = v.abs().max().double() if len(v) else size # squares may leave the range of the type
-    return most * _length((v.double() / most).to(v.dtype)) if 0 < most < math.inf else size
-
-def _length(v):
-    if len(v) < 1 << 16 or v.device.type != "cpu" or v.dtype == torch.float64: return v.norm().double()
-    n = len(v) // 4096 * 4096
-    return torch.hypot(v[:n].reshape(-1, 4096).norm(dim=1).double().norm(), v[n:].norm().double())
-
-def inner(
-    a: torch.Tensor, b: torch.Tensor, # (n,) or (n, k) each
-) -> torch.Tensor: # float64: a number, or of shape (k,), (j, k)
-    "a'b to the precision of the entries however many they are: pieces of the sum, added in double precision."
-    piece = 1 << 12 if a.device.type == "cpu" else len(a)
-    return sum(torch.tensordot(x, y, ([0], [0])).double() for x, y in zip(a.split(piece), b.split(piece)))
-
-# %% ../nbs/00_hvp.ipynb #dee16269
-def as_batches(
-    data, # a pair (X, y), a list of pairs, or a re-iterable loader of pairs
-): # something to iterate over, again and again
-    "Any data as re-iterable batches (X, y)."
-    if isinstance(data, (tuple, list)) and len(data) == 2 and torch.is_tensor(data[1]): return [tuple(data)]
-    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__iter__"):
-        raise InputError(f"data must be a pair (X, y), a list of pairs or a loader. Got {type(data).__name__}.")
-    if iter(data) is data:
-        raise InputError(f"data must give the same batches on every pass. Got a one-shot {type(data).__name__}; pass a list of its batches.")
-    if "Random" in type(getattr(data, "sampler", None)).__name__:
-        raise InputError("data must give the same images in the same order on every pass. Got a loader that shuffles; build it with shuffle=False.")
-    return _in_one_order(data) if isinstance(data, DataLoader) else data
-
-_ORDERS = weakref.WeakKeyDictionary() # a loader -> the same images, in an order that is written down
-
-def _in_one_order(loader: DataLoader):
-    "A loader with a sampler of its own: what it draws is drawn once, and kept for as long as the loader lives."
-    grouped = loader.batch_sampler
-    plain = type(grouped.sampler if type(grouped) is BatchSampler else loader.sampler) is SequentialSampler and type(grouped) in (BatchSampler, type(None))
-    if plain or isinstance(loader.dataset, IterableDataset): return loader
-    if loader not in _ORDERS:
-        with torch.random.fork_rng(devices=[]):
-            order = list(loader.sampler) if loader.batch_sampler is None else [list(rows) for rows in loader.batch_sampler]
-        how = {k: getattr(loader, k) for k in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "prefetch_factor", "persistent_workers")}
-        how |= dict(batch_size=None, sampler=order) if loader.batch_sampler is None else dict(batch_sampler=order)
-        _ORDERS[loader] = DataLoader(loader.dataset, **how)
-    return _ORDERS[loader]
-
-# %% ../nbs/00_hvp.ipynb #86bc382d
-def map_tensors(
-    change, # function of a tensor
-    x, # a tensor, or tensors in dicts, lists and tuples
-):
-    "The same structure with every tensor changed."
-    if torch.is_tensor(x): return change(x)
-    if isinstance(x, Mapping): return {k: map_tensors(change, v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [map_tensors(change, v) for v in x]
-    return x
-
-def to_device(
-    x, # a tensor, or tensors in dicts, lists and tuples
-    device: torch.device,
-):
-    "Move whatever a batch is made of to a device; tensors made in inference mode become ordinary ones."
-    return map_tensors(lambda t: (t.clone() if t.is_inference() else t.detach()).to(device), x)
-
-def tensors_in(X) -> list[torch.Tensor]:
-    "The tensors that a batch of inputs is made of."
-    found = []
-    map_tensors(found.append, X)
-    return found
-
-def split_batch(
-    batch, # what the data yields
-) -> tuple: # (inputs, targets)
-    "A batch as inputs and targets."
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and torch.is_tensor(batch[1]):
-        X, y = batch
-        rows = {len(t) for t in tensors_in(X) if t.ndim}
-        if y.ndim and not len(y): raise InputError("a batch must hold at least one image. Got none; drop empty batches.")
-        if y.ndim and len(rows) == 1 and rows != {len(y)}: raise InputError(f"inputs and labels must be equally many. Got {rows.pop()} and {len(y)}.")
-        return X, y
-    shown = type(batch).__name__
-    if isinstance(batch, Mapping): shown += f" with keys {list(batch)}"
-    elif hasattr(batch, "__len__"): shown += f" of length {len(batch)}"
-    raise InputError(f"a batch must be a pair (inputs, targets) of tensors. Got a {shown}; convert arrays with torch.as_tensor, "
-                     "give single images to a DataLoader, wrap other loaders so that they yield pairs.")
-
-# %% ../nbs/00_hvp.ipynb #967e3a5c
-def rows_of(
-    batch, # (X, y)
-    s: slice,
-) -> tuple: # (X, y) of these rows
-    "Some images of a batch."
-    X, y = split_batch(batch)
-    return map_tensors(lambda t: t[s] if t.ndim and len(t) == len(y) else t, X), y[s]
-
-class _Mine:
-    "This process's rows of every batch of a loader."
-    def __init__(self, batches, team: Team): self.batches, self.team = batches, team
-    def __iter__(self):
-        for turn, batch in enumerate(self.batches):
-            y = split_batch(batch)[1]
-            s = self.team.rows(len(y) if y.ndim else 1, turn)
-            if s.stop > s.start: yield rows_of(batch, s) if y.ndim else batch
-
-def my_batches(
-    data, # as for `as_batches`
-): # likewise
-    "What of the data this process computes with: all of it, unless several share the run."
-    batches, t = as_batches(data), team()
-    return batches if t.size == 1 else list(_Mine(batches, t)) if isinstance(batches, list) else _Mine(batches, t)
-
-# %% ../nbs/00_hvp.ipynb #70a6fbee
-class Forward(nn.Module):
-    "A network as a function from inputs to logits, whatever its calling convention."
-    def __init__(self,
-        model: nn.Module,
-        forward=None, # forward(model, X) -> logits; None: call the model on X
-    ):
-        super().__init__()
-        self.model, self.fn = model, forward
-        self.writes = None # does a pass write its weights? None: not known yet
-
-    def forward(self, X):
-        if self.fn is not None: out = self.fn(self.model, X)
-        elif isinstance(X, Mapping): out = self.model(**X)
-        elif isinstance(X, (tuple, list)): out = self.model(*X)
-        else: out = self.model(X)
-        out = getattr(out, "logits", out)
-        if not torch.is_tensor(out):
-            raise InputError(f"a network must return one tensor of logits. Got a {type(out).__name__}; pass forward=lambda model, "
-                             "X: model(X)[0] or similar.")
-        return out
-
-# %% ../nbs/00_hvp.ipynb #b8d71618
-@plainly(derivatives=False)
-def functional_logits(
-    net: Forward,
-    state: dict[str, torch.Tensor], # parameter (or buffer) name -> tensor to use in its place
-    X, # one batch of inputs
-    *,
-    short: bool = False, # run the network in bfloat16
-) -> torch.Tensor: # logits
-    "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
-    model, careful = net.model, net.writes is not False
-    buffers = dict(model.named_buffers())
-    lent = {k: t.clone() if careful or k in buffers else t for k, t in state.items()}
-    if careful: # the first time, to find out, and always where a pass does write
-        lent = {k: p.detach().clone() for k, p in model.named_parameters() if k not in state} | lent
-    X = map_tensors(torch.clone, X) # a network may scale its inputs in place
-    watched = [t for k, t in lent.items() if k not in buffers] + ([] if careful else list(model.parameters()))
-    versions = [t._version for t in watched if not t.is_inference()]
-    everything = {k: b.clone() for k, b in buffers.items() if k not in lent} | lent
-    try:
-        precision = torch.autocast(next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False) if short else contextlib.nullcontext()
-        with undisturbed(model), TrueGradients(), precision:
-            out = functional_call(net, {f"model.{k}": t for k, t in everything.items()}, (X,))
-    except (InputError, NotImplementedError, torch.OutOfMemoryError): raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as e:
-        shapes = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)) or type(X).__name__
-        raise InputError(f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=.") from e
-    wrote = versions != [t._version for t in watched if not t.is_inference()]
-    if net.writes is None: # a write through .data leaves no version behind: compare the numbers, once
-        originals = dict(model.named_parameters()) | {k: t for k, t in state.items() if k not in buffers}
-        net.writes = wrote or not all(_equal(lent[k], t) for k, t in originals.items())
-    elif wrote and not careful: raise InputError("a pass must write weights always or never. This network wrote some on this batch and none on the first; mend it.")
-    return out
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 @plainly()
 def backward_through(
-    grads, # the gradient, a tuple with its graph
-    leaves, # the parameters it was taken for
-    v, # direction, a list like leaves
-    keep: bool, # whether the graph serves again
-) -> tuple[torch.Tensor, ...]: # H v, like leaves
+    grads,  # the gradient, a tuple with its graph
+    leaves,  # the parameters it was taken for
+    v,  # direction, a list like leaves
+    keep: bool,  # whether the graph serves again
+) -> tuple[torch.Tensor, ...]:  # H v, like leaves
     "Eq. (2): the second backward pass."
     outputs = [(g, u) for g, u in zip(grads, v) if g.requires_grad]
-    if not outputs: return tuple(torch.zeros_like(p) for p in leaves)
+    if not outputs:
+        return tuple(torch.zeros_like(p) for p in leaves)
     gs, us = zip(*outputs)
-    with _explained("a Hessian needs layers with a second derivative", "replace the layer, leave its parameters out with params=, or let mode='auto' find a way"):
-        return torch.autograd.grad(gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True)
+    with _explained(
+        "a Hessian needs layers with a second derivative",
+        "replace the layer, leave its parameters out with params=, or let mode='auto' find a way",
+    ):
+        return torch.autograd.grad(
+            gs, leaves, us, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )
 
-@contextlib.contextmanager
-def _explained(rule, way_out):
-    "What PyTorch says of a derivative it does not have, as an error that helps."
-    try: yield
-    except (NotImplementedError, RuntimeError) as e:
-        known = "not implemented", "not differentiable", "does not support", "double backward", "jvp"
-        if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in known): raise
-        raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
 @plainly()
 def forward_over_reverse(
-    batch_loss, # function from a list of tensors to the scalar loss of a batch
-    leaves, v, # parameters and direction, lists of one shape
-) -> tuple[torch.Tensor, ...]: # H v, like leaves
+    batch_loss,  # function from a list of tensors to the scalar loss of a batch
+    leaves,
+    v,  # parameters and direction, lists of one shape
+) -> tuple[torch.Tensor, ...]:  # H v, like leaves
     "The same product as the derivative of the gradient along v, by forward-mode differentiation."
-    with _explained("mode='forward' needs layers whose backward pass can be differentiated forward", "use mode='rebuilt'"), dual_level():
-        with TrueGradients(): loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
+    with (
+        _explained(
+            "mode='forward' needs layers whose backward pass can be differentiated forward",
+            "use mode='recomputed'",
+        ),
+        dual_level(),
+    ):
+        with TrueGradients():
+            loss = batch_loss([fwAD.make_dual(p, u) for p, u in zip(leaves, v)])
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         tangents = [fwAD.unpack_dual(g).tangent for g in grads]
-    return tuple(torch.zeros_like(p) if t is None or t._is_zerotensor() else t for p, t in zip(leaves, tangents))
+    return tuple(
+        torch.zeros_like(p) if t is None or t._is_zerotensor() else t
+        for p, t in zip(leaves, tangents)
+    )
 
-# %% ../nbs/00_hvp.ipynb #cf8e24c8
-_FORWARD_MODE = threading.RLock() # PyTorch has one level of forward differentiation for the whole process
-
-@contextlib.contextmanager
-def dual_level():
-    "Forward-mode differentiation, a thread at a time."
-    with _FORWARD_MODE, fwAD.dual_level(): yield
-
-@plainly()
-def logits_and_change(
-    logits_of, # function from a list of tensors to logits
-    leaves, v, # parameters and direction, lists of one shape
-) -> tuple[torch.Tensor, torch.Tensor | None]: # z, and J v; None where v does not reach the logits
-    "Logits and their derivative along v, by forward mode; where a layer has none, by two backward passes: J'u is linear in u."
-    try:
-        with dual_level(): return tuple(fwAD.unpack_dual(logits_of([fwAD.make_dual(p, t) for p, t in zip(leaves, v)])))
-    except (InputError, RuntimeError) as e:
-        if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e): raise
-        if not isinstance(e, (InputError, NotImplementedError)) and not any(s in str(e) for s in ("forward AD", "jvp", "not implemented")): raise
-    z = logits_of(leaves)
-    if not z.requires_grad: return z, None
-    u = torch.zeros_like(z).requires_grad_()
-    with _explained("a Gauss-Newton product needs the derivative of the logits along a direction", "replace the layer, or leave its parameters out with params="):
-        pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
-        if any(n.name().endswith("::Error") for n in nodes_of(pulled)): raise NotImplementedError(f"one of {', '.join(python_functions([z]))} is marked once_differentiable")
-        reached = [(g, t) for g, t in zip(pulled, v) if g.requires_grad]
-        if not reached: return z, None
-        parts, directions = zip(*reached)
-        return z, torch.autograd.grad(parts, u, directions)[0]
 
 # %% ../nbs/00_hvp.ipynb #e4b49286
 @plainly()
 def gauss_newton(
-    logits_of, # function from a list of tensors to logits
-    loss_of, # function from logits to the scalar loss of a batch
-    leaves, v, # parameters and direction, lists of one shape
-) -> tuple[torch.Tensor, ...]: # G v, like leaves
+    logits_of,  # function from a list of tensors to logits
+    loss_of,  # function from logits to the scalar loss of a batch
+    leaves,
+    v,  # parameters and direction, lists of one shape
+) -> tuple[torch.Tensor, ...]:  # G v, like leaves
     "G v = J' M J v: positive semidefinite for any loss that is convex in the logits."
     z, u = logits_and_change(logits_of, leaves, v)
-    if u is None: return tuple(torch.zeros_like(p) for p in leaves)
+    if u is None:
+        return tuple(torch.zeros_like(p) for p in leaves)
     zd = z.detach().requires_grad_()
-    with _explained("a Gauss-Newton product needs the second derivative of the loss", "use another loss"):
-        g, = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
-        Mu, = torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
+    with _explained(
+        "a Gauss-Newton product needs the second derivative of the loss", "use another loss"
+    ):
+        (g,) = torch.autograd.grad(loss_of(zd), zd, create_graph=True)
+        (Mu,) = (
+            torch.autograd.grad(g, zd, u.detach()) if g.requires_grad else (torch.zeros_like(zd),)
+        )
     return torch.autograd.grad(z, leaves, Mu, allow_unused=True, materialize_grads=True)
 
+
 # %% ../nbs/00_hvp.ipynb #1afddf7f
-_MODES = {"auto": "decided at the first product, see plan()", "kept": "double backward, the gradient's graph stays in memory: fastest",
-          "rebuilt": "double backward, a batch at a time", "forward": "forward over reverse: least memory",
-          "difference": "central differences of gradients: approximate, for layers without a second derivative"}
+_MODES = {
+    "auto": "decided at the first product, see plan()",
+    "cached": "double backward, the gradient's graph stays in memory: fastest",
+    "recomputed": "double backward, a batch at a time",
+    "forward": "forward over reverse: least memory",
+    "difference": "central differences of gradients: approximate, for layers without a second derivative",
+}
+
 
 # %% ../nbs/00_hvp.ipynb #5e931f72
 class HessianOperator:
@@ -372,22 +162,41 @@ class HessianOperator:
     ignored labels are weighted as one big batch would weigh them. The model is never written to; it must be in
     evaluation mode where that matters (dropout, batch norm).
     """
-    def __init__(self,
-        model: nn.Module, # returns logits
-        loss_fn, # loss_fn(logits, y) -> scalar; a mean or a sum over images
-        data, # (X, y), a list of such pairs, or a loader
+
+    def __init__(
+        self,
+        model: nn.Module,  # returns logits
+        loss_fn,  # loss_fn(logits, y) -> scalar; a mean or a sum over images
+        data,  # (X, y), a list of such pairs, or a loader
         *,
-        params=None, # None (all trainable), a glob, or a list of names and globs
-        kind: str = "hessian", # "hessian" or "gauss_newton"
-        mode: str = "auto", # "kept", "rebuilt", "forward", "difference"; "auto" picks by network and memory
-        forward=None, # forward(model, X) -> logits, for unusual networks
-        reduction: str | None = None, # "mean" or "sum" where a custom loss cannot be asked what it divides by; None: found out
-        memory: float | None = None, # bytes that graphs may take; None: half of what is free at the first product
-        micro_batch: int | None = None, # images at a time; None: whole batches, cut only by "auto" and when memory asks for it
-        precision: str | None = None, # "bf16": the network runs in bfloat16, see check(); None: as its weights are
+        params=None,  # None (all trainable), a glob, or a list of names and globs
+        kind: str = "hessian",  # "hessian" or "gauss_newton"
+        mode: str = "auto",  # "cached", "recomputed", "forward", "difference"; "auto" picks by network and memory
+        forward=None,  # forward(model, X) -> logits, for unusual networks
+        reduction: str
+        | None = None,  # "mean" or "sum" where a custom loss cannot be asked what it divides by; None: found out
+        memory: float
+        | None = None,  # bytes that graphs may take; None: half of what is free at the first product
+        micro_batch: int
+        | None = None,  # images at a time; None: whole batches, cut only by "auto" and when memory asks for it
+        precision: str
+        | None = None,  # "bf16": the network runs in bfloat16, see check(); None: as its weights are
     ):
-        _check_options(loss_fn, kind=kind, mode=mode, precision=precision, micro_batch=micro_batch, memory=memory)
-        self.model, self.loss_fn, self.data, self.kind, self.mode = model, as_loss_module(loss_fn), my_batches(data), kind, mode
+        _check_options(
+            loss_fn,
+            kind=kind,
+            mode=mode,
+            precision=precision,
+            micro_batch=micro_batch,
+            memory=memory,
+        )
+        self.model, self.loss_fn, self.data, self.kind, self.mode = (
+            model,
+            as_loss_module(loss_fn),
+            my_batches(data),
+            kind,
+            mode,
+        )
         chosen = select_params(model, params)
         self.names, self.num_matvecs, self.denominator = list(chosen), 0, None
         self._divisor = LossDivisor(self.loss_fn, reduction)
@@ -397,23 +206,37 @@ class HessianOperator:
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
         self._net, self._team = Forward(model, forward), team()
         self._plan = self._graphs = None
-        self._steady = 0 # how many blocks of `steady` are open
-        self._trace = [] # what the pass that runs now has seen
-        self._seen = self._stamped = None # what every pass should see, and the weights of that
-        self.changing = False # did two passes disagree, though the weights had not moved?
-        self.changes = 0 # how often what is seen became another, for good
+        self._steady = 0  # how many blocks of `steady` are open
+        self._trace = []  # what the pass that runs now has seen
+        self._seen = self._stamped = None  # what every pass should see, and the weights of that
+        self.changing = False  # did two passes disagree, though the weights had not moved?
+        self.changes = 0  # how often what is seen became another, for good
         check_mode(model)
+
 
 # %% ../nbs/00_hvp.ipynb #2592ceeb
 def _check_options(loss_fn, *, kind, mode, precision, micro_batch, memory):
     if not callable(loss_fn) or isinstance(loss_fn, type):
-        raise InputError(f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss().")
-    if kind not in ("hessian", "gauss_newton"): raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
-    if mode not in _MODES: raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
-    if precision not in (None, "bf16"): raise InputError(f"precision must be None or 'bf16'. Got {precision!r}.")
-    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1): raise InputError(f"micro_batch must be a whole number of images, at least 1. Got {micro_batch!r}.")
-    if micro_batch is not None and mode == "kept": raise InputError("mode='kept' keeps whole batches, micro_batch cuts them. Got both; leave one out.")
-    if memory is not None and not memory > 0: raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
+        raise InputError(
+            f"loss_fn must be a function of (logits, labels). Got {loss_fn!r}; pass an instance such as nn.CrossEntropyLoss()."
+        )
+    if kind not in ("hessian", "gauss_newton"):
+        raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {kind!r}.")
+    if mode not in _MODES:
+        raise InputError(f"mode must be one of {', '.join(_MODES)}. Got {mode!r}.")
+    if precision not in (None, "bf16"):
+        raise InputError(f"precision must be None or 'bf16'. Got {precision!r}.")
+    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
+        raise InputError(
+            f"micro_batch must be a whole number of images, at least 1. Got {micro_batch!r}."
+        )
+    if micro_batch is not None and mode == "cached":
+        raise InputError(
+            "mode='cached' keeps whole batches, micro_batch cuts them. Got both; leave one out."
+        )
+    if memory is not None and not memory > 0:
+        raise InputError(f"memory must be a positive number of bytes. Got {memory!r}.")
+
 
 # %% ../nbs/00_hvp.ipynb #6d28fe14
 @patch(as_prop=True)
@@ -422,31 +245,22 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
     named = dict(self.model.named_parameters())
     missing = [k for k in self.names if k not in named]
     if missing or sum(named[k].numel() for k in self.names) != self.shape[0]:
-        raise InputError(f"an operator belongs to the parameters it was made for. The network has changed{f', {missing[0]} is gone' if missing else ' their shapes'}; make a new operator.")
+        raise InputError(
+            f"an operator belongs to the parameters it was made for. The network has changed{f', {missing[0]} is gone' if missing else ' their shapes'}; make a new operator."
+        )
     return {k: named[k] for k in self.names}
+
 
 @patch(as_prop=True)
 def reduction(self: HessianOperator) -> str | None:
     "Whether the loss is a mean or a sum; None where that is not known yet."
     return self._divisor.found or self._divisor.said
 
+
 @patch
 def __repr__(self: HessianOperator):
     return f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, {self.device}, {self.num_matvecs} products)"
 
-# %% ../nbs/00_hvp.ipynb #56a70d34
-def check_mode(
-    model: nn.Module,
-):
-    "Refuse dropout and batch norm in training mode."
-    for name, m in model.named_modules():
-        if not m.training: continue
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): bad = "batch norm in training mode"
-        elif isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and getattr(m, "p", 1.) > 0: bad = "active dropout"
-        elif isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.dropout: bad = "active dropout"
-        elif not type(m).__module__.startswith("torch.nn"): bad = "a training mode that we cannot judge"
-        else: continue
-        raise InputError(f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first.")
 
 # %% ../nbs/00_hvp.ipynb #0eb338d7
 @patch
@@ -454,32 +268,50 @@ def _load(self: HessianOperator, batch):
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
     check_inputs(X, self.model)
-    if is_cross_entropy(self.loss_fn) and not y.is_floating_point(): y = y.long()
+    if is_cross_entropy(self.loss_fn) and not y.is_floating_point():
+        y = y.long()
     return X, y
+
 
 @patch
 def _batch(self: HessianOperator, batch):
     "One batch: its inputs, and the function logits -> undivided loss, which notes what it saw."
     X, y = self._load(batch)
+
     def loss_of(z):
-        if self._seen is None: check_batch(X, y, z, self.loss_fn)
+        if self._seen is None:
+            check_batch(X, y, z, self.loss_fn)
         loss = call_loss(self.loss_fn, z, y)
         d = self._divided_by(z, y)
-        if not d: loss = z.sum() * 0. # nothing but ignored labels: 0 / 0
+        if not d:
+            loss = z.sum() * 0.0  # nothing but ignored labels: 0 / 0
         if self._seen is None and not torch.isfinite(loss):
-            raise InputError(f"the loss must be finite. Got {loss.item()} on a batch of {len(y) if y.ndim else 1}; check weights, images and class "
-                             "weights.")
+            raise InputError(
+                f"the loss must be finite. Got {loss.item()} on a batch of {len(y) if y.ndim else 1}; check weights, images and class "
+                "weights."
+            )
         self._trace.append(_noted(z, y, loss, d))
         return loss * d
+
     return X, loss_of
 
+
 @patch
-def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float: # 1 for a sum
-    if not self._divisor.known and self._whole: return 1. # all data in one piece: nobody need know
-    if not self._divisor.known and self._divisor.references is None: self._prepare_divisor()
+def _divided_by(self: HessianOperator, z: torch.Tensor, y: torch.Tensor) -> float:  # 1 for a sum
+    if not self._divisor.known and self._whole:
+        return 1.0  # all data in one piece: nobody need know
+    if not self._divisor.known and self._divisor.references is None:
+        self._prepare_divisor()
     turn, seen = len(self._trace), self._seen
-    if not self._divisor.known and seen is not None and turn < len(seen) and seen[turn, 2] == checksum(y): return seen[turn, 4].item()
+    if (
+        not self._divisor.known
+        and seen is not None
+        and turn < len(seen)
+        and seen[turn, 2] == checksum(y)
+    ):
+        return seen[turn, 4].item()
     return self._divisor(z, y)
+
 
 @patch
 def _prepare_divisor(self: HessianOperator):
@@ -489,278 +321,357 @@ def _prepare_divisor(self: HessianOperator):
     pieces = (piece for batch in self.data for piece in cut(batch, size))
     for piece in pieces:
         X, y = self._load(piece)
-        with torch.no_grad(): z = self._logits(leaves, X)
-        if found and (z.shape[1:] != found[0][0].shape[1:] or not y.ndim): break
+        with torch.no_grad():
+            z = self._logits(leaves, X)
+        if found and (z.shape[1:] != found[0][0].shape[1:] or not y.ndim):
+            break
         found.append((z, y))
-        if not y.ndim or sum(len(y) for _, y in found) >= 24: break
-    self._divisor.prepare(*(torch.cat(parts) if found[0][1].ndim else parts[0] for parts in zip(*found)))
+        if not y.ndim or sum(len(y) for _, y in found) >= 24:
+            break
+    self._divisor.prepare(
+        *(torch.cat(parts) if found[0][1].ndim else parts[0] for parts in zip(*found))
+    )
 
-def _noted(z, y, loss, d) -> torch.Tensor: # (5,) float64
+
+def _noted(z, y, loss, d) -> torch.Tensor:  # (5,) float64
     "A checksum of logits, their size, a checksum of labels, the loss, what it was divided by."
     z, loss = z.detach(), loss.detach().double()
     return torch.stack([checksum(z), z.double().norm(), checksum(y), loss, loss.new_tensor(d)])
 
+
 @patch(as_prop=True)
 def _whole(self: HessianOperator) -> bool:
     "Is all data one batch, taken in one piece? Then nobody need know what the loss divides by."
-    return isinstance(self.data, list) and len(self.data) == 1 and not self.plan().micro_batch and self._team.size == 1
+    return (
+        isinstance(self.data, list)
+        and len(self.data) == 1
+        and not self.plan().micro_batch
+        and self._team.size == 1
+    )
+
 
 @patch
-def _sums(self: HessianOperator) -> bool: return self._divisor.sums or (not self._divisor.known and self._whole)
+def _sums(self: HessianOperator) -> bool:
+    return self._divisor.sums or (not self._divisor.known and self._whole)
 
-# %% ../nbs/00_hvp.ipynb #eade7ba7
-def check_batch(
-    X, y: torch.Tensor, # one batch
-    logits: torch.Tensor, # (N, C, ...)
-    loss_fn=None, # labels are class numbers when this is a cross-entropy
-):
-    "Refuse images that are not finite, and for cross-entropy labels outside [0, C)."
-    for t in tensors_in(X):
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            rows = (~torch.isfinite(t)).reshape(len(t) if t.ndim else 1, -1).any(1).nonzero().flatten().tolist()
-            raise InputError(f"inputs must be finite. Rows {rows[:5]} of a batch hold NaN or infinity; remove or mend them.")
-    if y.is_floating_point() or not is_cross_entropy(loss_fn): return
-    if y.shape != logits.shape[:1] + logits.shape[2:]:
-        raise InputError(f"labels must be one class number for each prediction. Got shape {tuple(y.shape)} for logits of shape "
-                         f"{tuple(logits.shape)}; squeeze them, or turn one-hot labels into numbers with y.argmax(1).")
-    C, kept = logits.shape[1], y[y != loss_fn.ignore_index]
-    if len(kept) and (kept.min() < 0 or kept.max() >= C):
-        raise InputError(f"labels must lie in 0..{C - 1}, the network has {C} outputs. Got "
-                         f"{kept.min().item()}..{kept.max().item()}; relabel, or use a network with more outputs.")
-
-# %% ../nbs/00_hvp.ipynb #b9842d0a
-def check_inputs(
-    X, # one batch of inputs
-    model: nn.Module,
-):
-    "Refuse raw bytes, and floating-point inputs of a type that no weight of the network has."
-    kinds = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point()))
-    for t in tensors_in(X):
-        if t.dtype == torch.uint8:
-            raise InputError("inputs must be numbers the network was trained on. Got raw bytes (uint8); convert and normalise "
-                             "them, for example x.float() / 255.")
-        if t.is_floating_point() and kinds and t.dtype not in kinds:
-            raise InputError(f"inputs and network must have one type. Got {t.dtype} inputs for a {kinds[0]} network; convert "
-                             f"them with x.to({kinds[0]}).")
 
 # %% ../nbs/00_hvp.ipynb #e86bbe11
 @patch
-def _leaves(self: HessianOperator): return [p.detach().requires_grad_() for p in self.params.values()]
+def _leaves(self: HessianOperator):
+    return [p.detach().requires_grad_() for p in self.params.values()]
+
 
 @patch
 def _logits(self: HessianOperator, leaves, X):
     "Logits with the given tensors for the selected parameters, in the wanted precision; at least single precision when they come out."
-    z = functional_logits(self._net, dict(zip(self.names, leaves)), X, short=self.precision == "bf16")
+    z = functional_logits(
+        self._net, dict(zip(self.names, leaves)), X, short=self.precision == "bf16"
+    )
     return z.to(self.dtype) if self.precision else z
+
 
 @patch
 def _batch_grads(self: HessianOperator, batch, leaves):
     "Undivided loss of a batch and its gradient."
     X, loss_of = self._batch(batch)
     loss = loss_of(self._logits(leaves, X))
-    if not loss.requires_grad: return loss, tuple(torch.zeros_like(p) for p in leaves)
+    if not loss.requires_grad:
+        return loss, tuple(torch.zeros_like(p) for p in leaves)
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
 
 # %% ../nbs/00_hvp.ipynb #e092ada0
 @plainly()
 def gradient_graph(
-    loss_of, # function without arguments: the scalar loss
-    leaves, # what it is differentiated for
-) -> tuple[torch.Tensor, ...]: # like leaves; only their derivative is right, not their values
+    loss_of,  # function without arguments: the scalar loss
+    leaves,  # what it is differentiated for
+) -> tuple[torch.Tensor, ...]:  # like leaves; only their derivative is right, not their values
     "The gradient as something to differentiate once more. Weight gradients, which nobody reads, are left out."
     with LeanLayers() as lean:
         loss = loss_of()
-        if not loss.requires_grad: return tuple(torch.zeros_like(p) for p in leaves)
-        with lean.weights_unread(): grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        if not loss.requires_grad:
+            return tuple(torch.zeros_like(p) for p in leaves)
+        with lean.weights_unread():
+            grads = torch.autograd.grad(
+                loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True
+            )
     if any(n.name().endswith("::Error") for n in nodes_of(grads)):
-        raise InputError(f"a Hessian needs layers with a second derivative. One of {', '.join(python_functions([loss]))} is marked once_differentiable; "
-                         "replace it, leave its parameters out with params=, or let mode='auto' find a way.")
+        raise InputError(
+            f"a Hessian needs layers with a second derivative. One of {', '.join(python_functions([loss]))} is marked once_differentiable; "
+            "replace it, leave its parameters out with params=, or let mode='auto' find a way."
+        )
     return grads
+
 
 @patch
 def _graph(self: HessianOperator, batch, leaves):
     X, loss_of = self._batch(batch)
     return gradient_graph(lambda: loss_of(self._logits(leaves, X)), leaves)
 
+
 # %% ../nbs/00_hvp.ipynb #bc7c0e08
 def graph_bytes(
-    build, # function that builds a graph and returns it
+    build,  # function that builds a graph and returns it
 ) -> int:
     "Bytes that autograd saves for a graph, every storage counted once."
     seen = {}
+
     def pack(t):
         s = t.untyped_storage()
         seen[s.data_ptr()] = s.nbytes()
         return t.detach()
-    pack.measures = True # unlike a caller's hooks, these change nothing
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): build()
+
+    pack.measures = True  # unlike a caller's hooks, these change nothing
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        build()
     return sum(seen.values())
+
 
 def free_memory(
     device: torch.device,
 ) -> int:
     "Bytes that could be allocated there now."
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available // team().neighbours
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available // team().neighbours
+    )
+
 
 # %% ../nbs/00_hvp.ipynb #d54c147e
 @dataclass(frozen=True)
 class Plan:
     "How products are computed, and what that takes."
-    mode: str # "kept", "rebuilt", "forward" or "difference"
-    micro_batch: int | None # images at a time; None: whole batches
-    needed: float # bytes, estimated, that graphs and the pass through them take; nan when the mode was chosen by hand
-    allowed: float # bytes
+
+    mode: str  # "cached", "recomputed", "forward" or "difference"
+    micro_batch: int | None  # images at a time; None: whole batches
+    needed: float  # bytes, estimated, that graphs and the pass through them take; nan when the mode was chosen by hand
+    allowed: float  # bytes
+
     def __repr__(self):
         cut = "" if self.micro_batch is None else f", {self.micro_batch} images at a time"
-        return f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)" if self.needed == self.needed else f"Plan({self.mode}{cut})"
+        return (
+            f"Plan({self.mode}{cut}: about {self.needed / 1e9:.2g} GB of {self.allowed / 1e9:.2g} GB allowed)"
+            if self.needed == self.needed
+            else f"Plan({self.mode}{cut})"
+        )
+
 
 # %% ../nbs/00_hvp.ipynb #7544d469
 @patch
 @plainly()
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
-    if self._plan is None and self._team.size > 1 and next(iter(self.data), None) is None: raise InputError(f"every process needs an image. Rank {self._team.rank} of {self._team.size} has none; use fewer processes, or larger batches.")
+    if self._plan is None and self._team.size > 1 and next(iter(self.data), None) is None:
+        raise InputError(
+            f"every process needs an image. Rank {self._team.rank} of {self._team.size} has none; use fewer processes, or larger batches."
+        )
     if self._plan is None:
-        plan = self._auto() if self.mode == "auto" else Plan(self.mode, self.micro_batch, math.nan, math.nan)
+        plan = (
+            self._auto()
+            if self.mode == "auto"
+            else Plan(self.mode, self.micro_batch, math.nan, math.nan)
+        )
         self._check_cut(plan)
         self._plan = self._agreed(plan)
     return self._plan
+
 
 @patch
 def _check_cut(self: HessianOperator, plan: Plan):
     "Images may be taken a few at a time only where they do not see each other."
     first = next(iter(self.data), None)
-    if first is None: raise InputError("data must hold at least one batch. Got none.")
+    if first is None:
+        raise InputError("data must hold at least one batch. Got none.")
     small, large = (next(cut(first, size)) for size in (2, 4))
     sound = self._sound(small)
-    if sound and self.mode != "auto" and self.kind == "hessian": self._check_mode_by_hand(small)
+    if sound and self.mode != "auto" and self.kind == "hessian":
+        self._check_mode_by_hand(small)
     if sound and plan.micro_batch and not self._separable(small, large):
-        raise InputError(f"a batch can only be cut where images do not see each other. Logits of two images are others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a row for each label.")
+        raise InputError(
+            f"a batch can only be cut where images do not see each other. Logits of two images are others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a row for each label."
+        )
+
 
 @patch
 def _agreed(self: HessianOperator, plan: Plan) -> Plan:
     "Where several processes share the data: the most cautious mode of any of them."
-    if self._team.size == 1: return plan
+    if self._team.size == 1:
+        return plan
     small, large = (next(cut(next(iter(self.data)), s)) for s in (1, 2))
-    if self._sound(small) and not self._separable(small, large): raise InputError("a batch can only be shared where images do not see each other. Logits of this network depend on what else is in the batch; use one process.")
+    if self._sound(small) and not self._separable(small, large):
+        raise InputError(
+            "a batch can only be shared where images do not see each other. Logits of this network depend on what else is in the batch; use one process."
+        )
     modes = list(_MODES)
-    wanted = self._team.add(torch.tensor([float(m == plan.mode) for m in modes]))
+    wanted = self._team.all_reduce(torch.tensor([float(m == plan.mode) for m in modes]))
     return replace(plan, mode=modes[int(wanted.nonzero().max())])
+
 
 @patch
 def _auto(self: HessianOperator) -> Plan:
     check_mode(self.model)
     allowed = self.memory or free_memory(self.device) / 2
     first = next(iter(self.data), None)
-    if first is None: raise InputError("data must hold at least one batch. Got none.")
+    if first is None:
+        raise InputError("data must hold at least one batch. Got none.")
     small, large = (next(cut(first, s)) for s in (2, 4))
-    if not self._sound(small): return Plan("rebuilt", self.micro_batch, math.nan, math.nan) # the pass itself will say what is wrong
+    if not self._sound(small):
+        return Plan(
+            "recomputed", self.micro_batch, math.nan, math.nan
+        )  # the pass itself will say what is wrong
     mode = self._possible(small)
-    if mode == "difference": return Plan(mode, self.micro_batch, math.nan, math.nan)
+    if mode == "difference":
+        return Plan(mode, self.micro_batch, math.nan, math.nan)
     rows = lambda y: len(y) if y.ndim else 1
     sizes = [2 * self._graph_size(b) for b in (small, large)]
-    if math.isnan(sum(sizes)): return Plan("rebuilt" if mode == "kept" else mode, self.micro_batch, math.nan, allowed)
+    if math.isnan(sum(sizes)):
+        return Plan("recomputed" if mode == "cached" else mode, self.micro_batch, math.nan, allowed)
     slope = max(sizes[1] - sizes[0], 0) / max(rows(large[1]) - rows(small[1]), 1)
     need = lambda n: sizes[1] + slope * (n - rows(large[1]))
-    batches = [rows(split_batch(b)[1]) for b in self.data] if isinstance(self.data, list) else [rows(split_batch(first)[1])]
+    batches = (
+        [rows(split_batch(b)[1]) for b in self.data]
+        if isinstance(self.data, list)
+        else [rows(split_batch(first)[1])]
+    )
     whole, one = sum(map(need, batches)), need(max(batches))
-    if mode == "kept" and isinstance(self.data, list) and not self.micro_batch and whole <= allowed: return Plan("kept", None, whole, allowed)
-    mode = "rebuilt" if mode == "kept" else mode
-    if self.micro_batch or one <= allowed or not self._separable(small, large): return Plan(mode, self.micro_batch, one, allowed)
+    if (
+        mode == "cached"
+        and isinstance(self.data, list)
+        and not self.micro_batch
+        and whole <= allowed
+    ):
+        return Plan("cached", None, whole, allowed)
+    mode = "recomputed" if mode == "cached" else mode
+    if self.micro_batch or one <= allowed or not self._separable(small, large):
+        return Plan(mode, self.micro_batch, one, allowed)
     size = max(1, int((allowed - need(0)) / slope) if slope else max(batches))
     return Plan(mode, size, need(size), allowed)
+
 
 # %% ../nbs/00_hvp.ipynb #be0ced92
 @patch
 def _graph_size(self: HessianOperator, batch):
     (X, y), leaves = self._load(batch), self._leaves()
+
     def build():
-        if self.kind == "gauss_newton": return self._logits(leaves, X)
+        if self.kind == "gauss_newton":
+            return self._logits(leaves, X)
         return gradient_graph(lambda: call_loss(self.loss_fn, self._logits(leaves, X), y), leaves)
-    own = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-    try: return max(graph_bytes(build) - sum(own.values()), 0)
-    except (RuntimeError, InputError): return math.nan # a network that lets nobody look at what it saves
+
+    own = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in self.model.parameters()
+    }
+    try:
+        return max(graph_bytes(build) - sum(own.values()), 0)
+    except (RuntimeError, InputError):
+        return math.nan  # a network that lets nobody look at what it saves
+
 
 @patch
 def _sound(self: HessianOperator, batch) -> bool:
     try:
         X, y = self._load(batch)
-        with torch.no_grad(): z = self._logits(self._leaves(), X) # the first pass: it also finds out whether passes write
+        with torch.no_grad():
+            z = self._logits(
+                self._leaves(), X
+            )  # the first pass: it also finds out whether passes write
         check_batch(X, y, z, self.loss_fn)
         call_loss(self.loss_fn, z, y)
         return True
-    except (InputError, RuntimeError, IndexError, TypeError): return False
+    except (InputError, RuntimeError, IndexError, TypeError):
+        return False
+
 
 @patch
 def _separable(self: HessianOperator, small, large):
-    with torch.no_grad(): a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
-    if a.ndim and b.ndim and a.shape[1:] != b.shape[1:]: return False
-    return a.ndim > 0 and torch.allclose(a, b[:len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+    with torch.no_grad():
+        a, b = (self._logits(self._leaves(), self._load(x)[0]) for x in (small, large))
+    if a.ndim and b.ndim and a.shape[1:] != b.shape[1:]:
+        return False
+    return a.ndim > 0 and torch.allclose(
+        a, b[: len(a)], rtol=1e-3, atol=1e-4 * float(b.abs().max())
+    )
 
-# %% ../nbs/00_hvp.ipynb #f5ed6abc
-def nodes_of(tensors):
-    "All nodes of the graphs that made these tensors."
-    seen, stack = set(), [t.grad_fn for t in tensors]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen: continue
-        seen.add(node); stack += [n for n, _ in node.next_functions]
-        yield node
-
-def python_functions(tensors) -> list[str]:
-    "Autograd functions written in Python by others, in the graphs of these tensors."
-    classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
-    return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
 
 # %% ../nbs/00_hvp.ipynb #d30f4562
 def difference(
-    gradient_at, # function (n,) -> (n,)
-    theta: torch.Tensor, v: torch.Tensor, # (n,) where, and along what
-    scale: float = 1., # of the step, in cube roots of the rounding unit
-) -> torch.Tensor: # (n,), about H v
+    gradient_at,  # function (n,) -> (n,)
+    theta: torch.Tensor,
+    v: torch.Tensor,  # (n,) where, and along what
+    scale: float = 1.0,  # of the step, in cube roots of the rounding unit
+) -> torch.Tensor:  # (n,), about H v
     "Central difference of gradients."
     size = v.norm().item()
-    if not size: return torch.zeros_like(v)
-    h = scale * torch.finfo(v.dtype).eps ** (1 / 3) * max(theta.norm().item(), 1.) / size
+    if not size:
+        return torch.zeros_like(v)
+    h = scale * torch.finfo(v.dtype).eps ** (1 / 3) * max(theta.norm().item(), 1.0) / size
     return (gradient_at(theta + h * v) - gradient_at(theta - h * v)) / (2 * h)
 
-def _apart(a: torch.Tensor, b: torch.Tensor, least: float) -> float: # least: a length that is as good as none
+
+def _apart(
+    a: torch.Tensor, b: torch.Tensor, least: float
+) -> float:  # least: a length that is as good as none
     "Relative distance of two vectors; 0 where both are as good as none."
     size = max(a.norm().item(), b.norm().item())
-    return 0. if size <= least else ((a - b).norm() / size).item()
+    return 0.0 if size <= least else ((a - b).norm() / size).item()
+
 
 # %% ../nbs/00_hvp.ipynb #2665f1ee
 class _TryOut:
     "A scalar function of a list of tensors, on which derivatives are compared with differences."
-    def __init__(self, value, at: list[torch.Tensor]): # value(tensors) -> scalar
+
+    def __init__(self, value, at: list[torch.Tensor]):  # value(tensors) -> scalar
         self.value, self.leaves = value, [t.detach().requires_grad_() for t in at]
         self.theta = flatten(self.leaves).detach()
         self.level = self.value(self.leaves).detach().abs().item()
-        along = torch.randn(len(self.theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.theta)
+        along = torch.randn(
+            len(self.theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).to(self.theta)
         g = self.gradient_at(self.theta)
-        self.v = along / along.norm() + (g / g.norm() if g.norm() > 0 else 0.)
+        self.v = along / along.norm() + (g / g.norm() if g.norm() > 0 else 0.0)
         self.eps = torch.finfo(self.theta.dtype).eps
         exact = self.theta.dtype == torch.float64
-        self.much, self.scales = (1e-4, (1., .01)) if exact else (.05, (1.,)) # what is wrong; a short step crosses no kink that a long one does
-        self.least = 1e3 * self.eps ** (2 / 3) * max(self.level, 1e-30) / max(self.theta.norm().item(), 1.)
+        self.much, self.scales = (
+            (1e-4, (1.0, 0.01)) if exact else (0.05, (1.0,))
+        )  # what is wrong; a short step crosses no kink that a long one does
+        self.least = (
+            1e3 * self.eps ** (2 / 3) * max(self.level, 1e-30) / max(self.theta.norm().item(), 1.0)
+        )
 
-    def tensors(self, theta): return [t.detach().requires_grad_() for t in unflatten(theta, self.leaves)]
+    def tensors(self, theta):
+        return [t.detach().requires_grad_() for t in unflatten(theta, self.leaves)]
+
     def gradient_at(self, theta):
         ts = self.tensors(theta)
-        return flatten(torch.autograd.grad(self.value(ts), ts, allow_unused=True, materialize_grads=True))
+        return flatten(
+            torch.autograd.grad(self.value(ts), ts, allow_unused=True, materialize_grads=True)
+        )
 
     def slope_off(self) -> float:
         "How far the gradient is from the difference of values."
-        with torch.no_grad(): slope = difference(lambda theta: self.value(self.tensors(theta)).reshape(1), self.theta, self.v)
+        with torch.no_grad():
+            slope = difference(
+                lambda theta: self.value(self.tensors(theta)).reshape(1), self.theta, self.v
+            )
         return _apart((self.gradient_at(self.theta) @ self.v).reshape(1), slope, self.least)
-    def product_off(self, product) -> float: # product(value, leaves, v) -> H v, like leaves
+
+    def product_off(self, product) -> float:  # product(value, leaves, v) -> H v, like leaves
         "How far a product is from the difference of gradients."
         found = flatten(product(self.value, self.leaves, unflatten(self.v, self.leaves))).detach()
         return min(_apart(found, self.bent(scale), self.least) for scale in self.scales)
-    def bent(self, scale): return difference(self.gradient_at, self.theta, self.v, scale)
 
-def _by_graph(value, leaves, v): return backward_through(gradient_graph(lambda: value(leaves), leaves), leaves, v, False)
-_PRODUCTS = dict(kept=_by_graph, forward=forward_over_reverse)
+    def bent(self, scale):
+        return difference(self.gradient_at, self.theta, self.v, scale)
+
+
+def _by_graph(value, leaves, v):
+    return backward_through(gradient_graph(lambda: value(leaves), leaves), leaves, v, False)
+
+
+_PRODUCTS = dict(cached=_by_graph, forward=forward_over_reverse)
+
 
 # %% ../nbs/00_hvp.ipynb #ecdaf61b
 @patch
@@ -768,26 +679,52 @@ def _try_out(self: HessianOperator, batch, dtype) -> _TryOut:
     "The network on a few images, in a type of choice, as a smooth function of its logits that no label makes flat."
     wide = lambda t: t.detach().to(dtype) if t.is_floating_point() else t.detach()
     X, model = map_tensors(wide, self._load(batch)[0]), self.model
-    rest = {k: wide(t) for k, t in (*model.named_parameters(), *model.named_buffers()) if k not in self.names}
-    def logits(ts): return functional_logits(self._net, rest | dict(zip(self.names, ts)), X)
-    with torch.no_grad(): z = logits([wide(p) for p in self.params.values()])
-    size, target = z.abs().max().clamp(min=1e-12), torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-    return _TryOut(lambda ts: (logits(ts) / size - target).square().sum() / 2, [wide(p) for p in self.params.values()])
+    rest = {
+        k: wide(t)
+        for k, t in (*model.named_parameters(), *model.named_buffers())
+        if k not in self.names
+    }
 
-def _in_double(make): # make(dtype) -> a trial
+    def logits(ts):
+        return functional_logits(self._net, rest | dict(zip(self.names, ts)), X)
+
+    with torch.no_grad():
+        z = logits([wide(p) for p in self.params.values()])
+    size, target = (
+        z.abs().max().clamp(min=1e-12),
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z),
+    )
+    return _TryOut(
+        lambda ts: (logits(ts) / size - target).square().sum() / 2,
+        [wide(p) for p in self.params.values()],
+    )
+
+
+def _in_double(make):  # make(dtype) -> a trial
     "In double precision, where rounding hides nothing; as it is where the code takes no doubles."
-    try: return make(torch.float64)
-    except (InputError, NotImplementedError, RuntimeError): return make(None)
+    try:
+        return make(torch.float64)
+    except (InputError, NotImplementedError, RuntimeError):
+        return make(None)
+
 
 @patch
 def _trials(self: HessianOperator, batch, z: torch.Tensor, y, foreign) -> list[_TryOut]:
     "What to compare with differences: the network, and the loss, where strangers wrote their derivatives."
     inside, trials = python_functions([z]), []
-    if inside: trials.append(_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)))
+    if inside:
+        trials.append(_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype)))
     if set(foreign) - set(inside):
         at = z.detach()
-        trials.append(_in_double(lambda dtype: _TryOut(lambda ts: call_loss(self.loss_fn, ts[0], y), [at.to(dtype or at.dtype)])))
+        trials.append(
+            _in_double(
+                lambda dtype: _TryOut(
+                    lambda ts: call_loss(self.loss_fn, ts[0], y), [at.to(dtype or at.dtype)]
+                )
+            )
+        )
     return trials
+
 
 # %% ../nbs/00_hvp.ipynb #167b7119
 @patch
@@ -800,20 +737,32 @@ def _possible(self: HessianOperator, batch) -> str:
     trials = self._trials(batch, z, y, foreign) if foreign else []
     for trial in trials:
         if (off := trial.slope_off()) > 10 * trial.much:
-            raise InputError(f"a Hessian needs gradients that are derivatives. That of {', '.join(foreign)} is {off:.0%} away from differences of the values; replace the layer, or leave its parameters out with params=.")
-    if self.kind == "gauss_newton" or not value.requires_grad: return "rebuilt" if self.kind == "gauss_newton" else "kept"
-    def loss(ts): return call_loss(self.loss_fn, self._logits(ts, X), y)
+            raise InputError(
+                f"a Hessian needs gradients that are derivatives. That of {', '.join(foreign)} is {off:.0%} away from differences of the values; replace the layer, or leave its parameters out with params=."
+            )
+    if self.kind == "gauss_newton" or not value.requires_grad:
+        return "recomputed" if self.kind == "gauss_newton" else "cached"
+
+    def loss(ts):
+        return call_loss(self.loss_fn, self._logits(ts, X), y)
+
     for mode, product in _PRODUCTS.items():
         try:
             product(loss, leaves, [torch.ones_like(p) for p in leaves])
-            off = max((t.product_off(product) / t.much for t in trials), default=0.)
+            off = max((t.product_off(product) / t.much for t in trials), default=0.0)
         except (InputError, RuntimeError) as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
             said = said or str(e).split(";")[0].split("\n")[0]
             continue
-        if off < 1. and not (mode == "forward" and not trials and self._forward_off(batch) >= 1.): return mode
-        said = said or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} does not agree with differences of gradients"
+        if off < 1.0 and not (mode == "forward" and not trials and self._forward_off(batch) >= 1.0):
+            return mode
+        said = (
+            said
+            or f"a Hessian needs layers with a second derivative. That of {', '.join(foreign) or 'one layer'} does not agree with differences of gradients"
+        )
     return self._last_resort(batch, said)
+
 
 @patch
 def _forward_off(self: HessianOperator, batch) -> float:
@@ -821,41 +770,64 @@ def _forward_off(self: HessianOperator, batch) -> float:
     trial = _in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))
     return trial.product_off(forward_over_reverse) / trial.much
 
+
 @patch
 def _check_mode_by_hand(self: HessianOperator, batch):
     "A mode that was chosen is tried as those that are found: on two images, against differences, where it could be wrong in silence."
     (X, y), leaves = self._load(batch), self._leaves()
     z = self._logits(leaves, X)
     trials = self._trials(batch, z, y, python_functions([call_loss(self.loss_fn, z, y)]))
-    if not trials and self.mode == "forward": trials = [_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))]
-    product = dict(kept=_by_graph, rebuilt=_by_graph, forward=forward_over_reverse).get(self.mode)
+    if not trials and self.mode == "forward":
+        trials = [_in_double(lambda dtype: self._try_out(batch, dtype or self.dtype))]
+    product = dict(cached=_by_graph, recomputed=_by_graph, forward=forward_over_reverse).get(
+        self.mode
+    )
     for trial in trials:
-        if trial.slope_off() > 10 * trial.much: raise InputError("a Hessian needs gradients that are derivatives. Those of this network are not differences of its values; replace the layer, or leave its parameters out with params=.")
+        if trial.slope_off() > 10 * trial.much:
+            raise InputError(
+                "a Hessian needs gradients that are derivatives. Those of this network are not differences of its values; replace the layer, or leave its parameters out with params=."
+            )
         if product is not None and trial.product_off(product) > trial.much:
-            raise InputError(f"mode={self.mode!r} needs layers whose second derivative is right. On two images its product is not that of differences of gradients; use mode='auto', which finds one that is{', or rebuilt' if self.mode == 'forward' else ''}.")
+            raise InputError(
+                f"mode={self.mode!r} needs layers whose second derivative is right. On two images its product is not that of differences of gradients; use mode='auto', which finds one that is{', or recomputed' if self.mode == 'forward' else ''}."
+            )
+
 
 @patch
 def _last_resort(self: HessianOperator, batch, said: str) -> str:
     "Differences of gradients, if two steps agree."
     trial = self._try_out(batch, self.dtype)
-    one, two = trial.bent(1.), trial.bent(2.)
+    one, two = trial.bent(1.0), trial.bent(2.0)
     off = _apart(two, one, trial.least)
-    if not off < .1: raise InputError(f"{said}, and differences of gradients with two steps are {off:.0%} apart; use model.double(), or replace the layer.")
-    warnings.warn(f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).", stacklevel=6)
+    if not off < 0.1:
+        raise InputError(
+            f"{said}, and differences of gradients with two steps are {off:.0%} apart; use model.double(), or replace the layer."
+        )
+    warnings.warn(
+        f"{said}. Products are central differences of gradients instead, good to about {max(off, torch.finfo(self.dtype).eps ** (2 / 3)):.1g} (relative).",
+        stacklevel=6,
+    )
     return "difference"
+
 
 # %% ../nbs/00_hvp.ipynb #6b3e85ad
 def cut(
-    batch, # (X, y)
-    size: int | None, # images in a piece; None: in one piece
+    batch,  # (X, y)
+    size: int | None,  # images in a piece; None: in one piece
 ):
     "A batch in pieces."
     X, y = split_batch(batch)
-    if size is None or not y.ndim or len(y) <= size: yield X, y; return
-    for i in range(0, len(y), size): yield rows_of(batch, slice(i, i + size))
+    if size is None or not y.ndim or len(y) <= size:
+        yield X, y
+        return
+    for i in range(0, len(y), size):
+        yield rows_of(batch, slice(i, i + size))
+
 
 @patch
-def _pass(self: HessianOperator, each, moved: bool = False): # moved: at other weights than the model's own
+def _pass(
+    self: HessianOperator, each, moved: bool = False
+):  # moved: at other weights than the model's own
     "Visit every piece with `each(piece)`, then settle the denominator, and see whether data and network are what they were."
     check_mode(self.model)
     size, out = self.plan().micro_batch, None
@@ -863,131 +835,189 @@ def _pass(self: HessianOperator, each, moved: bool = False): # moved: at other w
     for piece in (p for batch in self.data for p in cut(batch, size)):
         part = each(piece)
         out = part if out is None else tuple(a.add_(b) for a, b in zip(out, part))
-    if out is None: raise InputError("data must hold at least one batch. Got none.")
+    if out is None:
+        raise InputError("data must hold at least one batch. Got none.")
     trace = torch.stack(self._trace)
-    D = 1. if self._sums() else self._team.add(trace[:, 4].sum().cpu()).item()
-    if D == 0: raise InputError("the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0.")
+    D = 1.0 if self._sums() else self._team.all_reduce(trace[:, 4].sum().cpu()).item()
+    if D == 0:
+        raise InputError(
+            "the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0."
+        )
     if self._seen is not None and not math.isclose(D, self.denominator or D, rel_tol=1e-9):
-        raise InputError(f"data must give the same images on every pass. Their total weight went from {self.denominator:g} to {D:g}; "
-                         "fix the sampling.")
+        raise InputError(
+            f"data must give the same images on every pass. Their total weight went from {self.denominator:g} to {D:g}; "
+            "fix the sampling."
+        )
     self.denominator = D
     self._compare(trace, moved)
     return out
 
+
 # %% ../nbs/00_hvp.ipynb #6d55f1ec
 def same_pass(
-    a: torch.Tensor, b: torch.Tensor, # (pieces, 5) each: what two passes saw
-    unit: float, # rounding unit of the logits
-    moved: bool = False, # at other weights: only labels can be compared
+    a: torch.Tensor,
+    b: torch.Tensor,  # (pieces, 5) each: what two passes saw
+    unit: float,  # rounding unit of the logits
+    moved: bool = False,  # at other weights: only labels can be compared
 ) -> bool:
     "Whether two passes saw the same labels and, to rounding, the same logits."
-    if a.shape != b.shape or not torch.equal(a[:, 2], b[:, 2]): return False
-    if moved: return True
-    few = min(unit ** .7, .02) # the same code gives the same bits; other kernels may be chosen where gradients are asked for
+    if a.shape != b.shape or not torch.equal(a[:, 2], b[:, 2]):
+        return False
+    if moved:
+        return True
+    few = min(
+        unit**0.7, 0.02
+    )  # the same code gives the same bits; other kernels may be chosen where gradients are asked for
     logits = (a[:, 0] - b[:, 0]).abs() <= few * torch.minimum(a[:, 1], b[:, 1])
-    loss = (a[:, 3] - b[:, 3]).abs() <= few * (a[:, 3].abs() + b[:, 3].abs() + 1e-3 * a[:, 1]) + 1e-300
+    loss = (a[:, 3] - b[:, 3]).abs() <= few * (
+        a[:, 3].abs() + b[:, 3].abs() + 1e-3 * a[:, 1]
+    ) + 1e-300
     return bool((logits & (loss | a[:, 3].isnan())).all())
+
 
 def _stamp(model: nn.Module) -> list:
     "What changes when any parameter or buffer does."
     ts = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    return [(t.data_ptr(), n) for t, n in zip(ts, torch.stack([checksum(t).cpu() for t in ts]).tolist())]
+    return [
+        (t.data_ptr(), n) for t, n in zip(ts, torch.stack([checksum(t).cpu() for t in ts]).tolist())
+    ]
+
 
 @patch
-def _same(self: HessianOperator, a, b, moved=False) -> bool: # in every process
+def _same(self: HessianOperator, a, b, moved=False) -> bool:  # in every process
     unit = torch.finfo(torch.bfloat16 if self.precision else self.dtype).eps
     return not self._team.any(not same_pass(a, b, unit, moved))
+
 
 @patch
 def _compare(self: HessianOperator, trace: torch.Tensor, moved: bool):
     "Take note of a first pass; of a later one that differs, find out why."
-    if self._seen is None: self._take(trace)
-    elif not self.changing and not self._same(trace, self._seen, moved): self._differs(trace, moved)
+    if self._seen is None:
+        self._take(trace)
+    elif not self.changing and not self._same(trace, self._seen, moved):
+        self._differs(trace, moved)
+
 
 @patch
 def _take(self: HessianOperator, trace: torch.Tensor):
     self._seen, self._stamped = trace, _stamp(self.model)
 
+
 @patch
 def _differs(self: HessianOperator, trace: torch.Tensor, moved: bool):
     if not moved:
-        if self._refreshed(): return self._take(trace) # the weights have moved, and products follow
-        if self._same(self._look(), trace): # the network, the data or the loss were exchanged, once
-            if self.mode == "auto": self._plan = None
+        if self._refreshed():
+            return self._take(trace)  # the weights have moved, and products follow
+        if self._same(
+            self._look(), trace
+        ):  # the network, the data or the loss were exchanged, once
+            if self.mode == "auto":
+                self._plan = None
             return self._take(trace)
-    warnings.warn("the loss must be a fixed function of the weights. Two passes over the same data gave different logits or labels: random "
-                  "augmentation, dropout, a hidden state, or a loader that shuffles? Products are computed, and nothing is certified.", ChangingFunction, stacklevel=4)
+    warnings.warn(
+        "the loss must be a fixed function of the weights. Two passes over the same data gave different logits or labels: random "
+        "augmentation, dropout, a hidden state, or a loader that shuffles? Products are computed, and nothing is certified.",
+        ChangingFunction,
+        stacklevel=4,
+    )
     self.changing = True
+
 
 @patch
 def _refreshed(self: HessianOperator) -> bool:
     "Have weights or buffers moved since the last look?"
     return self._team.any(self._stamped != _stamp(self.model))
 
+
 # %% ../nbs/00_hvp.ipynb #8d1d4aab
 @patch
-def _look(self: HessianOperator) -> torch.Tensor: # (pieces, 5)
+def _look(self: HessianOperator) -> torch.Tensor:  # (pieces, 5)
     "One forward pass: what it sees."
     size, leaves = self.plan().micro_batch, [p.detach() for p in self.params.values()]
-    lean = self.kind == "hessian" and self.plan().mode in ("kept", "rebuilt")
+    lean = self.kind == "hessian" and self.plan().mode in ("cached", "recomputed")
     self._trace = []
     with torch.no_grad(), LeanLayers() if lean else contextlib.nullcontext():
         for batch in self.data:
             for piece in cut(batch, size):
                 X, loss_of = self._batch(piece)
                 loss_of(self._logits(leaves, X))
-    if not self._trace: raise InputError("data must hold at least one batch. Got none.")
+    if not self._trace:
+        raise InputError("data must hold at least one batch. Got none.")
     return torch.stack(self._trace)
+
 
 @patch
 @plainly()
-def observe(self: HessianOperator) -> torch.Tensor: # (pieces, 5): checksum and size of logits, checksum of labels, loss, denominator
+def observe(
+    self: HessianOperator,
+) -> (
+    torch.Tensor
+):  # (pieces, 5): checksum and size of logits, checksum of labels, loss, denominator
     "What a forward pass over all data sees now; compare two with `unchanged`."
     trace = self._look()
     self._compare(trace, False)
     return trace
 
+
 @patch
-def unchanged(self: HessianOperator, since: torch.Tensor) -> bool: # since: what `observe` gave
+def unchanged(self: HessianOperator, since: torch.Tensor) -> bool:  # since: what `observe` gave
     "Is this the same function as then? Costs one forward pass."
     now = self.observe()
     return self._same(now, since) and not self.changing
 
+
 # %% ../nbs/00_hvp.ipynb #caff8b06
 @patch
 @plainly()
-def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]: # loss, gradient (n,)
+def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
     leaves = self._leaves()
-    loss, *grads = self._pass(lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)), moved=True)
-    return self._team.add(loss).item() / self.denominator, self._team.add(flatten(grads)) / self.denominator
+    loss, *grads = self._pass(
+        lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)),
+        moved=True,
+    )
+    return self._team.all_reduce(loss).item() / self.denominator, self._team.all_reduce(
+        flatten(grads)
+    ) / self.denominator
+
 
 # %% ../nbs/00_hvp.ipynb #0de4038a
 @patch
 def _kept(self: HessianOperator):
     "Leaves and gradient graphs of all batches, built once for as long as nothing changes; None where another mode must be found."
     check_mode(self.model)
-    if self._graphs is not None and self._steady: return self._graphs[1:3]
+    if self._graphs is not None and self._steady:
+        return self._graphs[1:3]
     if self._team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
         self._graphs, leaves, graphs, probes = None, self._leaves(), [], []
+
         def build(b):
             X, loss_of = self._batch(b)
+
             def loss():
                 z = self._logits(leaves, X)
                 probes.append((z.detach(), self._load(b)[1]))
                 return loss_of(z)
+
             graphs.append(gradient_graph(loss, leaves))
             return ()
+
         self._pass(build)
-        if self.plan().mode != "kept": return None # a layer was exchanged for one that allows less
+        if self.plan().mode != "cached":
+            return None  # a layer was exchanged for one that allows less
         self._graphs = self._present(probes), leaves, graphs, probes
     return self._graphs[1:3]
 
+
 @patch
-def _present(self: HessianOperator, probes: list) -> list: # probes: logits and labels of each batch
+def _present(
+    self: HessianOperator, probes: list
+) -> list:  # probes: logits and labels of each batch
     "What changes when weights, data, network or loss do: their contents, two images sent through the network, and the loss of logits that are kept."
     first = next(iter(self.data))
-    batches = self.data if isinstance(self.data, list) else [first] # a loader's other images are not made again for this
+    batches = (
+        self.data if isinstance(self.data, list) else [first]
+    )  # a loader's other images are not made again for this
     tensors = [t for batch in batches for t in (*tensors_in(batch[0]), batch[1])]
     X, _ = self._load(next(cut(first, 2)))
     with torch.no_grad():
@@ -996,183 +1026,288 @@ def _present(self: HessianOperator, probes: list) -> list: # probes: logits and 
     seen = torch.stack([t.cpu() for t in (*map(checksum, tensors), checksum(z), *losses)])
     return [*_stamp(self.model), *torch.nan_to_num(seen).tolist()]
 
+
 # %% ../nbs/00_hvp.ipynb #0f41ea38
 @patch
 def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
-    if self._seen is None: self.observe()
+    if self._seen is None:
+        self.observe()
     mode, leaves = self.plan().mode, self._leaves()
     parts = unflatten(v, leaves)
     if self.kind == "gauss_newton":
-        def each(b): X, loss_of = self._batch(b); return gauss_newton(lambda ts: self._logits(ts, X), loss_of, leaves, parts)
-    elif mode == "difference": return self._difference(v)
+
+        def each(b):
+            X, loss_of = self._batch(b)
+            return gauss_newton(lambda ts: self._logits(ts, X), loss_of, leaves, parts)
+    elif mode == "difference":
+        return self._difference(v)
     elif mode == "forward":
-        def each(b): X, loss_of = self._batch(b); return forward_over_reverse(lambda ts: loss_of(self._logits(ts, X)), leaves, parts)
-    elif mode == "rebuilt":
-        def each(b): return backward_through(self._graph(b, leaves), leaves, parts, False)
-    else: return self._kept_product(v)
-    return self._team.add(flatten(self._pass(each))).div_(self.denominator)
+
+        def each(b):
+            X, loss_of = self._batch(b)
+            return forward_over_reverse(lambda ts: loss_of(self._logits(ts, X)), leaves, parts)
+    elif mode == "recomputed":
+
+        def each(b):
+            return backward_through(self._graph(b, leaves), leaves, parts, False)
+    else:
+        return self._kept_product(v)
+    return self._team.all_reduce(flatten(self._pass(each))).div_(self.denominator)
+
 
 @patch
 def _kept_product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     kept = self._kept()
-    if kept is None: return self._product(v)
+    if kept is None:
+        return self._product(v)
     leaves, graphs = kept
-    try: outs = [backward_through(g, leaves, unflatten(v, leaves), True) for g in graphs]
+    try:
+        outs = [backward_through(g, leaves, unflatten(v, leaves), True) for g in graphs]
     except RuntimeError as e:
-        if "inplace operation" not in str(e): raise
-        raise InputError("what products are computed from must stay as it is meanwhile. Weights, labels or the loss were changed in place during a search, or by the network itself; change them before or after.") from e
-    return self._team.add(flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])).div_(self.denominator)
+        if "inplace operation" not in str(e):
+            raise
+        raise InputError(
+            "what products are computed from must stay as it is meanwhile. Weights, labels or the loss were changed in place during a search, or by the network itself; change them before or after."
+        ) from e
+    return self._team.all_reduce(
+        flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])
+    ).div_(self.denominator)
+
 
 # %% ../nbs/00_hvp.ipynb #4c9dc14d
 @patch
-def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.) -> torch.Tensor:
-    return difference(self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale)
+def _difference(self: HessianOperator, v: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    return difference(
+        self._gradient_at, flatten(p.detach() for p in self.params.values()), v, scale
+    )
+
 
 @patch
 def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
-    if self._seen is None: self.observe()
+    if self._seen is None:
+        self.observe()
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
-    return self._team.add(flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1], moved=True))) / self.denominator
+    return (
+        self._team.all_reduce(
+            flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1], moved=True))
+        )
+        / self.denominator
+    )
+
 
 # %% ../nbs/00_hvp.ipynb #cabe4061
 @patch
 @plainly()
-def __matmul__(self: HessianOperator,
-    v: torch.Tensor, # (n,) or (n, k)
-) -> torch.Tensor: # H v, same shape
+def __matmul__(
+    self: HessianOperator,
+    v: torch.Tensor,  # (n,) or (n, k)
+) -> torch.Tensor:  # H v, same shape
     "The product with a vector, or with each column of a matrix."
     v = torch.as_tensor(v)
-    if not v.is_floating_point(): v = v.to(self.dtype)
+    if not v.is_floating_point():
+        v = v.to(self.dtype)
     if v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
-        raise InputError(f"a vector must have {self.shape[0]} entries, or be a matrix with so many rows. Got shape "
-                         f"{tuple(v.shape)}.")
-    if v.ndim == 2: return torch.stack([self @ u for u in v.T], 1) if v.shape[1] else v.to(self.device, self.dtype)
+        raise InputError(
+            f"a vector must have {self.shape[0]} entries, or be a matrix with so many rows. Got shape "
+            f"{tuple(v.shape)}."
+        )
+    if v.ndim == 2:
+        return (
+            torch.stack([self @ u for u in v.T], 1) if v.shape[1] else v.to(self.device, self.dtype)
+        )
     self.num_matvecs += 1
     return self._product(v.detach().to(self.device, self.dtype).contiguous()).detach()
+
 
 # %% ../nbs/00_hvp.ipynb #75872576
 @dataclass(frozen=True)
 class OperatorCheck:
     "How an operator fared against itself."
-    symmetry: float # |u'Hv - v'Hu| over |u||Hv|; rounding of the type is normal
-    finite_difference: float # |Hv - difference of gradients| over |Hv|; about 1e-2 in float32, 1e-6 in float64 is normal
-    precision: float # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
+
+    symmetry: float  # |u'Hv - v'Hu| over |u||Hv|; rounding of the type is normal
+    finite_difference: float  # |Hv - difference of gradients| over |Hv|; about 1e-2 in float32, 1e-6 in float64 is normal
+    precision: float  # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
+
 
 @patch
 @plainly()
-def check(self: HessianOperator, *, seed: int = 0, step: float | None = None) -> OperatorCheck: # step: relative to |theta|
+def check(
+    self: HessianOperator, *, seed: int = 0, step: float | None = None
+) -> OperatorCheck:  # step: relative to |theta|
     "Symmetry of the product and agreement with one central difference of gradients (Hessian only). The model is not moved."
     g = torch.Generator().manual_seed(seed_of(seed))
-    u, v = (torch.randn(self.shape[0], generator=g, dtype=torch.float64).to(self.device, self.dtype) for _ in range(2))
+    u, v = (
+        torch.randn(self.shape[0], generator=g, dtype=torch.float64).to(self.device, self.dtype)
+        for _ in range(2)
+    )
     u, v = u / u.norm(), v / v.norm()
     Hu, Hv = self @ u, self @ v
-    scale = Hv.norm().item() or 1.
+    scale = Hv.norm().item() or 1.0
     full = copy.copy(self)
     full.precision, full._graphs, full._seen = None, None, None
-    diff = full._difference(v, 1. if step is None else step / torch.finfo(self.dtype).eps ** (1 / 3))
-    off = (full @ v - Hv).norm().item() / scale if self.precision else 0.
-    return OperatorCheck(abs((u @ Hv - v @ Hu).item()) / scale, (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan, off)
+    diff = full._difference(
+        v, 1.0 if step is None else step / torch.finfo(self.dtype).eps ** (1 / 3)
+    )
+    off = (full @ v - Hv).norm().item() / scale if self.precision else 0.0
+    return OperatorCheck(
+        abs((u @ Hv - v @ Hu).item()) / scale,
+        (diff - Hv).norm().item() / scale if self.kind == "hessian" else math.nan,
+        off,
+    )
+
 
 # %% ../nbs/00_hvp.ipynb #39e98bc9
 class steady:
     "Around many products: what they are computed from is looked at before and after. `fixed` says whether it was the same."
-    def __init__(self, op): # any operator; one that wraps another holds it as `op`
-        while not isinstance(op, HessianOperator) and hasattr(op, "op"): op = op.op
+
+    def __init__(self, op):  # any operator; one that wraps another holds it as `op`
+        while not isinstance(op, HessianOperator) and hasattr(op, "op"):
+            op = op.op
         self.op, self.fixed = (op if isinstance(op, HessianOperator) else None), True
 
     def __enter__(self):
-        if self.op is None: return self
+        if self.op is None:
+            return self
         self.before = self.op.observe()
         self.weights = self.op._stamped
         self.op._steady += 1
         return self
 
     def __exit__(self, kind, *exception):
-        if self.op is None: return
+        if self.op is None:
+            return
         self.op._steady -= 1
-        if kind is None: self.fixed = self.op.unchanged(self.before) and self.weights == self.op._stamped
+        if kind is None:
+            self.fixed = self.op.unchanged(self.before) and self.weights == self.op._stamped
+
 
 # %% ../nbs/00_hvp.ipynb #e7a10c0a
 _REAL = "a matrix must hold real floating-point numbers."
 _HERMITIAN = "of a Hermitian A + iB take the real symmetric [[A, -B], [B, A]], which has each eigenvalue twice"
 
+
 def _native(a: np.ndarray) -> np.ndarray:
     "In this machine's byte order, and of a type that torch knows."
-    if a.dtype.kind == "f" and a.dtype.itemsize > 8: a = a.astype(np.float64)
+    if a.dtype.kind == "f" and a.dtype.itemsize > 8:
+        a = a.astype(np.float64)
     return a.astype(a.dtype.newbyteorder("="), copy=False)
 
-def _real_type(dtype) -> torch.dtype: # of torch, of NumPy, or None
+
+def _real_type(dtype) -> torch.dtype:  # of torch, of NumPy, or None
     "The type to compute in: float64 for integers and for what is longer."
     if isinstance(dtype, torch.dtype):
-        if dtype.is_floating_point: return dtype
-        raise InputError(f"{_REAL} Got {dtype}; {_HERMITIAN if dtype.is_complex else 'convert it with A.double()'}.")
+        if dtype.is_floating_point:
+            return dtype
+        raise InputError(
+            f"{_REAL} Got {dtype}; {_HERMITIAN if dtype.is_complex else 'convert it with A.double()'}."
+        )
     kind = np.dtype(np.float64 if dtype is None else dtype)
-    if kind.kind not in "fiub": raise InputError(f"{_REAL} Got {kind}; {_HERMITIAN}.")
-    if kind.kind != "f" or kind.itemsize > 8: return torch.float64
+    if kind.kind not in "fiub":
+        raise InputError(f"{_REAL} Got {kind}; {_HERMITIAN}.")
+    if kind.kind != "f" or kind.itemsize > 8:
+        return torch.float64
     return torch.from_numpy(np.empty(0, dtype=kind.newbyteorder("="))).dtype
 
-def _checked(A: torch.Tensor) -> torch.Tensor: # (n, n)
+
+def _checked(A: torch.Tensor) -> torch.Tensor:  # (n, n)
     "Refuse what is not real, finite and symmetric; without its gradient."
     _real_type(A.dtype)
     A = A.detach()
-    if A.layout != torch.strided: A = A.to_sparse_coo().coalesce()
-    values, off = (A, A - A.T) if A.layout == torch.strided else (A.values(), (A - A.T).coalesce().values())
+    if A.layout != torch.strided:
+        A = A.to_sparse_coo().coalesce()
+    values, off = (
+        (A, A - A.T) if A.layout == torch.strided else (A.values(), (A - A.T).coalesce().values())
+    )
     if not torch.isfinite(values).all():
-        raise InputError(f"a matrix must be finite. Got {int((~torch.isfinite(values)).sum())} NaN or infinite entries.")
+        raise InputError(
+            f"a matrix must be finite. Got {int((~torch.isfinite(values)).sum())} NaN or infinite entries."
+        )
     if values.numel() and not off.abs().max() <= 1e-4 * values.abs().max():
-        raise InputError(f"a matrix must be symmetric. Got |A - A'| = {off.double().norm():.2g}; pass (A + A.T) / 2.")
+        raise InputError(
+            f"a matrix must be symmetric. Got |A - A'| = {off.double().norm():.2g}; pass (A + A.T) / 2."
+        )
     return A
 
-def _checked_sparse(A): # of SciPy
+
+def _checked_sparse(A):  # of SciPy
     "The same for a sparse matrix, in a type that products can be made in."
-    if A.dtype.kind == "c": raise InputError(f"{_REAL} Got {A.dtype}; {_HERMITIAN}.")
+    if A.dtype.kind == "c":
+        raise InputError(f"{_REAL} Got {A.dtype}; {_HERMITIAN}.")
     A = A.astype({torch.float32: np.float32}.get(_real_type(A.dtype), np.float64))
-    if not np.isfinite(A.tocoo().data).all(): raise InputError("a matrix must be finite. Got NaN or infinite entries.")
-    if A.nnz and not abs(A - A.T).max() <= 1e-4 * abs(A).max(): raise InputError("a matrix must be symmetric. Got one that is not; pass (A + A.T) / 2.")
+    if not np.isfinite(A.tocoo().data).all():
+        raise InputError("a matrix must be finite. Got NaN or infinite entries.")
+    if A.nnz and not abs(A - A.T).max() <= 1e-4 * abs(A).max():
+        raise InputError("a matrix must be symmetric. Got one that is not; pass (A + A.T) / 2.")
     return A
+
 
 # %% ../nbs/00_hvp.ipynb #3953e98c
 class MatrixOperator:
     "A symmetric tensor (dense or sparse), a SciPy matrix or `LinearOperator`, or anything with `.shape` and `@`, with products counted."
+
     def __init__(self, A):
         shape = tuple(A.shape)
-        if len(shape) != 2 or shape[0] != shape[1]: raise InputError(f"an operator must be square. Got shape {shape}.")
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise InputError(f"an operator must be square. Got shape {shape}.")
         self.A, self.shape, self.num_matvecs = A, shape, 0
         self.torch = torch.is_tensor(A)
-        if self.torch: self.A = A = _checked(A)
-        elif hasattr(A, "tocoo"): self.A = A = _checked_sparse(A)
+        if self.torch:
+            self.A = A = _checked(A)
+        elif hasattr(A, "tocoo"):
+            self.A = A = _checked_sparse(A)
         self.dtype = _real_type(getattr(A, "dtype", None))
         self.device = getattr(A, "device", torch.device("cpu"))
 
     def __matmul__(self, v):
         self.num_matvecs += 1 if v.ndim == 1 else v.shape[1]
         v = v.detach()
-        if self.torch or isinstance(getattr(self.A, "dtype", None), torch.dtype): return self.A @ v.to(self.device, self.dtype)
+        if self.torch or isinstance(getattr(self.A, "dtype", None), torch.dtype):
+            return self.A @ v.to(self.device, self.dtype)
         out = np.asarray(self.A @ v.cpu().numpy())
-        if out.shape != tuple(v.shape): raise InputError(f"a product must have the shape of its vector, {tuple(v.shape)}. Got {out.shape}.")
-        if out.dtype.kind not in "fiub": raise InputError(f"{_REAL} Got a product of {out.dtype}; {_HERMITIAN}.")
+        if out.shape != tuple(v.shape):
+            raise InputError(
+                f"a product must have the shape of its vector, {tuple(v.shape)}. Got {out.shape}."
+            )
+        if out.dtype.kind not in "fiub":
+            raise InputError(f"{_REAL} Got a product of {out.dtype}; {_HERMITIAN}.")
         return torch.as_tensor(_native(out)).to(v.device, self.dtype)
+
 
 def as_operator(op):
     "A `HessianOperator` as it is; everything else wrapped."
-    if isinstance(op, (HessianOperator, MatrixOperator)): return op
+    if isinstance(op, (HessianOperator, MatrixOperator)):
+        return op
     if all(hasattr(op, a) for a in ("num_matvecs", "shape", "dtype", "device", "__matmul__")):
-        if not isinstance(op.dtype, torch.dtype) or not op.dtype.is_floating_point: raise InputError(f"{_REAL} Got an operator of {op.dtype}; {_HERMITIAN}.")
+        if not isinstance(op.dtype, torch.dtype) or not op.dtype.is_floating_point:
+            raise InputError(f"{_REAL} Got an operator of {op.dtype}; {_HERMITIAN}.")
         return op
     if not hasattr(op, "shape"):
-        raise InputError("an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got "
-                         f"{type(op).__name__}.")
+        raise InputError(
+            "an operator must be a HessianOperator, a symmetric tensor or a SciPy LinearOperator. Got "
+            f"{type(op).__name__}."
+        )
     if isinstance(op, np.ndarray):
-        if op.dtype.kind == "c": raise InputError(f"{_REAL} Got {op.dtype}; {_HERMITIAN}.")
-        if op.dtype.kind not in "fiub": raise InputError(f"{_REAL} Got an array of {op.dtype}.")
+        if op.dtype.kind == "c":
+            raise InputError(f"{_REAL} Got {op.dtype}; {_HERMITIAN}.")
+        if op.dtype.kind not in "fiub":
+            raise InputError(f"{_REAL} Got an array of {op.dtype}.")
         op = torch.as_tensor(_native(op))
     return MatrixOperator(op)
+
 
 # %% ../nbs/00_hvp.ipynb #260c47d4
 @patch
 def to_scipy(self: HessianOperator):
     "This operator as a `scipy.sparse.linalg.LinearOperator`, NumPy in and out."
     from scipy.sparse.linalg import LinearOperator
+
     dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-    def matvec(v): return (self @ torch.from_numpy(np.ascontiguousarray(v, dtype=dtype).reshape(-1))).cpu().numpy()
+
+    def matvec(v):
+        return (
+            (self @ torch.from_numpy(np.ascontiguousarray(v, dtype=dtype).reshape(-1)))
+            .cpu()
+            .numpy()
+        )
+
     return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=dtype)

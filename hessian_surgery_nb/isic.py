@@ -10,170 +10,282 @@ from pathlib import Path
 
 import torch
 
-from .data import Samples, Splits, input_digests, normalised, read_images
-from .guards import seed_of, whole
-from .hvp import InputError
-from .train import ClassReport, wilson_interval
+from .foundations.guards import InputError, seed_of, whole
+from hessian_surgery_nb.foundations.images import (
+    Samples,
+    Splits,
+    input_digests,
+    normalised,
+    read_images,
+)
+from .foundations.training import ClassReport, wilson_interval
 
 # %% auto #0
-__all__ = ['CLASSES', 'Lesions', 'is_isic', 'read_isic', 'write_toy_isic', 'check_lesions', 'hessian_images', 'lesion_splits',
-           'wilson_frame']
+__all__ = [
+    "CLASSES",
+    "Lesions",
+    "is_isic",
+    "read_isic",
+    "write_toy_isic",
+    "check_lesions",
+    "hessian_images",
+    "lesion_splits",
+    "wilson_frame",
+]
 
 # %% ../nbs/07_isic.ipynb #29771e3f
-CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC") # melanoma, naevus, basal cell carcinoma, actinic keratosis, benign keratosis, dermatofibroma, vascular lesion, squamous cell carcinoma
+CLASSES = (
+    "MEL",
+    "NV",
+    "BCC",
+    "AK",
+    "BKL",
+    "DF",
+    "VASC",
+    "SCC",
+)  # melanoma, naevus, basal cell carcinoma, actinic keratosis, benign keratosis, dermatofibroma, vascular lesion, squamous cell carcinoma
+
 
 @dataclass(frozen=True)
 class Lesions:
     "Labelled images and what they are images of."
-    samples: Samples # uint8
-    names: tuple[str, ...] = field(repr=False) # of the images
-    lesion: tuple[str, ...] = field(repr=False) # of each image
-    def __len__(self): return len(self.samples)
-    def __getitem__(self, rows: torch.Tensor): return Lesions(self.samples[rows], tuple(self.names[i] for i in rows.tolist()), tuple(self.lesion[i] for i in rows.tolist()))
+
+    samples: Samples  # uint8
+    names: tuple[str, ...] = field(repr=False)  # of the images
+    lesion: tuple[str, ...] = field(repr=False)  # of each image
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, rows: torch.Tensor):
+        return Lesions(
+            self.samples[rows],
+            tuple(self.names[i] for i in rows.tolist()),
+            tuple(self.lesion[i] for i in rows.tolist()),
+        )
+
 
 def is_isic(path) -> bool:
     "Whether a directory has the official layout."
     return len(_visible_files(Path(path).expanduser(), "*GroundTruth.csv")) > 0
 
+
 def _visible_files(folder: Path, pattern: str) -> list[Path]:
     "Without those that systems hide, such as ._name.csv."
     return sorted(p for p in folder.glob(pattern) if p.name[0] != ".")
 
+
 # %% ../nbs/07_isic.ipynb #baef33b3
 def _table(folder: Path, ending: str, columns):
     import pandas as pd
+
     found = _visible_files(folder, f"*{ending}")
-    if len(found) != 1: raise InputError(f"the ISIC layout has one table *{ending}. {folder} has {len(found)}; see https://challenge.isic-archive.com/data.")
-    try: frame = pd.read_csv(found[0], dtype=dict(image=str, lesion_id=str))
-    except (OSError, ValueError) as e: raise InputError(f"tables must be readable CSV. {found[0]} is not ({e}).") from e
+    if len(found) != 1:
+        raise InputError(
+            f"the ISIC layout has one table *{ending}. {folder} has {len(found)}; see https://challenge.isic-archive.com/data."
+        )
+    try:
+        frame = pd.read_csv(found[0], dtype=dict(image=str, lesion_id=str))
+    except (OSError, ValueError) as e:
+        raise InputError(f"tables must be readable CSV. {found[0]} is not ({e}).") from e
     missing = [c for c in columns if c not in frame]
-    if missing: raise InputError(f"{found[0].name} must have the columns {', '.join(columns)}. {missing[0]} is missing.")
+    if missing:
+        raise InputError(
+            f"{found[0].name} must have the columns {', '.join(columns)}. {missing[0]} is missing."
+        )
     twice = frame.image[frame.image.duplicated()]
-    if len(twice): raise InputError(f"every image has one row in {found[0].name}. {twice.iloc[0]} has more; remove all but one.")
+    if len(twice):
+        raise InputError(
+            f"every image has one row in {found[0].name}. {twice.iloc[0]} has more; remove all but one."
+        )
     return found[0], frame
+
 
 def _labels(path: Path, frame):
     strange = [c for c in frame.columns if c not in ("image", "UNK", *CLASSES)]
-    if strange: raise InputError(f"the columns of {path.name} are image, {', '.join(CLASSES)} and UNK. {strange[0]} is not one of them; remove or rename it.")
+    if strange:
+        raise InputError(
+            f"the columns of {path.name} are image, {', '.join(CLASSES)} and UNK. {strange[0]} is not one of them; remove or rename it."
+        )
     marks = frame[[*CLASSES, *(["UNK"] if "UNK" in frame else [])]]
     odd = ~marks.isin((0, 1)).all(axis=1) | (marks.sum(axis=1) != 1)
     if odd.any():
         row = frame[odd].iloc[0]
-        raise InputError(f"every row of {path.name} marks one class with 1 and the others with 0. {row['image']} has {', '.join(f'{c} = {row[c]}' for c in marks.columns if row[c] != 0) or 'none'}; mend or remove the row.")
+        raise InputError(
+            f"every row of {path.name} marks one class with 1 and the others with 0. {row['image']} has {', '.join(f'{c} = {row[c]}' for c in marks.columns if row[c] != 0) or 'none'}; mend or remove the row."
+        )
     return marks.to_numpy().argmax(1)
+
 
 # %% ../nbs/07_isic.ipynb #b6e5f812
 def read_isic(
-    path, # the directory that holds the three
+    path,  # the directory that holds the three
     *,
-    size: int = 64, # pixels a side; the middle square of each image
-    progress: bool = False, # a bar while images are decoded
-) -> Lesions: # of known class: UNK is left out
+    size: int = 64,  # pixels a side; the middle square of each image
+    progress: bool = False,  # a bar while images are decoded
+) -> Lesions:  # of known class: UNK is left out
     "Images, labels and lesions of ISIC-2019, or of anything in its layout."
     folder = Path(path).expanduser()
-    if not folder.is_dir(): raise InputError(f"ISIC-2019 lies in a directory. {folder} is not one.")
+    if not folder.is_dir():
+        raise InputError(f"ISIC-2019 lies in a directory. {folder} is not one.")
     truth_path, truth = _table(folder, "GroundTruth.csv", ("image", *CLASSES))
     meta_path, meta = _table(folder, "Metadata.csv", ("image", "lesion_id"))
     label = _labels(truth_path, truth)
     truth, label = truth[label < len(CLASSES)], label[label < len(CLASSES)]
     unknown = set(truth.image) - set(meta.image)
-    if unknown: raise InputError(f"every image of {truth_path.name} has a row in {meta_path.name}. {min(unknown)} has none{f', nor have {len(unknown) - 1} others' if len(unknown) > 1 else ''}; without its lesion it cannot be split.")
+    if unknown:
+        raise InputError(
+            f"every image of {truth_path.name} has a row in {meta_path.name}. {min(unknown)} has none{f', nor have {len(unknown) - 1} others' if len(unknown) > 1 else ''}; without its lesion it cannot be split."
+        )
     lesion = meta.set_index("image").lesion_id.reindex(truth.image)
     inputs = next((p for p in sorted(folder.glob("*Input")) if p.is_dir()), folder)
-    files = [inputs/f"{name}.jpg" for name in truth.image]
+    files = [inputs / f"{name}.jpg" for name in truth.image]
     gone = [f for f in files if not f.is_file()]
-    if gone: raise InputError(f"every image of {truth_path.name} must be there. {gone[0]} is not{f', nor are {len(gone) - 1} others' if gone[1:] else ''}; unpack the images again, or remove the rows.")
+    if gone:
+        raise InputError(
+            f"every image of {truth_path.name} must be there. {gone[0]} is not{f', nor are {len(gone) - 1} others' if gone[1:] else ''}; unpack the images again, or remove the rows."
+        )
     x, y = read_images(files, size=size, progress=progress), torch.tensor(label, dtype=torch.int64)
     named = [l if isinstance(l, str) else f"the lesion of {n}" for n, l in lesion.items()]
-    return Lesions(Samples(x, y, torch.arange(len(y)), CLASSES, folder.name), tuple(truth.image), _joined(named, input_digests((x, y))))
+    return Lesions(
+        Samples(x, y, torch.arange(len(y)), CLASSES, folder.name),
+        tuple(truth.image),
+        _joined(named, input_digests((x, y))),
+    )
 
-def _joined(lesion: list[str], digests: list[bytes]) -> tuple[str, ...]: # images that are equal show the same lesion, whatever the table says
+
+def _joined(
+    lesion: list[str], digests: list[bytes]
+) -> tuple[str, ...]:  # images that are equal show the same lesion, whatever the table says
     import numpy as np
     import pandas as pd
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
-    n, a, b = len(lesion), pd.factorize(np.array(lesion, dtype=object))[0], pd.factorize(np.array(digests, dtype=object))[0]
-    ends = np.concatenate([n + a, n + a.max() + 1 + b]) # images on one side, lesions and contents on the other
+
+    n, a, b = (
+        len(lesion),
+        pd.factorize(np.array(lesion, dtype=object))[0],
+        pd.factorize(np.array(digests, dtype=object))[0],
+    )
+    ends = np.concatenate(
+        [n + a, n + a.max() + 1 + b]
+    )  # images on one side, lesions and contents on the other
     size = int(ends.max()) + 1
-    group = connected_components(coo_array((np.ones(2 * n), (np.tile(np.arange(n), 2), ends)), shape=(size, size)), directed=False)[1][:n]
+    group = connected_components(
+        coo_array((np.ones(2 * n), (np.tile(np.arange(n), 2), ends)), shape=(size, size)),
+        directed=False,
+    )[1][:n]
     first = dict(zip(group[::-1].tolist(), lesion[::-1]))
     return tuple(first[g] for g in group.tolist())
 
+
 # %% ../nbs/07_isic.ipynb #1746584a
 def write_toy_isic(
-    path, # a new directory
+    path,  # a new directory
     *,
-    counts=(24, 60, 20, 16, 24, 12, 12, 14), # lesions a class
-    size: int = 16, # pixels a side
+    counts=(24, 60, 20, 16, 24, 12, 12, 14),  # lesions a class
+    size: int = 16,  # pixels a side
     seed: int = 0,
 ):
     "A dataset in the layout of ISIC-2019: discs in eight colours, every fifth lesion photographed twice."
     import numpy as np
     import pandas as pd
     from PIL import Image
+
     rng, folder, rows = np.random.default_rng(seed), Path(path), []
-    (folder/"ISIC_2019_Training_Input").mkdir(parents=True)
-    v, u = np.mgrid[:size, :size] / size - .5
+    (folder / "ISIC_2019_Training_Input").mkdir(parents=True)
+    v, u = np.mgrid[:size, :size] / size - 0.5
     for c, n in enumerate(counts):
         for i in range(n):
             for photo in range(1 + (i % 5 == 0)):
-                x, y, r = rng.uniform(-.15, .15, 2).tolist() + [rng.uniform(.15, .4)]
-                colour = .5 + .3 * np.cos(2 * np.pi * (c / len(counts) + np.arange(3) / 3)) + rng.normal(0, .12, 3)
-                image = np.where(((u - x) ** 2 + (v - y) ** 2 < r * r)[..., None], colour, .75) + rng.normal(0, .1, (size, size, 3))
+                x, y, r = rng.uniform(-0.15, 0.15, 2).tolist() + [rng.uniform(0.15, 0.4)]
+                colour = (
+                    0.5
+                    + 0.3 * np.cos(2 * np.pi * (c / len(counts) + np.arange(3) / 3))
+                    + rng.normal(0, 0.12, 3)
+                )
+                image = np.where(
+                    ((u - x) ** 2 + (v - y) ** 2 < r * r)[..., None], colour, 0.75
+                ) + rng.normal(0, 0.1, (size, size, 3))
                 name = f"TOY_{len(rows):05d}"
-                Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)).convert(("RGB", "RGB", "L", "CMYK")[min(i, 3)] if c == 0 else "RGB").save(folder/"ISIC_2019_Training_Input"/f"{name}.jpg")
+                Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)).convert(
+                    ("RGB", "RGB", "L", "CMYK")[min(i, 3)] if c == 0 else "RGB"
+                ).save(folder / "ISIC_2019_Training_Input" / f"{name}.jpg")
                 rows.append(dict(image=name, label=CLASSES[c], lesion_id=f"L{c}_{i}"))
     frame = pd.DataFrame(rows)
-    pd.concat([frame[["image"]], *((frame.label == k).astype(float).rename(k) for k in (*CLASSES, "UNK"))], axis=1).to_csv(folder/"ISIC_2019_Training_GroundTruth.csv", index=False)
-    frame[["image", "lesion_id"]].to_csv(folder/"ISIC_2019_Training_Metadata.csv", index=False)
+    pd.concat(
+        [
+            frame[["image"]],
+            *((frame.label == k).astype(float).rename(k) for k in (*CLASSES, "UNK")),
+        ],
+        axis=1,
+    ).to_csv(folder / "ISIC_2019_Training_GroundTruth.csv", index=False)
+    frame[["image", "lesion_id"]].to_csv(folder / "ISIC_2019_Training_Metadata.csv", index=False)
+
 
 # %% ../nbs/07_isic.ipynb #487e3e0f
 def check_lesions(
-    **sets: Lesions, # name -> images
+    **sets: Lesions,  # name -> images
 ):
     "Refuse sets that show the same lesion."
     seen = {}
     for name, part in sets.items():
         for image, lesion in zip(part.names, part.lesion):
             other, first = seen.setdefault(lesion, (name, image))
-            if other != name: raise InputError(f"a lesion must be on one side of a split. {lesion} is in {other} ({first}) and in {name} ({image}); move one of them.")
+            if other != name:
+                raise InputError(
+                    f"a lesion must be on one side of a split. {lesion} is in {other} ({first}) and in {name} ({image}); move one of them."
+                )
+
 
 def hessian_images(
-    train: Samples, n: int = 256, # the paper's number for ISIC-2019
-    *, how: str = "natural", # or "stratified": as many from each class, all of a class that has fewer
+    train: Samples,
+    n: int = 256,  # the paper's number for ISIC-2019
+    *,
+    how: str = "natural",  # or "stratified": as many from each class, all of a class that has fewer
     seed: int = 0,
 ) -> Samples:
     "Training images on which the curvature is measured."
-    if how not in ("natural", "stratified"): raise InputError(f"how must be 'natural' or 'stratified'. Got {how!r}.")
+    if how not in ("natural", "stratified"):
+        raise InputError(f"how must be 'natural' or 'stratified'. Got {how!r}.")
     n, seed = whole("n", n), seed_of(seed)
     g, C = torch.Generator().manual_seed(seed), len(train.classes)
-    if how == "natural": return train[torch.randperm(len(train), generator=g)[:n]]
+    if how == "natural":
+        return train[torch.randperm(len(train), generator=g)[:n]]
     rows = [(train.y == c).nonzero().flatten() for c in range(C)]
-    return train[torch.cat([r[torch.randperm(len(r), generator=g)[:n // C]] for r in rows])]
+    return train[torch.cat([r[torch.randperm(len(r), generator=g)[: n // C]] for r in rows])]
+
 
 # %% ../nbs/07_isic.ipynb #33536d79
-def _dealt(samples: Samples, lesion, report: float, tune: float, most: int, seed: int, free) -> list[list[int]]: # rows to train, tune and report on: whole lesions, class by class
+def _dealt(
+    samples: Samples, lesion, report: float, tune: float, most: int, seed: int, free
+) -> list[list[int]]:  # rows to train, tune and report on: whole lesions, class by class
     g, parts = torch.Generator().manual_seed(seed), [[], [], []]
     for c in range(len(samples.classes)):
         groups = {}
         for i in free:
-            if samples.y[i] == c: groups.setdefault(lesion[i], []).append(i)
+            if samples.y[i] == c:
+                groups.setdefault(lesion[i], []).append(i)
         groups, n = list(groups.values()), sum(map(len, groups.values()))
         lacks = [n - min(tune * n, most) - report * n, min(tune * n, most), report * n]
         for k in torch.randperm(len(groups), generator=g).tolist():
             most_lacking = max(range(3), key=lacks.__getitem__)
-            parts[most_lacking] += groups[k]; lacks[most_lacking] -= len(groups[k])
+            parts[most_lacking] += groups[k]
+            lacks[most_lacking] -= len(groups[k])
     return parts
+
 
 # %% ../nbs/07_isic.ipynb #440008cd
 def lesion_splits(
     images: Lesions,
     *,
-    seed: int = 0, # which lesions go where, and which training images show the curvature
-    held_out: float | list[str] = .25, # a share of each class to report on, or the names of those images
-    sensitivity: float = .25, # a share of each class to tune on,
-    per_class: int = 250, # but no more than so many
-    hessian: int = 256, how: str = "natural", # as for `hessian_images`
+    seed: int = 0,  # which lesions go where, and which training images show the curvature
+    held_out: float
+    | list[str] = 0.25,  # a share of each class to report on, or the names of those images
+    sensitivity: float = 0.25,  # a share of each class to tune on,
+    per_class: int = 250,  # but no more than so many
+    hessian: int = 256,
+    how: str = "natural",  # as for `hessian_images`
 ) -> Splits:
     "Training, tuning and reporting on different lesions; normalised by the training images."
     seed, per_class, hessian = (
@@ -185,30 +297,49 @@ def lesion_splits(
     free = list(range(len(s)))
     if not isinstance(held_out, float):
         strange = set(held_out) - set(images.names)
-        if strange: raise InputError(f"held_out must name images of this dataset. {min(strange)} is not one.")
+        if strange:
+            raise InputError(
+                f"held_out must name images of this dataset. {min(strange)} is not one."
+            )
         out = [i for i in free if images.names[i] in set(held_out)]
         free = sorted(set(free) - set(out))
         check_lesions(held_out=images[torch.tensor(out)], the_rest=images[torch.tensor(free)])
-    share = held_out if isinstance(held_out, float) else 0.
-    if not (0 <= share < 1 and 0 < sensitivity < 1 and share + sensitivity < 1): raise InputError(f"held_out and sensitivity are shares, and something must be left to train on. Got {share} and {sensitivity}.")
-    learn, tune, report = (sorted(p) for p in _dealt(s, images.lesion, share, sensitivity, per_class, seed, free))
-    parts = dict(train=images[torch.tensor(learn)], sensitivity=images[torch.tensor(tune)], held_out=images[torch.tensor(sorted(out + report))])
+    share = held_out if isinstance(held_out, float) else 0.0
+    if not (0 <= share < 1 and 0 < sensitivity < 1 and share + sensitivity < 1):
+        raise InputError(
+            f"held_out and sensitivity are shares, and something must be left to train on. Got {share} and {sensitivity}."
+        )
+    learn, tune, report = (
+        sorted(p) for p in _dealt(s, images.lesion, share, sensitivity, per_class, seed, free)
+    )
+    parts = dict(
+        train=images[torch.tensor(learn)],
+        sensitivity=images[torch.tensor(tune)],
+        held_out=images[torch.tensor(sorted(out + report))],
+    )
     check_lesions(**parts)
     for name, part in parts.items():
         lacking = [c for c, n in zip(CLASSES, part.samples.counts.tolist()) if n < 2]
-        if lacking: raise InputError(f"every class needs at least 2 images in each set. {lacking[0]} has {int(part.samples.counts[CLASSES.index(lacking[0])])} in {name}; change the shares or the seed.")
+        if lacking:
+            raise InputError(
+                f"every class needs at least 2 images in each set. {lacking[0]} has {int(part.samples.counts[CLASSES.index(lacking[0])])} in {name}; change the shares or the seed."
+            )
     learn, tune, report = (normalised(p.samples, parts["train"].samples) for p in parts.values())
     return Splits(learn, hessian_images(learn, hessian, how=how, seed=seed), tune, report, seed)
+
 
 # %% ../nbs/07_isic.ipynb #18caa555
 def wilson_frame(
     report: ClassReport,
-    level: float = .95,
+    level: float = 0.95,
 ):
     "Each class with its number of images and Wilson's interval, in percent."
     import pandas as pd
+
     rows = []
     for name, a, n in zip(report.names, report.accuracy.tolist(), report.counts.tolist()):
         lo, hi = wilson_interval(a, n, level)
-        rows.append({"class": name, "images": n, "accuracy (%)": 100 * a, "from (%)": lo, "to (%)": hi})
+        rows.append(
+            {"class": name, "images": n, "accuracy (%)": 100 * a, "from (%)": lo, "to (%)": hi}
+        )
     return pd.DataFrame(rows).set_index("class")

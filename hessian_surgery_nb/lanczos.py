@@ -18,194 +18,341 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .guards import ChangingFunction, InputError, plainly, seed_of, whole
-from .hvp import as_operator, free_memory, inner, length, steady
-from .ranks import share, team
+from .foundations.distributed import share, team
+from hessian_surgery_nb.foundations.guards import (
+    ChangingFunction,
+    InputError,
+    plainly,
+    seed_of,
+    whole,
+)
+from .foundations.weights import inner, vector_norm
+from .hvp import as_operator, free_memory, steady
 
 # %% auto #0
-__all__ = ['as_real', 'slabs', 'extent', 'times', 'orthogonalise', 'Tridiagonal', 'random_unit', 'lanczos_tridiag', 'plot_ritz',
-           'Eigenpairs', 'rounding_floor', 'combine', 'blend', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
+__all__ = [
+    "as_real",
+    "chunks",
+    "distributed_norm",
+    "times",
+    "orthogonalise",
+    "Tridiagonal",
+    "random_unit",
+    "lanczos_tridiag",
+    "plot_ritz",
+    "Eigenpairs",
+    "rounding_floor",
+    "combine",
+    "blend",
+    "top_eigenpairs",
+    "eigen_residuals",
+    "angle_bounds",
+]
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c08
 def as_real(
-    numbers, # tensor, array or list
-) -> torch.Tensor: # floating point, without gradient
+    numbers,  # tensor, array or list
+) -> torch.Tensor:  # floating point, without gradient
     "Numbers that one may compute with: integers become float64, complex ones are refused."
     if not torch.is_tensor(numbers):
         array = np.asarray(numbers)
-        if array.dtype.kind not in "fiub": raise InputError(f"vectors must hold real numbers. Got {array.dtype}.")
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8: array = array.astype(np.float64)
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"vectors must hold real numbers. Got {array.dtype}.")
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
         numbers = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
-    if numbers.is_complex(): raise InputError(f"vectors must hold real numbers. Got {numbers.dtype}.")
+    if numbers.is_complex():
+        raise InputError(f"vectors must hold real numbers. Got {numbers.dtype}.")
     return numbers.detach() if numbers.is_floating_point() else numbers.detach().double()
 
+
 # %% ../nbs/01_lanczos.ipynb #dda86d30
-def slabs(basis): # (m, n)
+def chunks(basis):  # (m, n)
     "Slices of the coordinates, small enough that a slab of the basis stays in the cache."
     m, n = basis.shape
     size = 1 << 24 if basis.is_cuda else max(1 << 14, (1 << 20) // max(m, 1))
     return [slice(s, s + size) for s in range(0, n, size)]
 
-def extent(piece: torch.Tensor) -> torch.Tensor: # float64 scalar
+
+def distributed_norm(piece: torch.Tensor) -> torch.Tensor:  # float64 scalar
     "The length of a vector of which this process holds some coordinates, or all."
-    return length(piece) if team().size == 1 else team().add(length(piece).square()).sqrt()
+    return (
+        vector_norm(piece)
+        if team().size == 1
+        else team().all_reduce(vector_norm(piece).square()).sqrt()
+    )
+
 
 def times(op, piece: torch.Tensor) -> torch.Tensor:
     "The operator times such a vector; this process's coordinates of the product."
     t = team()
-    product = op @ (piece if t.size == 1 else t.whole(piece, op.shape[0]))
-    return t.mine(product.detach())
+    product = op @ (piece if t.size == 1 else t.gather(piece, op.shape[0]))
+    return t.shard(product.detach())
+
 
 def _remove(w, basis):
-    c = team().add(sum(((basis[:, s].to(w.dtype) @ w[s]).double() for s in slabs(basis)), torch.zeros(len(basis), dtype=torch.float64, device=w.device)))
-    for s in slabs(basis): w[s].addmv_(basis[:, s].to(w.dtype).T, c.to(w.dtype), alpha=-1)
+    c = team().all_reduce(
+        sum(
+            ((basis[:, s].to(w.dtype) @ w[s]).double() for s in chunks(basis)),
+            torch.zeros(len(basis), dtype=torch.float64, device=w.device),
+        )
+    )
+    for s in chunks(basis):
+        w[s].addmv_(basis[:, s].to(w.dtype).T, c.to(w.dtype), alpha=-1)
     return c.cpu()
 
+
 def orthogonalise(
-    w: torch.Tensor, # (n,), changed in place
-    basis: torch.Tensor, # (m, n), orthonormal rows; may be of a shorter type
-    near: slice | None = None, # rows that w has more than rounding errors in common with; None: possibly all
-) -> torch.Tensor: # (m,) float64 on the CPU: what was removed, basis @ w
+    w: torch.Tensor,  # (n,), changed in place
+    basis: torch.Tensor,  # (m, n), orthonormal rows; may be of a shorter type
+    near: slice
+    | None = None,  # rows that w has more than rounding errors in common with; None: possibly all
+) -> torch.Tensor:  # (m,) float64 on the CPU: what was removed, basis @ w
     "Remove from `w` all that lies in the basis; twice is enough."
     h, near = torch.zeros(len(basis), dtype=torch.float64), near or slice(None)
     h[near] = _remove(w, basis[near])
     return h + _remove(w, basis)
 
+
 # %% ../nbs/01_lanczos.ipynb #a5e48729
 @dataclass(frozen=True)
 class Tridiagonal:
     "Lanczos after m steps: H Q = Q T + beta[-1] next e_m'."
-    basis: torch.Tensor | None # (m, n), orthonormal rows: Q'; None when it was not kept
-    alpha: torch.Tensor # (m,) float64, diagonal of T
-    beta: torch.Tensor # (m,) float64; the last one is the norm of what is left over
-    next: torch.Tensor # (n,), the vector that would come next; zero after a breakdown
+
+    basis: torch.Tensor | None  # (m, n), orthonormal rows: Q'; None when it was not kept
+    alpha: torch.Tensor  # (m,) float64, diagonal of T
+    beta: torch.Tensor  # (m,) float64; the last one is the norm of what is left over
+    next: torch.Tensor  # (n,), the vector that would come next; zero after a breakdown
 
     @property
-    def T(self) -> torch.Tensor: # (m, m) float64
+    def T(self) -> torch.Tensor:  # (m, m) float64
         "The tridiagonal matrix."
         b = self.beta[:-1]
         return torch.diag(self.alpha) + torch.diag(b, 1) + torch.diag(b, -1)
 
-    def __repr__(self): return f"Tridiagonal({len(self.alpha)} steps, n={len(self.next):,}, last beta {self.beta[-1]:.2g})"
+    def __repr__(self):
+        return f"Tridiagonal({len(self.alpha)} steps, n={len(self.next):,}, last beta {self.beta[-1]:.2g})"
+
 
 # %% ../nbs/01_lanczos.ipynb #840de445
 def random_unit(
     n: int,
-    generator: torch.Generator, # on the CPU, so that a seed means the same everywhere
-    like, # an operator: its dtype and device
-) -> torch.Tensor: # (n,), norm 1
+    generator: torch.Generator,  # on the CPU, so that a seed means the same everywhere
+    like,  # an operator: its dtype and device
+) -> torch.Tensor:  # (n,), norm 1
     "A random direction."
-    v = torch.randn(n, generator=generator, dtype=torch.float32 if like.dtype != torch.float64 else torch.float64)
-    return (v / length(v).to(v)).to(like.device, like.dtype)
+    v = torch.randn(
+        n,
+        generator=generator,
+        dtype=torch.float32 if like.dtype != torch.float64 else torch.float64,
+    )
+    return (v / vector_norm(v).to(v)).to(like.device, like.dtype)
+
 
 # %% ../nbs/01_lanczos.ipynb #bc73e06d
 @plainly()
 def lanczos_tridiag(
-    op, # HessianOperator, SciPy LinearOperator or symmetric tensor
-    num_steps: int, # m; stops early when the space is exhausted
+    op,  # HessianOperator, SciPy LinearOperator or symmetric tensor
+    num_steps: int,  # m; stops early when the space is exhausted
     *,
-    v0=None, # start vector, (n,)
-    seed: int = 0, # for a random start
-    outside: torch.Tensor | None = None, # (j, n), orthonormal rows: stay orthogonal to them
-    reorthogonalise: bool = True, # False: the bare recurrence, three vectors in memory, with ghosts
+    v0=None,  # start vector, (n,)
+    seed: int = 0,  # for a random start
+    outside: torch.Tensor | None = None,  # (j, n), orthonormal rows: stay orthogonal to them
+    reorthogonalise: bool = True,  # False: the bare recurrence, three vectors in memory, with ghosts
 ) -> Tridiagonal:
     "Algorithm 1 with full reorthogonalisation."
     op, n = as_operator(op), op.shape[0]
     m = min(whole("num_steps", num_steps, 1), n)
     q = _start(v0, op, torch.Generator().manual_seed(seed_of(seed)))
-    if outside is not None: orthogonalise(q, outside); q = q / extent(q).to(q)
-    basis, alpha, beta, last = torch.empty(m if reorthogonalise else 0, len(q), dtype=op.dtype, device=op.device), [], [], None
+    if outside is not None:
+        orthogonalise(q, outside)
+        q = q / distributed_norm(q).to(q)
+    basis, alpha, beta, last = (
+        torch.empty(m if reorthogonalise else 0, len(q), dtype=op.dtype, device=op.device),
+        [],
+        [],
+        None,
+    )
     for j in range(m):
         w = times(op, q)
-        if outside is not None: orthogonalise(w, outside)
+        if outside is not None:
+            orthogonalise(w, outside)
         if reorthogonalise:
             basis[j] = q
-            alpha.append(orthogonalise(w, basis[:j + 1], near=slice(max(j - 1, 0), j + 1))[j].item())
+            alpha.append(
+                orthogonalise(w, basis[: j + 1], near=slice(max(j - 1, 0), j + 1))[j].item()
+            )
         else:
-            alpha.append(team().add(inner(w, q)).item())
+            alpha.append(team().all_reduce(inner(w, q)).item())
             w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
             last = q
-        beta.append(_finite(extent(w).item(), j + 1))
-        if beta[-1] <= _negligible(op.dtype, alpha, beta): w.zero_(); beta[-1] = 0.; break
+        beta.append(_finite(distributed_norm(w).item(), j + 1))
+        if beta[-1] <= _negligible(op.dtype, alpha, beta):
+            w.zero_()
+            beta[-1] = 0.0
+            break
         q = w.div_(beta[-1])
     k = len(alpha)
-    return Tridiagonal(basis[:k] if reorthogonalise else None, torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64), w)
+    return Tridiagonal(
+        basis[:k] if reorthogonalise else None,
+        torch.tensor(alpha, dtype=torch.float64),
+        torch.tensor(beta, dtype=torch.float64),
+        w,
+    )
+
 
 # %% ../nbs/01_lanczos.ipynb #6af1921d
 def _finite(norm, step):
-    if math.isfinite(norm): return norm
-    raise InputError(f"products must be finite. Got NaN or infinity at product {step}; check the weights, or use float32 instead of a shorter type.")
+    if math.isfinite(norm):
+        return norm
+    raise InputError(
+        f"products must be finite. Got NaN or infinity at product {step}; check the weights, or use float32 instead of a shorter type."
+    )
 
-def _negligible(dtype, alpha, beta): return 10 * torch.finfo(dtype).eps * max(map(abs, alpha + beta))
+
+def _negligible(dtype, alpha, beta):
+    return 10 * torch.finfo(dtype).eps * max(map(abs, alpha + beta))
+
 
 def _start(v0, op, generator):
-    if v0 is None: return _random(op, generator)
-    if hasattr(v0, "vectors") or as_real(v0).ndim == 2: v0 = blend(v0)
+    if v0 is None:
+        return _random(op, generator)
+    if hasattr(v0, "vectors") or as_real(v0).ndim == 2:
+        v0 = blend(v0)
     v0, t = as_real(v0), team()
-    if v0.shape == (t.here(op.shape[0]),): v0 = t.whole(v0, op.shape[0])
-    if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not length(v0) > 0:
-        raise InputError(f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
-                         f"norm {v0.norm().item():.3g}.")
-    v0 = v0 / v0.abs().max() # so that its length is a number of its type
-    return t.mine((v0 / length(v0).to(v0)).to(op.device, op.dtype))
+    if v0.shape == (t.local_size(op.shape[0]),):
+        v0 = t.gather(v0, op.shape[0])
+    if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not vector_norm(v0) > 0:
+        raise InputError(
+            f"a start vector must be finite, not zero, and have {op.shape[0]} entries. Got shape {tuple(v0.shape)}, "
+            f"norm {v0.norm().item():.3g}."
+        )
+    v0 = v0 / v0.abs().max()  # so that its length is a number of its type
+    return t.shard((v0 / vector_norm(v0).to(v0)).to(op.device, op.dtype))
 
-def _random(op, generator): return team().mine(random_unit(op.shape[0], generator, op))
+
+def _random(op, generator):
+    return team().shard(random_unit(op.shape[0], generator, op))
+
 
 # %% ../nbs/01_lanczos.ipynb #6813586e
 def plot_ritz(
     tri: Tridiagonal,
-    truth=None, # (k,) eigenvalues to draw as lines
+    truth=None,  # (k,) eigenvalues to draw as lines
     ax=None,
 ):
     "Ritz values after 1, 2, ..., m steps."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title="Ritz values settle on the spikes first", xlabel="Lanczos steps (products)", ylabel="Ritz value")
-    for t in ([] if truth is None else truth): ax.axhline(float(t), color=COLOURS["orange"], lw=.8)
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        title="Ritz values settle on the spikes first",
+        xlabel="Lanczos steps (products)",
+        ylabel="Ritz value",
+    )
+    for t in [] if truth is None else truth:
+        ax.axhline(float(t), color=COLOURS["orange"], lw=0.8)
     T = tri.T
-    for m in range(1, len(T) + 1): ax.plot([m] * m, torch.linalg.eigvalsh(T[:m, :m]), ".", ms=3, color=COLOURS["blue"])
+    for m in range(1, len(T) + 1):
+        ax.plot([m] * m, torch.linalg.eigvalsh(T[:m, :m]), ".", ms=3, color=COLOURS["blue"])
     return ax
+
 
 # %% ../nbs/01_lanczos.ipynb #ac9dedf2
 @dataclass(frozen=True)
 class Eigenpairs:
     "Certified Ritz pairs."
-    values: torch.Tensor # (k,) float64; most wanted first: descending for LA, ascending for SA, by magnitude for LM
-    vectors: torch.Tensor # (n, k), orthonormal columns; where several processes share the run, this one's rows of them
-    residuals: torch.Tensor # (k,) float64, |H v - lambda v|, the rounding of products counted
-    num_matvecs: int # products used
-    converged: torch.Tensor # (k,) bool: residual <= tol * max |Ritz value|, and the value of this rank is that of the matrix, to the same tolerance
-    def __len__(self): return len(self.values)
+
+    values: (
+        torch.Tensor
+    )  # (k,) float64; most wanted first: descending for LA, ascending for SA, by magnitude for LM
+    vectors: (
+        torch.Tensor
+    )  # (n, k), orthonormal columns; where several processes share the run, this one's rows of them
+    residuals: torch.Tensor  # (k,) float64, |H v - lambda v|, the rounding of products counted
+    num_matvecs: int  # products used
+    converged: torch.Tensor  # (k,) bool: residual <= tol * max |Ritz value|, and the value of this rank is that of the matrix, to the same tolerance
+
+    def __len__(self):
+        return len(self.values)
+
     def __repr__(self):
-        shown = ", ".join(f"{v:.4g}" for v in self.values[:6].tolist()) + (", ..." if len(self) > 6 else "")
+        shown = ", ".join(f"{v:.4g}" for v in self.values[:6].tolist()) + (
+            ", ..." if len(self) > 6 else ""
+        )
         return f"Eigenpairs([{shown}], {int(self.converged.sum())} of {len(self)} certified, {self.num_matvecs} products)"
+
 
 # %% ../nbs/01_lanczos.ipynb #a9639d7a
 _ORDER = {"LA": lambda t: -t, "SA": lambda t: t, "LM": lambda t: -t.abs()}
-_SIGNS = {"LA": (1,), "SA": (-1,), "LM": (1, -1)} # at which ends of the spectrum the wanted ones are
-_LAYOUT = 2 # of the state that a run_dir holds
+_SIGNS = {
+    "LA": (1,),
+    "SA": (-1,),
+    "LM": (1, -1),
+}  # at which ends of the spectrum the wanted ones are
+_LAYOUT = 2  # of the state that a run_dir holds
+
 
 class _Krylov:
     "A growing orthonormal basis, a row a vector, with the operator's projection on it: H Q = Q T + next tail' + later wait + what was dropped + blur."
+
     def __init__(self, op, size, k, which, generator, dtype=None, run_dir=None):
-        self.op, self.n, self.size, self.k, self.which, self.generator, self.here = op, op.shape[0], size, k, which, generator, team().here(op.shape[0])
+        self.op, self.n, self.size, self.k, self.which, self.generator, self.here = (
+            op,
+            op.shape[0],
+            size,
+            k,
+            which,
+            generator,
+            team().local_size(op.shape[0]),
+        )
         self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
         empty = torch.zeros(0, 0, dtype=torch.float64)
         self.basis, self.T = self.rows(size, "basis0"), torch.zeros(size, size, dtype=torch.float64)
-        self.m, self.used, self.tail = 0, 0, empty[0:0].flatten() # rows multiplied; products; what they have in common with `next`
-        self.next, self.length = None, 1. # what comes next, times its length; None: nothing is left over
-        self.later, self.wait = torch.empty(0, self.here, dtype=op.dtype, device=op.device), empty # (w, n) vectors that wait, and (w, m)
-        self.left = empty # (j, m): the same for vectors that were dropped
-        self.blur = torch.zeros(size, dtype=torch.float64) # what rounding to a shorter type took from each row of the relation above
-        self.past = [] # wanted values after the last few products
-        self.noise = 0. # largest difference between <q_i, H q_j> and <q_j, H q_i>
-        self.chain = torch.zeros(2, 0, dtype=torch.float64) # alpha and beta since the last random start
-        self.known, self.ties = empty, empty # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
-        self.open, self.closed = False, False # is the chain one Lanczos run; has the space ever closed
-        self.cut, self.clear, self.started = False, True, empty[0:0].flatten() # has a restart cut it short; had it found nothing; the wanted levels when it began
+        self.m, self.used, self.tail = (
+            0,
+            0,
+            empty[0:0].flatten(),
+        )  # rows multiplied; products; what they have in common with `next`
+        self.next, self.length = (
+            None,
+            1.0,
+        )  # what comes next, times its length; None: nothing is left over
+        self.later, self.wait = (
+            torch.empty(0, self.here, dtype=op.dtype, device=op.device),
+            empty,
+        )  # (w, n) vectors that wait, and (w, m)
+        self.left = empty  # (j, m): the same for vectors that were dropped
+        self.blur = torch.zeros(
+            size, dtype=torch.float64
+        )  # what rounding to a shorter type took from each row of the relation above
+        self.past = []  # wanted values after the last few products
+        self.noise = 0.0  # largest difference between <q_i, H q_j> and <q_j, H q_i>
+        self.chain = torch.zeros(
+            2, 0, dtype=torch.float64
+        )  # alpha and beta since the last random start
+        self.known, self.ties = (
+            empty,
+            empty,
+        )  # T as it was then, (m0, m0), and what bound it to the rest, (j, m0)
+        self.open, self.closed = (
+            False,
+            False,
+        )  # is the chain one Lanczos run; has the space ever closed
+        self.cut, self.clear, self.started = (
+            False,
+            True,
+            empty[0:0].flatten(),
+        )  # has a restart cut it short; had it found nothing; the wanted levels when it began
 
     def rows(self, count, name):
-        if self.dir is None: return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
-        return torch.from_file(str(self.dir/f"{name}.bin"), shared=True, size=count * self.here, dtype=self.dtype).view(count, self.here)
+        if self.dir is None:
+            return torch.empty(count, self.here, dtype=self.dtype, device=self.op.device)
+        return torch.from_file(
+            str(self.dir / f"{name}.bin"), shared=True, size=count * self.here, dtype=self.dtype
+        ).view(count, self.here)
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c01
 @patch
@@ -213,81 +360,119 @@ def expand(self: _Krylov):
     "One product with the newest row; `next` is what it leaves over."
     m, eps, f64 = self.m, torch.finfo(self.dtype).eps, torch.float64
     w = times(self.op, self.basis[m].to(self.op.dtype))
-    coupled = (self.tail.abs() > .01 * self.tail.abs().max()).nonzero().flatten() if m else self.tail
-    h = orthogonalise(w, self.basis[:m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1))
-    norm = _finite(extent(w).item(), self.used + 1)
+    coupled = (
+        (self.tail.abs() > 0.01 * self.tail.abs().max()).nonzero().flatten() if m else self.tail
+    )
+    h = orthogonalise(
+        w, self.basis[: m + 1], near=slice(int(coupled[0]) if len(coupled) else m, m + 1)
+    )
+    norm = _finite(distributed_norm(w).item(), self.used + 1)
     off, dropped = (h[:m] - self.tail).norm().item(), self.left.abs().sum().item()
-    if self.resumed and not off <= .02 * self.tail.norm() + eps ** .5 * .1 * self.T.abs().max() + dropped:
-        raise InputError(f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir.")
-    if m and self.dtype == self.op.dtype and not dropped: self.noise = max(self.noise, off / m ** .5)
-    self.T[:m + 1, m] = self.T[m, :m + 1] = h
-    self.wait, self.left = (torch.cat([t, torch.zeros(len(t), 1, dtype=f64)], 1) for t in (self.wait, self.left))
+    if (
+        self.resumed
+        and not off <= 0.02 * self.tail.norm() + eps**0.5 * 0.1 * self.T.abs().max() + dropped
+    ):
+        raise InputError(
+            f"a run can only go on with the matrix it began with. {self.dir} holds vectors of another; were weights or data changed? Remove it, or name another run_dir."
+        )
+    if m and self.dtype == self.op.dtype and not dropped:
+        self.noise = max(self.noise, off / m**0.5)
+    self.T[: m + 1, m] = self.T[m, : m + 1] = h
+    self.wait, self.left = (
+        torch.cat([t, torch.zeros(len(t), 1, dtype=f64)], 1) for t in (self.wait, self.left)
+    )
     self.tail = torch.zeros(m + 1, dtype=f64)
     self.tail[m] = norm
     self.chain = torch.cat([self.chain, torch.tensor([[h[m].item()], [norm]], dtype=f64)], 1)
-    self.m, self.used, self.resumed, self.next, self.length = m + 1, self.used + 1, False, w, norm or 1.
+    self.m, self.used, self.resumed, self.next, self.length = (
+        m + 1,
+        self.used + 1,
+        False,
+        w,
+        norm or 1.0,
+    )
+
 
 @patch
 def part(self: _Krylov):
     "Make the vectors that wait orthogonal to what comes next, and to each other. What they had in common stays bound to the earlier one."
-    if self.next is None: return
+    if self.next is None:
+        return
     for j, z in enumerate(self.later):
-        common = team().add(inner(z, self.next)).item() / self.length
+        common = team().all_reduce(inner(z, self.next)).item() / self.length
         z.sub_(self.next, alpha=common / self.length)
         self.tail = self.tail + common * self.wait[j]
         for i in range(j):
-            common = team().add(inner(z, self.later[i])).item()
+            common = team().all_reduce(inner(z, self.later[i])).item()
             z.sub_(self.later[i], alpha=common)
             self.wait[i] += common * self.wait[j]
-        size = extent(z).item()
-        z.div_(size or 1.)
+        size = distributed_norm(z).item()
+        z.div_(size or 1.0)
         self.wait[j] *= size
+
 
 # %% ../nbs/01_lanczos.ipynb #cf421db9
 @patch
 def put(self: _Krylov):
     "Write what comes next into its row. Rounding on the way is noted, for the residuals' sake."
     row = self.basis[self.m]
-    if self.dtype == self.op.dtype: torch.div(self.next, self.length, out=row)
+    if self.dtype == self.op.dtype:
+        torch.div(self.next, self.length, out=row)
     else:
         q = self.next / self.length
         row.copy_(q)
-        self.blur[:len(self.tail)] = torch.hypot(self.blur[:len(self.tail)], self.tail * extent(q - row.to(q.dtype)).item())
-    if self.dir: self.save()
+        self.blur[: len(self.tail)] = torch.hypot(
+            self.blur[: len(self.tail)], self.tail * distributed_norm(q - row.to(q.dtype)).item()
+        )
+    if self.dir:
+        self.save()
+
 
 # %% ../nbs/01_lanczos.ipynb #cd6916c6
 @patch
 def close(self: _Krylov, slack):
     "Is hardly anything left over? Then it is dropped, and noted."
-    if self.m == self.n: # the whole space
-        self.next, self.tail = None, self.tail * 0.
+    if self.m == self.n:  # the whole space
+        self.next, self.tail = None, self.tail * 0.0
         self.later, self.wait, self.left = self.later[:0], self.wait[:0], self.left[:0]
-    if self.next is None: return
+    if self.next is None:
+        return
     eps, scale = torch.finfo(self.op.dtype).eps, self.T.abs().max().item()
-    little = max(10 * eps * scale, min(slack / (2 * self.k), eps ** .5 * scale)) # a loose tolerance must not close a space that is merely flat
-    if self.tail[-1] > little and self.m + len(self.wait) < self.n: return self.part()
+    little = max(
+        10 * eps * scale, min(slack / (2 * self.k), eps**0.5 * scale)
+    )  # a loose tolerance must not close a space that is merely flat
+    if self.tail[-1] > little and self.m + len(self.wait) < self.n:
+        return self.part()
     self.drop(self.tail)
-    self.next, self.tail, self.closed = None, self.tail * 0., True
+    self.next, self.tail, self.closed = None, self.tail * 0.0, True
+
 
 @patch
 def drop(self: _Krylov, tail):
     "What the rows have in common with a vector that will not be multiplied."
-    if tail.any(): self.left = torch.cat([self.left, tail[None]])
+    if tail.any():
+        self.left = torch.cat([self.left, tail[None]])
+
 
 @patch
 def fresh(self: _Krylov):
     "Go on with a random vector orthogonal to all rows. What was to come next waits."
-    if self.next is not None: self.postpone()
+    if self.next is not None:
+        self.postpone()
     dropped = len(self.left)
-    self.known, self.ties = self.T[:self.m, :self.m].clone(), torch.cat([self.wait, self.left]) * (1 + dropped) ** .5
+    self.known, self.ties = (
+        self.T[: self.m, : self.m].clone(),
+        torch.cat([self.wait, self.left]) * (1 + dropped) ** 0.5,
+    )
     w = _random(self.op, self.generator)
     for _ in range(2):
-        orthogonalise(w, self.basis[:self.m])
-        w = w / extent(w).to(w)
-    self.next, self.length, self.tail = w, 1., torch.zeros(self.m, dtype=torch.float64)
+        orthogonalise(w, self.basis[: self.m])
+        w = w / distributed_norm(w).to(w)
+    self.next, self.length, self.tail = w, 1.0, torch.zeros(self.m, dtype=torch.float64)
     self.chain, self.open, self.cut = self.chain[:, :0], True, False
     self.started = self.level.clone()
     self.part()
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c02
 @patch
@@ -295,7 +480,8 @@ def postpone(self: _Krylov):
     "Let what comes next wait; or drop it, when the wanted pairs hardly lack it. If too many wait, the least important one is dropped."
     here, waiting = self.lack(self.tail[None])[0], self.lack(self.wait)
     crowded = len(waiting) >= self.patience
-    if here <= 1e-3 * self.slack and crowded or crowded and here <= waiting.min(): return self.drop(self.tail)
+    if here <= 1e-3 * self.slack and crowded or crowded and here <= waiting.min():
+        return self.drop(self.tail)
     if crowded:
         i = int(waiting.argmin())
         self.drop(self.wait[i])
@@ -303,266 +489,416 @@ def postpone(self: _Krylov):
     self.later = torch.cat([(self.next / self.length)[None], self.later])
     self.wait = torch.cat([self.tail[None], self.wait])
 
+
 @patch
 def forget(self: _Krylov, i: int):
     "One waiting vector fewer."
-    self.later, self.wait = torch.cat([self.later[:i], self.later[i + 1:]]), torch.cat([self.wait[:i], self.wait[i + 1:]])
+    self.later, self.wait = (
+        torch.cat([self.later[:i], self.later[i + 1 :]]),
+        torch.cat([self.wait[:i], self.wait[i + 1 :]]),
+    )
+
 
 @patch
 def recall(self: _Krylov, i: int):
     "Multiply a waiting vector next; what was to come next waits instead."
     self.open = False
     vector, tail = self.later[i].clone(), self.wait[i].clone()
-    orthogonalise(vector, self.basis[:self.m]) # little may be left of it, and that inexact
-    vector.div_(extent(vector).to(vector))
-    if self.next is None: self.forget(i)
-    else: self.later[i], self.wait[i] = self.next / self.length, self.tail
-    self.next, self.length, self.tail = vector, 1., tail
+    orthogonalise(vector, self.basis[: self.m])  # little may be left of it, and that inexact
+    vector.div_(distributed_norm(vector).to(vector))
+    if self.next is None:
+        self.forget(i)
+    else:
+        self.later[i], self.wait[i] = self.next / self.length, self.tail
+    self.next, self.length, self.tail = vector, 1.0, tail
+
 
 @patch(as_prop=True)
 def patience(self: _Krylov) -> int:
     "So many vectors may wait."
     return max(1, (self.size - self.k) // 4)
 
+
 @patch(as_prop=True)
 def full(self: _Krylov) -> bool:
     "Is no row free?"
     return self.m + len(self.wait) >= self.size
 
+
 # %% ../nbs/01_lanczos.ipynb #c243ee6e
 @patch
 def ritz(self: _Krylov, order):
     "Ritz values, wanted first, and their small vectors."
-    theta, U = map(team().same, torch.linalg.eigh(self.T[:self.m, :self.m]))
+    theta, U = map(team().broadcast, torch.linalg.eigh(self.T[: self.m, : self.m]))
     idx = torch.argsort(order(theta), stable=True)
     return theta[idx], U[:, idx]
+
 
 @patch
 def residuals(self: _Krylov, U):
     "Bounds on the residuals of Ritz pairs."
-    ahead = torch.cat([self.tail[None], self.wait]) @ U # orthogonal to each other
-    blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
+    ahead = torch.cat([self.tail[None], self.wait]) @ U  # orthogonal to each other
+    blur = ((U * self.blur[: self.m, None]) ** 2).sum(0).sqrt()
     return ahead.square().sum(0).sqrt() + (self.left @ U).abs().sum(0) + blur
 
+
 @patch
-def settled(self: _Krylov, k, slack): # (k,) bool
+def settled(self: _Krylov, k, slack):  # (k,) bool
     "Which wanted values have stopped rising: over the last k / 4 products by no more than the slack."
-    if len(self.past) <= k // 4: return torch.zeros(k, dtype=torch.bool)
+    if len(self.past) <= k // 4:
+        return torch.zeros(k, dtype=torch.bool)
     gain = torch.full((k,), torch.inf, dtype=torch.float64)
-    gain[:len(self.past[0])] = self.past[0] - self.past[-1][:len(self.past[0])]
+    gain[: len(self.past[0])] = self.past[0] - self.past[-1][: len(self.past[0])]
     return gain <= slack
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c0e
 def rounding_floor(
-    dtype: torch.dtype, n: int, # the operator's type and size
-    scale: float, # its largest |Ritz value|
-    noise: float = 0., # largest |<a, H b> - <b, H a>| seen, a and b of length 1
+    dtype: torch.dtype,
+    n: int,  # the operator's type and size
+    scale: float,  # its largest |Ritz value|
+    noise: float = 0.0,  # largest |<a, H b> - <b, H a>| seen, a and b of length 1
 ) -> float:
     "What products of this type are off by, about: 32 units of rounding, or 16 times the asymmetry seen, or what is too small for the type."
-    if not scale: return 0.
-    return max(32 * torch.finfo(dtype).eps * scale, 16 * noise, math.sqrt(n) * torch.finfo(dtype).tiny)
+    if not scale:
+        return 0.0
+    return max(
+        32 * torch.finfo(dtype).eps * scale, 16 * noise, math.sqrt(n) * torch.finfo(dtype).tiny
+    )
+
 
 # %% ../nbs/01_lanczos.ipynb #415a0632
 def combine(
-    C: torch.Tensor, # (k, m) coefficients
-    basis: torch.Tensor, # (m, n)
-    out: torch.Tensor, # (k, n), receives C @ basis; may be the first rows of the basis itself
-) -> torch.Tensor: # (k,) float64: how far rounding to the type of `out` moved each row
+    C: torch.Tensor,  # (k, m) coefficients
+    basis: torch.Tensor,  # (m, n)
+    out: torch.Tensor,  # (k, n), receives C @ basis; may be the first rows of the basis itself
+) -> torch.Tensor:  # (k,) float64: how far rounding to the type of `out` moved each row
     "Combinations of basis vectors, a slab of coordinates at a time."
-    lost, C = torch.zeros(len(C), dtype=torch.float64), C.to(basis.device, torch.float64 if basis.dtype == torch.float64 else torch.float32)
-    for s in slabs(basis):
+    lost, C = (
+        torch.zeros(len(C), dtype=torch.float64),
+        C.to(basis.device, torch.float64 if basis.dtype == torch.float64 else torch.float32),
+    )
+    for s in chunks(basis):
         exact = C @ basis[:, s].to(C.dtype)
         out[:, s] = exact.to(out.dtype)
-        if out.dtype != C.dtype: lost += (exact - out[:, s].to(C.dtype)).double().square().sum(1).cpu()
-    return team().add(lost).sqrt()
+        if out.dtype != C.dtype:
+            lost += (exact - out[:, s].to(C.dtype)).double().square().sum(1).cpu()
+    return team().all_reduce(lost).sqrt()
+
 
 @patch
 def restart(self: _Krylov, keep: int):
     "Thick restart: the best `keep` Ritz vectors become the basis. A slab of coordinates at a time: in place, or in a new file."
     self.bank()
     old, theta, U = self.basis, self.theta, self.U[:, :keep]
-    blur = ((U * self.blur[:self.m, None]) ** 2).sum(0).sqrt()
-    if self.dir: self.generation += 1; self.basis = self.rows(self.size, f"basis{self.generation}")
-    lost = combine(U.T, old[:self.m], self.basis[:keep])
-    self.blur.zero_(); self.blur[:keep] = blur + lost * theta.abs().max()
+    blur = ((U * self.blur[: self.m, None]) ** 2).sum(0).sqrt()
+    if self.dir:
+        self.generation += 1
+        self.basis = self.rows(self.size, f"basis{self.generation}")
+    lost = combine(U.T, old[: self.m], self.basis[:keep])
+    self.blur.zero_()
+    self.blur[:keep] = blur + lost * theta.abs().max()
     self.tail, self.wait, self.left = self.tail @ U, self.wait @ U, self.left @ U
     self.theta, self.U = theta[:keep], torch.eye(keep, dtype=U.dtype)
-    self.T.zero_(); self.T.diagonal()[:keep] = theta[:keep]
+    self.T.zero_()
+    self.T.diagonal()[:keep] = theta[:keep]
     self.m = keep
 
+
 # %% ../nbs/01_lanczos.ipynb #e7a10c03
-def _tail_share(alpha, beta, t): # (k,): of a vector's Lanczos run, its share at eigenvalues from each t on
+def _tail_share(
+    alpha, beta, t
+):  # (k,): of a vector's Lanczos run, its share at eigenvalues from each t on
     "An upper bound, valid where t is beyond all Ritz values (Chebyshev, Markov, Stieltjes): 1 / sum of p_j(t)^2 over the orthonormal polynomials."
-    before, p, total, last = torch.zeros_like(t), torch.ones_like(t), torch.ones_like(t), 0.
+    before, p, total, last = torch.zeros_like(t), torch.ones_like(t), torch.ones_like(t), 0.0
     for a, b in zip(alpha.tolist(), beta.tolist()):
-        if b == 0.: return torch.zeros_like(t) # the run has ended: the vector has no share anywhere else
+        if b == 0.0:
+            return torch.zeros_like(t)  # the run has ended: the vector has no share anywhere else
         before, p, last = p, ((t - a) * p - last * before) / b, b
         total = total + p * p
-        if total.min() > 1e100: break
+        if total.min() > 1e100:
+            break
     return 1 / total
+
 
 def _luck(share, count, room):
     "The odds that a random unit vector has so little (or less) in common with a given space of `count` dimensions out of `room`."
-    if room <= count: return torch.where(share < 1., 0., 1.) # no such space, or all there is
+    if room <= count:
+        return torch.where(share < 1.0, 0.0, 1.0)  # no such space, or all there is
     h, N = count.double() / 2, torch.tensor(room / 2, dtype=torch.float64)
     bound = h * share.log() + torch.lgamma(N) - torch.lgamma(h + 1) - torch.lgamma(N - h)
-    edge = (N - h - 1).clamp(max=0.) * torch.log1p(-share.clamp(max=1 - 1e-16)) # room = count + 1: the density has a pole at 1
-    return (bound + edge).exp().clamp(max=1.)
+    edge = (N - h - 1).clamp(max=0.0) * torch.log1p(
+        -share.clamp(max=1 - 1e-16)
+    )  # room = count + 1: the density has a pole at 1
+    return (bound + edge).exp().clamp(max=1.0)
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c04
-_SHARE = .05 # of a waiting vector lies near the edge of what is outside, at most
+_SHARE = 0.05  # of a waiting vector lies near the edge of what is outside, at most
+
 
 @patch
 def aim(self: _Krylov, theta, U, slack):
     "What is wanted now: the pairs, and for each rank a level beyond which at most rank - 1 eigenvalues may lie."
     self.theta, self.U, self.slack = theta, U, slack
     value = -_ORDER[self.which](theta)
-    self.level = value[:self.k] + .98 * slack # a little is left for rounding
-    rest = value[self.k:][self.res[self.k:] > slack] # not found yet
+    self.level = value[: self.k] + 0.98 * slack  # a little is left for rounding
+    rest = value[self.k :][self.res[self.k :] > slack]  # not found yet
     self.middle = value.mean().item()
     self.guess = rest[0].item() if len(rest) else value[-1].item()
 
-def _beyond(T, ties, level, edge, middle, signs): # what is outside of T has no eigenvalue beyond the edge, which is below the level
+
+def _beyond(
+    T, ties, level, edge, middle, signs
+):  # what is outside of T has no eigenvalue beyond the edge, which is below the level
     "A bound on how many eigenvalues of the whole lie beyond a level: those of the Schur complement (Haynsworth)."
     loose = ties.T @ ties * (_SHARE / (level - edge) + (1 - _SHARE) / (level - min(edge, middle)))
     return sum(int((torch.linalg.eigvalsh(sign * T + loose) > level).sum()) for sign in signs)
+
 
 @patch
 def ready(self: _Krylov) -> bool:
     "Is a search worth its products: would the wanted pairs be certain if nothing else existed beyond the next Ritz value?"
     level = self.level[-1].item()
-    if not self.guess < level: return True
+    if not self.guess < level:
+        return True
     ties = torch.cat([self.tail[None], self.wait, self.left])
-    return _beyond(self.T[:self.m, :self.m], ties, level, self.guess, self.middle, _SIGNS[self.which]) < self.k
+    return (
+        _beyond(
+            self.T[: self.m, : self.m], ties, level, self.guess, self.middle, _SIGNS[self.which]
+        )
+        < self.k
+    )
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c0d
 @patch
-def edges(self: _Krylov, most: int): # (most,)
+def edges(self: _Krylov, most: int):  # (most,)
     "Beyond which no more than 0, 1, 2, ... eigenvalues of what is outside lie: the chain's random start would have met them."
     (alpha, beta), signs, room = self.chain, _SIGNS[self.which], self.n - len(self.known)
     eps = torch.finfo(self.op.dtype).eps
-    beta = torch.where(beta > 10 * eps * self.T.abs().max(), beta, 0.)
-    ritz = team().same(torch.linalg.eigvalsh(torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)))
-    first, top = max((s * ritz).max().item() for s in signs) + 10 * eps * self.T.abs().max().item(), self.level.max().item()
+    beta = torch.where(beta > 10 * eps * self.T.abs().max(), beta, 0.0)
+    ritz = team().broadcast(
+        torch.linalg.eigvalsh(
+            torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
+        )
+    )
+    first, top = (
+        max((s * ritz).max().item() for s in signs) + 10 * eps * self.T.abs().max().item(),
+        self.level.max().item(),
+    )
     self.seen = first
-    if not first < top: return torch.full((most,), math.inf, dtype=torch.float64)
+    if not first < top:
+        return torch.full((most,), math.inf, dtype=torch.float64)
     last = max(min(self.level[-1].item(), top), first)
-    grid = torch.cat([torch.linspace(first, last, 65, dtype=torch.float64)[:-1], torch.linspace(last, top, 33, dtype=torch.float64)])
+    grid = torch.cat(
+        [
+            torch.linspace(first, last, 65, dtype=torch.float64)[:-1],
+            torch.linspace(last, top, 33, dtype=torch.float64),
+        ]
+    )
     share = sum(_tail_share(s * alpha, beta, grid) for s in signs)
     odds = torch.stack([_luck(share, torch.tensor(h), room) for h in range(1, most + 1)])
     at = torch.where(odds <= _ODDS, grid, math.inf)
-    return team().same(at.amin(1))
+    return team().broadcast(at.amin(1))
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c0c
 @patch
-def sure(self: _Krylov) -> torch.Tensor: # (k,) bool
+def sure(self: _Krylov) -> torch.Tensor:  # (k,) bool
     "Which ranks are certain: no more than rank - 1 eigenvalues lie beyond their level, but with small odds."
     out, self.clear = torch.zeros(self.k, dtype=torch.bool), True
-    if self.m == self.n: return ~out
-    if self.cut: return ~out if self.far() <= _ODDS else out
-    if not self.open or not self.chain.shape[1]: return out
+    if self.m == self.n:
+        return ~out
+    if self.cut:
+        return ~out if self.far() <= _ODDS else out
+    if not self.open or not self.chain.shape[1]:
+        return out
     signs, edges = _SIGNS[self.which], self.edges(self.k)
-    inside = sum((torch.linalg.eigvalsh(s * self.known)[:, None] > self.level).sum(0) for s in signs) if len(self.known) else torch.zeros(len(self.level))
-    for i in range(len(self.level) - 1, -1, -1): # the last one is the hardest
-        level, hide = self.level[i].item(), i + 1 - int(inside[i]) # `hide` more would be one too many
-        out[i] = any(edges[h - 1] < level and _beyond(self.known, self.ties, level, edges[h - 1].item(), self.middle, signs) + h - 1 <= i for h in range(hide, 0, -1))
-        if i == self.k - 1: self.clear = self.seen < level and (hide > 1 or _beyond(self.known, self.ties, level, self.seen, self.middle, signs) <= i) # it can still succeed
-        if not out[i] and not self.last: break
+    inside = (
+        sum((torch.linalg.eigvalsh(s * self.known)[:, None] > self.level).sum(0) for s in signs)
+        if len(self.known)
+        else torch.zeros(len(self.level))
+    )
+    for i in range(len(self.level) - 1, -1, -1):  # the last one is the hardest
+        level, hide = (
+            self.level[i].item(),
+            i + 1 - int(inside[i]),
+        )  # `hide` more would be one too many
+        out[i] = any(
+            edges[h - 1] < level
+            and _beyond(self.known, self.ties, level, edges[h - 1].item(), self.middle, signs)
+            + h
+            - 1
+            <= i
+            for h in range(hide, 0, -1)
+        )
+        if i == self.k - 1:
+            self.clear = self.seen < level and (
+                hide > 1
+                or _beyond(self.known, self.ties, level, self.seen, self.middle, signs) <= i
+            )  # it can still succeed
+        if not out[i] and not self.last:
+            break
     return out
+
 
 @patch
 def far(self: _Krylov) -> float:
     "The same odds for a chain that a restart has cut short, by what Chebyshev polynomials would do in seven tenths of its products."
-    top, low, level = self.guess, min((s * self.theta).min().item() for s in _SIGNS[self.which]), self.level[-1].item()
-    if not low < top < level or self.found(): return 1.
-    steps = .7 * self.chain.shape[1] * math.acosh(1 + 2 * (level - top) / (top - low))
-    share = torch.tensor([1 / math.cosh(min(steps, 300.)) ** 2], dtype=torch.float64)
-    return team().same(_luck(share, torch.tensor(1), self.n - len(self.known))).item()
+    top, low, level = (
+        self.guess,
+        min((s * self.theta).min().item() for s in _SIGNS[self.which]),
+        self.level[-1].item(),
+    )
+    if not low < top < level or self.found():
+        return 1.0
+    steps = 0.7 * self.chain.shape[1] * math.acosh(1 + 2 * (level - top) / (top - low))
+    share = torch.tensor([1 / math.cosh(min(steps, 300.0)) ** 2], dtype=torch.float64)
+    return team().broadcast(_luck(share, torch.tensor(1), self.n - len(self.known))).item()
+
 
 @patch
 def found(self: _Krylov) -> bool:
     "Has a wanted value risen since the chain's random start? Then there may be more like it, and the chain cannot tell."
-    return len(self.level) != len(self.started) or bool((self.level > self.started + .25 * self.slack).any())
+    return len(self.level) != len(self.started) or bool(
+        (self.level > self.started + 0.25 * self.slack).any()
+    )
+
 
 @patch
 def bank(self: _Krylov):
     "A restart cuts the chain short: from now on it is judged otherwise."
     self.cut, self.open = self.cut or self.open and self.clear and self.chain.shape[1] > 0, False
 
+
 # %% ../nbs/01_lanczos.ipynb #e7a10c05
 @patch
-def lack(self: _Krylov, tails): # (j, m) -> (j,)
+def lack(self: _Krylov, tails):  # (j, m) -> (j,)
     "What the wanted pairs lack in the direction of vectors that are yet to be multiplied."
-    return (tails @ self.U[:, :self.k]).abs().amax(1) if len(tails) else torch.zeros(0, dtype=torch.float64)
+    return (
+        (tails @ self.U[:, : self.k]).abs().amax(1)
+        if len(tails)
+        else torch.zeros(0, dtype=torch.float64)
+    )
+
 
 @patch
 def choose(self: _Krylov, check: bool):
     "What comes next: for a check, a random vector and what follows from it; else where the wanted pairs lack most."
-    waiting, here = self.lack(self.wait), self.lack(self.tail[None])[0] if self.next is not None else None
+    waiting, here = (
+        self.lack(self.wait),
+        self.lack(self.tail[None])[0] if self.next is not None else None,
+    )
     if check and self.m < self.n:
-        if self.next is not None and (self.open and self.clear or self.cut and not self.found()): return
-        if self.open and self.clear and len(waiting): return self.recall(int(waiting.argmax())) # the chain has ended, yet something is lacking
-        if self.ready() or self.open and not self.clear and self.full: return self.search(waiting, here)
-        pending = torch.cat([self.wait.norm(dim=1), self.tail.norm()[None] if here is not None else torch.zeros(0)])
+        if self.next is not None and (self.open and self.clear or self.cut and not self.found()):
+            return
+        if self.open and self.clear and len(waiting):
+            return self.recall(
+                int(waiting.argmax())
+            )  # the chain has ended, yet something is lacking
+        if self.ready() or self.open and not self.clear and self.full:
+            return self.search(waiting, here)
+        pending = torch.cat(
+            [self.wait.norm(dim=1), self.tail.norm()[None] if here is not None else torch.zeros(0)]
+        )
         if len(pending):
             i = int(pending.argmax())
             return self.recall(i) if i < len(waiting) else None
         return self.search(waiting, here)
-    if len(waiting) and (here is None or waiting.max() > here): self.recall(int(waiting.argmax()))
-    elif here is None: self.fresh()
+    if len(waiting) and (here is None or waiting.max() > here):
+        self.recall(int(waiting.argmax()))
+    elif here is None:
+        self.fresh()
+
 
 @patch
 def search(self: _Krylov, waiting, here):
     "Start a chain, once there is room for it."
-    if len(waiting) >= self.patience and here is not None and min(here, waiting.min()) > .02 * self.slack: # one must be dropped: first make it small
+    if (
+        len(waiting) >= self.patience
+        and here is not None
+        and min(here, waiting.min()) > 0.02 * self.slack
+    ):  # one must be dropped: first make it small
         return self.recall(int(waiting.argmin())) if waiting.min() < here else None
-    places = min(len(self.wait) + 1, self.patience) # that waiting vectors will take
-    if self.size < self.n and self.size - self.m - places < max(2, (self.size - self.k) // 3): self.restart(self.k + (self.size - self.k - places) // 4)
+    places = min(len(self.wait) + 1, self.patience)  # that waiting vectors will take
+    if self.size < self.n and self.size - self.m - places < max(2, (self.size - self.k) // 3):
+        self.restart(self.k + (self.size - self.k - places) // 4)
     self.fresh()
+
 
 # %% ../nbs/01_lanczos.ipynb #82ec3426
 def blend(
-    subspace, # Eigenpairs, or (n, j)
-) -> torch.Tensor: # (n,)
+    subspace,  # Eigenpairs, or (n, j)
+) -> torch.Tensor:  # (n,)
     "One start vector for a whole subspace: the sum of its vectors."
     V = as_real(getattr(subspace, "vectors", subspace))
-    out = torch.empty(1, len(V), dtype=torch.float64 if V.dtype == torch.float64 else torch.float32, device=V.device)
+    out = torch.empty(
+        1,
+        len(V),
+        dtype=torch.float64 if V.dtype == torch.float64 else torch.float32,
+        device=V.device,
+    )
     combine(torch.ones(1, V.shape[1], dtype=torch.float64), V.T, out)
     return out[0]
+
 
 # %% ../nbs/01_lanczos.ipynb #27c8256c
 _STATE = ("m", "used", "generation", "open", "closed", "cut", "clear")
 _TENSORS = ("T", "blur", "tail", "later", "wait", "left", "chain", "known", "ties", "started")
 
+
 @patch
 def save(self: _Krylov):
     "The state beside the vectors, atomically; then older vectors may go."
-    state = {f"past{i}": t for i, t in enumerate(self.past)} | {a: getattr(self, a).contiguous() for a in _TENSORS}
-    state |= dict(whole=torch.tensor([int(getattr(self, a)) for a in _STATE]), noise=torch.tensor(self.noise, dtype=torch.float64), generator=self.generator.get_state())
-    save_file(state, self.dir/"state.tmp", metadata=dict(request=self.request))
-    os.replace(self.dir/"state.tmp", self.dir/"state.safetensors")
-    for old in range(self.generation): (self.dir/f"basis{old}.bin").unlink(missing_ok=True)
+    state = {f"past{i}": t for i, t in enumerate(self.past)} | {
+        a: getattr(self, a).contiguous() for a in _TENSORS
+    }
+    state |= dict(
+        whole=torch.tensor([int(getattr(self, a)) for a in _STATE]),
+        noise=torch.tensor(self.noise, dtype=torch.float64),
+        generator=self.generator.get_state(),
+    )
+    save_file(state, self.dir / "state.tmp", metadata=dict(request=self.request))
+    os.replace(self.dir / "state.tmp", self.dir / "state.safetensors")
+    for old in range(self.generation):
+        (self.dir / f"basis{old}.bin").unlink(missing_ok=True)
+
 
 @patch
 def load(self: _Krylov, request: dict) -> bool:
     "Take up an interrupted run, if there is one; refuse one that asked for something else."
     self.request = ", ".join(f"{a}={b}" for a, b in (request | dict(layout=_LAYOUT)).items())
-    if self.dir is None or not (self.dir/"state.safetensors").exists(): return False
-    with safe_open(self.dir/"state.safetensors", "pt") as f: theirs = (f.metadata() or {}).get("request", "")
-    if f"layout={_LAYOUT}" not in theirs: raise InputError(f"a run goes on with the version that began it. {self.dir} was written by another one; remove it, or name another run_dir.")
-    if theirs != self.request: raise InputError(f"a run goes on with the request it began with. {self.dir} has {theirs}; this is {self.request}. Remove it, or name another run_dir.")
-    state = load_file(self.dir/"state.safetensors")
-    for a, number in zip(_STATE, state["whole"].tolist()): setattr(self, a, number)
-    for a in _TENSORS: setattr(self, a, state[a])
-    self.open, self.closed, self.cut, self.clear = map(bool, (self.open, self.closed, self.cut, self.clear))
+    if self.dir is None or not (self.dir / "state.safetensors").exists():
+        return False
+    with safe_open(self.dir / "state.safetensors", "pt") as f:
+        theirs = (f.metadata() or {}).get("request", "")
+    if f"layout={_LAYOUT}" not in theirs:
+        raise InputError(
+            f"a run goes on with the version that began it. {self.dir} was written by another one; remove it, or name another run_dir."
+        )
+    if theirs != self.request:
+        raise InputError(
+            f"a run goes on with the request it began with. {self.dir} has {theirs}; this is {self.request}. Remove it, or name another run_dir."
+        )
+    state = load_file(self.dir / "state.safetensors")
+    for a, number in zip(_STATE, state["whole"].tolist()):
+        setattr(self, a, number)
+    for a in _TENSORS:
+        setattr(self, a, state[a])
+    self.open, self.closed, self.cut, self.clear = map(
+        bool, (self.open, self.closed, self.cut, self.clear)
+    )
     self.later, self.noise = self.later.to(self.op.device, copy=True), state["noise"].item()
     self.generator.set_state(state["generator"])
     self.past = [state[f"past{i}"] for i in range(sum(key.startswith("past") for key in state))]
     self.basis, self.resumed = self.rows(self.size, f"basis{self.generation}"), True
     return True
 
+
 # %% ../nbs/01_lanczos.ipynb #e7a10c06
-_ODDS = 1e-3 # that a certificate overlooked something
+_ODDS = 1e-3  # that a certificate overlooked something
+
 
 @patch
 def look(self: _Krylov, tol):
@@ -573,40 +909,56 @@ def look(self: _Krylov, tol):
     self.res = self.residuals(U)
     self.floor = rounding_floor(self.op.dtype, self.n, scale, self.noise)
     self.aim(theta, U, max(tol * scale, self.floor))
-    self.past = [*self.past, _ORDER[self.which](theta[:self.k]).clone()][-(self.k // 4 + 1):]
-    rounding = torch.tensor(self.floor if tol * scale > 2 * self.floor else 0., dtype=torch.float64) # below rounding nothing can be reached
-    ok = torch.hypot(self.res[:self.k], rounding) <= self.slack
-    return ok if self.m == self.n else ok & self.settled(self.k, self.slack)[:len(ok)]
+    self.past = [*self.past, _ORDER[self.which](theta[: self.k]).clone()][-(self.k // 4 + 1) :]
+    rounding = torch.tensor(
+        self.floor if tol * scale > 2 * self.floor else 0.0, dtype=torch.float64
+    )  # below rounding nothing can be reached
+    ok = torch.hypot(self.res[: self.k], rounding) <= self.slack
+    return ok if self.m == self.n else ok & self.settled(self.k, self.slack)[: len(ok)]
+
 
 # %% ../nbs/01_lanczos.ipynb #60540aca
 @plainly()
 def top_eigenpairs(
-    op, # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
-    k: int, # pairs wanted
+    op,  # HessianOperator, SciPy LinearOperator or symmetric (n, n) tensor
+    k: int,  # pairs wanted
     *,
-    which: str = "LA", # "LA" largest, "SA" smallest, "LM" largest magnitude
-    tol: float = 1e-3, # residual over the largest |Ritz value|
-    max_matvecs: int | None = None, # give up after so many products; None: 20 k + 200
-    max_basis: int | None = None, # vectors kept; None: 2 k + 20, more where memory is no matter, fewer if they would take more than half of the free memory
-    v0=None, # where to start: a vector (n,); or a subspace, (n, j) or Eigenpairs, of a matrix close by (warm start)
-    seed: int = 0, # for random starts
-    verify: bool = True, # look for missed pairs from a fresh random start, until none hides but with odds of 1 in 1000; False: `converged` only says that these are eigenpairs
-    basis_dtype: torch.dtype | None = None, # torch.bfloat16 halves the memory of vectors; residuals count the rounding
-    run_dir=None, # keep the vectors in files there; an interrupted run goes on where it was
-    progress: bool = False, # a bar
+    which: str = "LA",  # "LA" largest, "SA" smallest, "LM" largest magnitude
+    tol: float = 1e-3,  # residual over the largest |Ritz value|
+    max_matvecs: int | None = None,  # give up after so many products; None: 20 k + 200
+    max_basis: int
+    | None = None,  # vectors kept; None: 2 k + 20, more where memory is no matter, fewer if they would take more than half of the free memory
+    v0=None,  # where to start: a vector (n,); or a subspace, (n, j) or Eigenpairs, of a matrix close by (warm start)
+    seed: int = 0,  # for random starts
+    verify: bool = True,  # look for missed pairs from a fresh random start, until none hides but with odds of 1 in 1000; False: `converged` only says that these are eigenpairs
+    basis_dtype: torch.dtype
+    | None = None,  # torch.bfloat16 halves the memory of vectors; residuals count the rounding
+    run_dir=None,  # keep the vectors in files there; an interrupted run goes on where it was
+    progress: bool = False,  # a bar
 ) -> Eigenpairs:
     "The k most wanted eigenpairs, each certified by its residual, and by a search for others. Pairs that are not are flagged, and a warning says so."
     op, n = as_operator(op), op.shape[0]
     k, limit, seed = _check_request(op, k, which, tol, max_matvecs, max_basis, basis_dtype, seed)
     size, g = _size(op, k, max_basis, basis_dtype, run_dir), torch.Generator().manual_seed(seed)
     kry, bar = _Krylov(op, size, k, which, g, basis_dtype, _directory(run_dir)), _bar(progress, k)
-    if not kry.load(dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)): kry.next = _start(v0, op, g); kry.put()
-    with steady(op) as watch: ok, check = _search(kry, tol, limit, verify, bar)
+    if not kry.load(
+        dict(n=n, k=k, which=which, max_basis=size, dtype=basis_dtype, seed=seed, verify=verify)
+    ):
+        kry.next = _start(v0, op, g)
+        kry.put()
+    with steady(op) as watch:
+        ok, check = _search(kry, tol, limit, verify, bar)
     bar.close()
     pairs = _finish(kry, ok, tol, check)
-    if watch.fixed: return pairs
-    warnings.warn("eigenpairs of one matrix need one matrix. The network, its weights or the data changed during the search; none is certified.", ChangingFunction, stacklevel=3)
+    if watch.fixed:
+        return pairs
+    warnings.warn(
+        "eigenpairs of one matrix need one matrix. The network, its weights or the data changed during the search; none is certified.",
+        ChangingFunction,
+        stacklevel=3,
+    )
     return replace(pairs, converged=torch.zeros_like(pairs.converged))
+
 
 def _search(kry: _Krylov, tol: float, limit: int, verify: bool, bar) -> tuple[torch.Tensor, bool]:
     "Products until the wanted pairs stand: which of them do, and whether others were looked for."
@@ -615,50 +967,101 @@ def _search(kry: _Krylov, tol: float, limit: int, verify: bool, bar) -> tuple[to
         kry.expand()
         ok = kry.look(tol)
         bar.update(min(int(ok.sum()), k) - bar.n)
-        check, done, kry.last = verify or kry.closed, bool(ok.all()) and len(ok) == k, kry.used >= limit
-        if kry.m == n or kry.last or done and (not check or bool(kry.sure().all())): return ok, check
-        if kry.full and size < n: kry.restart(min(k + (size - len(kry.wait) - k) // 2, size - len(kry.wait) - 1))
+        check, done, kry.last = (
+            verify or kry.closed,
+            bool(ok.all()) and len(ok) == k,
+            kry.used >= limit,
+        )
+        if kry.m == n or kry.last or done and (not check or bool(kry.sure().all())):
+            return ok, check
+        if kry.full and size < n:
+            kry.restart(min(k + (size - len(kry.wait) - k) // 2, size - len(kry.wait) - 1))
         kry.choose(done and check)
         kry.put()
 
+
 # %% ../nbs/01_lanczos.ipynb #5328bce1
-def _turn(vectors, n): # (k, this process's coordinates), changed in place; n: all coordinates
+def _turn(vectors, n):  # (k, this process's coordinates), changed in place; n: all coordinates
     "Which way a vector points is nobody's business but rounding's, so let it be that of (sin 1, sin 2, ...)."
     t, first = team(), share(n, team().rank, team().size).start + 1
-    along = sum((vectors[:, s].double() @ torch.sin(torch.arange(first + s.start, first + min(s.stop, vectors.shape[1]), dtype=torch.float64, device=vectors.device)) for s in slabs(vectors)),
-                torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device))
-    vectors.mul_(torch.where(t.add(along) < 0, -1., 1.).to(vectors.dtype)[:, None])
+    along = sum(
+        (
+            vectors[:, s].double()
+            @ torch.sin(
+                torch.arange(
+                    first + s.start,
+                    first + min(s.stop, vectors.shape[1]),
+                    dtype=torch.float64,
+                    device=vectors.device,
+                )
+            )
+            for s in chunks(vectors)
+        ),
+        torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device),
+    )
+    vectors.mul_(torch.where(t.all_reduce(along) < 0, -1.0, 1.0).to(vectors.dtype)[:, None])
+
 
 def _finish(kry, ok, tol, check) -> Eigenpairs:
     k, theta, U, most = kry.k, kry.theta, kry.U, kry.theta.abs().max().item()
     kry.last = True
-    crowded = 2 * k > kry.m and kry.dir is None and kry.basis.nbytes > _SMALL # then the basis itself becomes the result, which saves a copy
+    crowded = (
+        2 * k > kry.m and kry.dir is None and kry.basis.nbytes > _SMALL
+    )  # then the basis itself becomes the result, which saves a copy
     sure = kry.sure() if check else torch.ones(k, dtype=torch.bool)
     vectors = kry.basis[:k] if crowded else kry.rows(k, "vectors")
-    res = torch.hypot(kry.res[:k] + combine(U[:, :k].T, kry.basis[:kry.m], vectors) * most, torch.tensor(kry.floor, dtype=torch.float64))
+    res = torch.hypot(
+        kry.res[:k] + combine(U[:, :k].T, kry.basis[: kry.m], vectors) * most,
+        torch.tensor(kry.floor, dtype=torch.float64),
+    )
     _turn(vectors, kry.n)
     pairs = Eigenpairs(theta[:k].clone(), vectors.T, res, kry.used, (res <= tol * most) & ok & sure)
     bad = int((~pairs.converged).sum())
-    if not bad: return pairs
+    if not bad:
+        return pairs
     way = "raise max_matvecs or tol"
-    if kry.floor > tol * most: way = f"a tolerance must exceed what products in {str(kry.op.dtype).split('.')[-1]} carry, about {kry.floor / most:.1g} of the largest; use float64 (model.double()), or raise tol"
-    elif bool((ok & (res <= tol * most)).all()): way = "whether larger ones hide is not settled; raise max_matvecs, max_basis or tol"
-    warnings.warn(f"{bad} of {k} eigenpairs are not certified to {tol:g} after {kry.used} products; {way}.", stacklevel=3)
+    if kry.floor > tol * most:
+        way = f"a tolerance must exceed what products in {str(kry.op.dtype).split('.')[-1]} carry, about {kry.floor / most:.1g} of the largest; use float64 (model.double()), or raise tol"
+    elif bool((ok & (res <= tol * most)).all()):
+        way = "whether larger ones hide is not settled; raise max_matvecs, max_basis or tol"
+    warnings.warn(
+        f"{bad} of {k} eigenpairs are not certified to {tol:g} after {kry.used} products; {way}.",
+        stacklevel=3,
+    )
     return pairs
 
+
 # %% ../nbs/01_lanczos.ipynb #4504425d
-_SMALL = 2**28 # bytes that nobody need ask for
+_SMALL = 2**28  # bytes that nobody need ask for
+
 
 def _check_request(op, k, which, tol, limit, max_basis, basis_dtype, seed):
     n, k = op.shape[0], whole("k", k, -math.inf, math.inf)
-    if not 1 <= k <= n: raise InputError(f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs.")
-    if which not in tuple(_ORDER): raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
-    if not isinstance(tol, Real) or not 0 < tol < 1: raise InputError(f"tol must be positive and below 1. Got {tol!r}.")
+    if not 1 <= k <= n:
+        raise InputError(
+            f"k must lie in 1..n, n = {n} parameters. Got k = {k}; ask for fewer eigenpairs."
+        )
+    if which not in tuple(_ORDER):
+        raise InputError(f"which must be one of {', '.join(_ORDER)}. Got {which!r}.")
+    if not isinstance(tol, Real) or not 0 < tol < 1:
+        raise InputError(f"tol must be positive and below 1. Got {tol!r}.")
     limit = 20 * k + 200 if limit is None else whole("max_matvecs", limit, 0)
-    if limit < k: raise InputError(f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it.")
-    if max_basis is not None and whole("max_basis", max_basis, 1) < min(n, k + 3): raise InputError(f"a basis must hold k + 3 vectors. Got max_basis={max_basis} for k={k}; raise it.")
-    if basis_dtype is not None and not (isinstance(basis_dtype, torch.dtype) and basis_dtype.is_floating_point): raise InputError(f"basis_dtype must be a floating-point type. Got {basis_dtype!r}; torch.bfloat16 halves the memory.")
+    if limit < k:
+        raise InputError(
+            f"k eigenpairs need at least k products. Got max_matvecs={limit} for k={k}; raise it."
+        )
+    if max_basis is not None and whole("max_basis", max_basis, 1) < min(n, k + 3):
+        raise InputError(
+            f"a basis must hold k + 3 vectors. Got max_basis={max_basis} for k={k}; raise it."
+        )
+    if basis_dtype is not None and not (
+        isinstance(basis_dtype, torch.dtype) and basis_dtype.is_floating_point
+    ):
+        raise InputError(
+            f"basis_dtype must be a floating-point type. Got {basis_dtype!r}; torch.bfloat16 halves the memory."
+        )
     return k, limit, seed_of(seed)
+
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c07
 def _size(op, k, max_basis, dtype, run_dir):
@@ -666,48 +1069,80 @@ def _size(op, k, max_basis, dtype, run_dir):
     t, n = team(), op.shape[0]
     each = -(-n // t.size) * (dtype or op.dtype).itemsize
     wanted = max_basis
-    if wanted is None: wanted = max(2 * k + 20, min(4 * k + 60, _SMALL // each)) # more of them save products
+    if wanted is None:
+        wanted = max(2 * k + 20, min(4 * k + 60, _SMALL // each))  # more of them save products
     wanted = min(n, wanted)
     if run_dir is None and wanted * each > _SMALL:
         room = free_memory(op.device)
-        if max_basis is None: wanted = int(t.least(max(min(wanted, int(room / 2 // each)), min(n, k + 3))))
+        if max_basis is None:
+            wanted = int(t.least(max(min(wanted, int(room / 2 // each)), min(n, k + 3))))
         if wanted * each > room:
-            raise InputError(f"the basis must fit into memory. {wanted} vectors of {n:,} numbers take {wanted * each / 1e9:.3g} GB{' in each process' if t.size > 1 else ''}, {room / 1e9:.3g} GB are free; "
-                             "use basis_dtype=torch.bfloat16, a run_dir on disk, more processes, or fewer pairs.")
+            raise InputError(
+                f"the basis must fit into memory. {wanted} vectors of {n:,} numbers take {wanted * each / 1e9:.3g} GB{' in each process' if t.size > 1 else ''}, {room / 1e9:.3g} GB are free; "
+                "use basis_dtype=torch.bfloat16, a run_dir on disk, more processes, or fewer pairs."
+            )
     return wanted
 
+
 def _directory(run_dir):
-    if run_dir is None: return None
-    if team().size > 1: raise InputError("vectors are kept on disk by one process. Several share this run; leave run_dir out.")
+    if run_dir is None:
+        return None
+    if team().size > 1:
+        raise InputError(
+            "vectors are kept on disk by one process. Several share this run; leave run_dir out."
+        )
     path = Path(run_dir).expanduser()
-    if path.exists() and any(p.name != "state.safetensors" and p.suffix not in (".bin", ".tmp") for p in path.iterdir()):
-        raise InputError(f"run_dir must be a directory of its own. {path} holds other files; name another.")
+    if path.exists() and any(
+        p.name != "state.safetensors" and p.suffix not in (".bin", ".tmp") for p in path.iterdir()
+    ):
+        raise InputError(
+            f"run_dir must be a directory of its own. {path} holds other files; name another."
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
+
 def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
-    return tqdm(total=total, desc="eigenpairs", leave=False, disable=not progress or team().rank > 0)
+
+    return tqdm(
+        total=total, desc="eigenpairs", leave=False, disable=not progress or team().rank > 0
+    )
+
 
 # %% ../nbs/01_lanczos.ipynb #39ff92fa
 @plainly()
 def eigen_residuals(
-    op, # any operator
+    op,  # any operator
     pairs: Eigenpairs,
-) -> torch.Tensor: # (k,) float64
+) -> torch.Tensor:  # (k,) float64
     "|H v - lambda v| by fresh products: k of them. Trusts nothing that Lanczos said."
     op = as_operator(op)
-    def off(value, v): return extent(times(op, v).double() - value.to(v.device) * v.double()).cpu()
-    return torch.stack([off(value, v.to(op.device, op.dtype)) for value, v in zip(pairs.values.double(), pairs.vectors.T)])
+
+    def off(value, v):
+        return distributed_norm(times(op, v).double() - value.to(v.device) * v.double()).cpu()
+
+    return torch.stack(
+        [
+            off(value, v.to(op.device, op.dtype))
+            for value, v in zip(pairs.values.double(), pairs.vectors.T)
+        ]
+    )
+
 
 # %% ../nbs/01_lanczos.ipynb #02a862c6
 def angle_bounds(
     pairs: Eigenpairs,
-    rest: float | None = None, # the best eigenvalue that is not among the pairs, if known; None: only neighbours among them count
-) -> torch.Tensor: # (k,) radians; pi / 2 says nothing is known
+    rest: float
+    | None = None,  # the best eigenvalue that is not among the pairs, if known; None: only neighbours among them count
+) -> torch.Tensor:  # (k,) radians; pi / 2 says nothing is known
     "How far each vector may lie from a true eigenvector: arcsin of residual over gap (Davis and Kahan)."
     values, slack = pairs.values, pairs.residuals
-    if rest is not None: values, slack = torch.cat([values, torch.tensor([rest], dtype=torch.float64)]), torch.cat([slack, torch.zeros(1, dtype=torch.float64)])
+    if rest is not None:
+        values, slack = (
+            torch.cat([values, torch.tensor([rest], dtype=torch.float64)]),
+            torch.cat([slack, torch.zeros(1, dtype=torch.float64)]),
+        )
     gap = (values[None] - pairs.values[:, None]).abs() - slack[None]
     gap.fill_diagonal_(torch.inf)
-    return torch.asin((pairs.residuals / gap.amin(1).clamp(min=1e-300)).clamp(max=1.))
+    return torch.asin((pairs.residuals / gap.amin(1).clamp(min=1e-300)).clamp(max=1.0))

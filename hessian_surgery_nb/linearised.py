@@ -14,92 +14,155 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
-from .data import check_disjoint
-from .guards import plainly, whole
-from .hvp import InputError, select_params
+from .foundations.distributed import team
+from .foundations.guards import InputError, plainly, whole
+from .foundations.images import check_disjoint
+from .foundations.networks import copy_model
+from .foundations.training import ClassReport, class_report_of, predict
+from .foundations.weights import select_params
 from .lanczos import Eigenpairs
-from .models import copy_model
-from .ranks import team
 from .sensitivity import LogitJacobian, logit_jacobian, moved_state
-from .surgery import LOG, SurgeryConfig, SurgeryOperation, check_config, with_reduction
-from .train import ClassReport, class_report_of, predict
+from hessian_surgery_nb.surgery import (
+    LOG,
+    SurgeryConfig,
+    SurgeryOperation,
+    check_config,
+    with_reduction,
+)
 
 # %% auto #0
-__all__ = ['SHRINK', 'PRICES', 'margins', 'class_shares', 'soft_accuracies', 'half_unit', 'best_step', 'folds', 'Step',
-           'cross_fitted', 'bias_jacobian', 'tuned_to_price', 'Point', 'Front', 'linearised_operate', 'plot_front']
+__all__ = [
+    "SHRINK",
+    "PRICES",
+    "margins",
+    "class_shares",
+    "soft_accuracies",
+    "half_unit",
+    "best_step",
+    "folds",
+    "Step",
+    "cross_fitted",
+    "bias_jacobian",
+    "tuned_to_price",
+    "Point",
+    "Front",
+    "linearised_operate",
+    "plot_front",
+]
+
 
 # %% ../nbs/05b_linearised.ipynb #e5f11d12
 def margins(
-    z: torch.Tensor, # (N, C) logits
-    y: torch.Tensor, # (N,)
-) -> tuple[torch.Tensor, torch.Tensor]: # (N,) own logit less the largest other; (N,) which other
+    z: torch.Tensor,  # (N, C) logits
+    y: torch.Tensor,  # (N,)
+) -> tuple[torch.Tensor, torch.Tensor]:  # (N,) own logit less the largest other; (N,) which other
     "How safely each image is right."
     own = z.gather(1, y[:, None])[:, 0]
     top, other = z.scatter(1, y[:, None], -torch.inf).max(1)
     return own - top, other
 
-def class_shares(j: LogitJacobian) -> torch.Tensor: # (C, N) float64; times (N,) numbers: their mean over each class
+
+def class_shares(
+    j: LogitJacobian,
+) -> torch.Tensor:  # (C, N) float64; times (N,) numbers: their mean over each class
     "Who counts how much for which class."
     hot = torch.nn.functional.one_hot(j.labels, j.logits.shape[1]).T.double()
     return hot / hot.sum(1, keepdim=True).clamp(min=1)
 
+
 def soft_accuracies(
     j: LogitJacobian,
-    alpha: torch.Tensor, # (K,)
+    alpha: torch.Tensor,  # (K,)
     temperature: float,
-    shares: torch.Tensor | None = None, # (C, N) from `class_shares`, where it is wanted again and again
-) -> tuple[torch.Tensor, torch.Tensor]: # (C,) accuracies, (C, K) their slopes; float64
+    shares: torch.Tensor
+    | None = None,  # (C, N) from `class_shares`, where it is wanted again and again
+) -> tuple[torch.Tensor, torch.Tensor]:  # (C,) accuracies, (C, K) their slopes; float64
     "Class accuracies with a slope."
     M = class_shares(j) if shares is None else shares
     m, other = margins(j.at(alpha), j.labels)
     rows, s = torch.arange(len(m), device=m.device), torch.sigmoid(m / temperature)
-    def of(t): return t[rows, j.labels] - t[rows, other]
+
+    def of(t):
+        return t[rows, j.labels] - t[rows, other]
+
     dm = of(j.jacobian) if j.curvature is None else of(j.jacobian) + of(j.curvature) * alpha.to(m)
     return (M @ s.double()).cpu(), (M @ ((s * (1 - s) / temperature)[:, None] * dm).double()).cpu()
+
 
 # %% ../nbs/05b_linearised.ipynb #a0f334d0
 class _Soft:
     "Spread and global accuracy with their slopes; the last point is remembered, because the solver asks for each of them apart."
+
     def __init__(self, j: LogitJacobian, temperature: float):
         self.j, self.temperature, self.x, self.shares = j, temperature, None, class_shares(j)
         n = torch.bincount(j.labels.cpu(), minlength=j.logits.shape[1]).double()
         self.share = (n / n.sum()).numpy()
+
     def see(self, x):
         if self.x is None or not np.array_equal(x, self.x):
-            a, slope = (t.numpy() for t in soft_accuracies(self.j, torch.as_tensor(x), self.temperature, self.shares))
-            self.x, (self.variance, self.d_variance), (self.overall, self.d_overall) = x.copy(), (a.var(), 2 * (a - a.mean()) @ slope / len(a)), (self.share @ a, self.share @ slope)
+            a, slope = (
+                t.numpy()
+                for t in soft_accuracies(self.j, torch.as_tensor(x), self.temperature, self.shares)
+            )
+            self.x, (self.variance, self.d_variance), (self.overall, self.d_overall) = (
+                x.copy(),
+                (a.var(), 2 * (a - a.mean()) @ slope / len(a)),
+                (self.share @ a, self.share @ slope),
+            )
         return self
+
 
 def half_unit(j: LogitJacobian) -> float:
     "A step along one spike that moves the logits by half a unit, rms."
-    return .5 / max(j.jacobian.double().square().sum(-1).mean().sqrt().item() / len(j) ** .5, 1e-12)
+    return 0.5 / max(
+        j.jacobian.double().square().sum(-1).mean().sqrt().item() / len(j) ** 0.5, 1e-12
+    )
+
 
 def best_step(
     j: LogitJacobian,
-    slack: float, # by how much the global accuracy may fall, a fraction
-    radius: float, # bound on |alpha|
+    slack: float,  # by how much the global accuracy may fall, a fraction
+    radius: float,  # bound on |alpha|
     *,
-    temperatures=(1., .3, .1), # in units of the median |margin|, one after the other
-) -> torch.Tensor: # alpha (K,) float64
+    temperatures=(1.0, 0.3, 0.1),  # in units of the median |margin|, one after the other
+) -> torch.Tensor:  # alpha (K,) float64
     "The step that predicts the smallest spread at this price."
     from scipy.optimize import minimize
-    x, unit = np.zeros(len(j)), margins(j.logits, j.labels)[0].abs().median().item() or 1.
+
+    x, unit = np.zeros(len(j)), margins(j.logits, j.labels)[0].abs().median().item() or 1.0
     for t in temperatures:
         soft = _Soft(j, t * unit)
-        floor, scale = soft.see(0 * x).overall - slack, soft.variance or 1.
-        cons = [dict(type="ineq", fun=lambda u: 100 * (soft.see(radius * u).overall - floor), jac=lambda u: 100 * radius * soft.see(radius * u).d_overall),
-                dict(type="ineq", fun=lambda u: 1 - u @ u, jac=lambda u: -2 * u)]
-        res = minimize(lambda u: soft.see(radius * u).variance / scale, x / radius, jac=lambda u: radius * soft.see(radius * u).d_variance / scale, method="SLSQP", constraints=cons, options=dict(maxiter=40, ftol=1e-5))
-        if np.isfinite(res.x).all(): x = radius * res.x / max(1., np.linalg.norm(res.x))
+        floor, scale = soft.see(0 * x).overall - slack, soft.variance or 1.0
+        cons = [
+            dict(
+                type="ineq",
+                fun=lambda u: 100 * (soft.see(radius * u).overall - floor),
+                jac=lambda u: 100 * radius * soft.see(radius * u).d_overall,
+            ),
+            dict(type="ineq", fun=lambda u: 1 - u @ u, jac=lambda u: -2 * u),
+        ]
+        res = minimize(
+            lambda u: soft.see(radius * u).variance / scale,
+            x / radius,
+            jac=lambda u: radius * soft.see(radius * u).d_variance / scale,
+            method="SLSQP",
+            constraints=cons,
+            options=dict(maxiter=40, ftol=1e-5),
+        )
+        if np.isfinite(res.x).all():
+            x = radius * res.x / max(1.0, np.linalg.norm(res.x))
     return torch.as_tensor(x)
 
+
 # %% ../nbs/05b_linearised.ipynb #1bdef371
-SHRINK = (1., .75, .5, .25, 0.)
+SHRINK = (1.0, 0.75, 0.5, 0.25, 0.0)
+
 
 def folds(
-    y: torch.Tensor, # (N,) labels
-    count: int, seed: int = 0,
-) -> torch.Tensor: # (N,) which fold each image is in; every class is spread evenly
+    y: torch.Tensor,  # (N,) labels
+    count: int,
+    seed: int = 0,
+) -> torch.Tensor:  # (N,) which fold each image is in; every class is spread evenly
     "Parts of a set."
     out, g = torch.empty(len(y), dtype=torch.int64), torch.Generator().manual_seed(seed)
     for c in y.unique().tolist():
@@ -107,84 +170,116 @@ def folds(
         out[rows[torch.randperm(len(rows), generator=g)]] = torch.arange(len(rows)) % count
     return out
 
+
 @dataclass(frozen=True)
 class Step:
     "A step, and what it promises."
-    alpha: torch.Tensor # (K,)
-    predicted: torch.Tensor # (C,) accuracies, on the images that it was tuned on
-    out_of_fold: torch.Tensor # (C,) accuracies of images that had no say
-    shrink: float # 1: all of it
+
+    alpha: torch.Tensor  # (K,)
+    predicted: torch.Tensor  # (C,) accuracies, on the images that it was tuned on
+    out_of_fold: torch.Tensor  # (C,) accuracies of images that had no say
+    shrink: float  # 1: all of it
+
 
 # %% ../nbs/05b_linearised.ipynb #b4b12c02
 def cross_fitted(
     j: LogitJacobian,
-    whole: torch.Tensor, # (K,) the best step for all images
-    slack: float, radius: float, # that it was found with
+    whole: torch.Tensor,  # (K,) the best step for all images
+    slack: float,
+    radius: float,  # that it was found with
     *,
-    count: int = 5, # folds; 1: no cross-fitting
+    count: int = 5,  # folds; 1: no cross-fitting
     seed: int = 0,
 ) -> Step:
     "The best step, as far along as images that had no say in it would go."
-    if count == 1: return Step(whole, a := j.accuracy(whole), a, 1.)
-    fold, share = folds(j.labels, count, seed), torch.bincount(j.labels.cpu(), minlength=j.logits.shape[1]).double()
+    if count == 1:
+        return Step(whole, a := j.accuracy(whole), a, 1.0)
+    fold, share = (
+        folds(j.labels, count, seed),
+        torch.bincount(j.labels.cpu(), minlength=j.logits.shape[1]).double(),
+    )
     z = {s: j.logits.clone() for s in SHRINK}
     for f in range(count):
         out = (fold == f).to(j.labels.device)
         a = best_step(j[~out], slack, radius)
-        for s in SHRINK: z[s][out] = j[out].at(s * a)
+        for s in SHRINK:
+            z[s][out] = j[out].at(s * a)
     acc = {s: class_accuracies(t, j.labels).cpu() for s, t in z.items()}
     overall = {s: (a @ share / share.sum()).item() for s, a in acc.items()}
-    s = min((s for s in SHRINK if not s or overall[s] >= overall[0.] - slack - 1e-9), key=lambda s: (acc[s].std(correction=0).item(), s))
+    s = min(
+        (s for s in SHRINK if not s or overall[s] >= overall[0.0] - slack - 1e-9),
+        key=lambda s: (acc[s].std(correction=0).item(), s),
+    )
     return Step(s * whole, j.accuracy(s * whole).cpu(), acc[s], s)
+
 
 # %% ../nbs/05b_linearised.ipynb #3b4ff601
 def bias_jacobian(
-    z: torch.Tensor, y: torch.Tensor, # (N, C) logits, (N,) labels
+    z: torch.Tensor,
+    y: torch.Tensor,  # (N, C) logits, (N,) labels
 ) -> LogitJacobian:
     "A constant added to the logits of each class, seen as steps along C directions."
     C = z.shape[1]
-    return LogitJacobian(z, torch.eye(C).to(z).expand(len(z), C, C), None, y, 0., "logits", 0)
+    return LogitJacobian(z, torch.eye(C).to(z).expand(len(z), C, C), None, y, 0.0, "logits", 0)
+
 
 def tuned_to_price(
-    z: torch.Tensor, y: torch.Tensor, # of the sensitivity set
-    slack: float, # by how much the global accuracy may fall, a fraction
+    z: torch.Tensor,
+    y: torch.Tensor,  # of the sensitivity set
+    slack: float,  # by how much the global accuracy may fall, a fraction
     *,
-    count: int = 5, seed: int = 0, # folds
-) -> Step: # alpha: (C,) biases
+    count: int = 5,
+    seed: int = 0,  # folds
+) -> Step:  # alpha: (C,) biases
     "Biases with the smallest spread at a price."
     j, radius = bias_jacobian(z, y), 4 * margins(z, y)[0].abs().median().item() + 1e-6
     return cross_fitted(j, best_step(j, slack, radius), slack, radius, count=count, seed=seed)
+
 
 # %% ../nbs/05b_linearised.ipynb #5c249602
 @dataclass(frozen=True)
 class Point:
     "What one price buys."
-    price: float # allowed fall of the global accuracy, a fraction
-    alpha: torch.Tensor # (K,) coefficients along the directions, from the start
-    sensitivity: ClassReport # true, on the set that it was tuned on
-    promised: float # sigma, out of fold, of the last step; that of the start if none was made
-    off: float # how far the prediction of the last step was from the truth, rms over classes, in [0, 1]
-    passes: int # over the sensitivity set, so far
-    seconds: float # so far
+
+    price: float  # allowed fall of the global accuracy, a fraction
+    alpha: torch.Tensor  # (K,) coefficients along the directions, from the start
+    sensitivity: ClassReport  # true, on the set that it was tuned on
+    promised: float  # sigma, out of fold, of the last step; that of the start if none was made
+    off: float  # how far the prediction of the last step was from the truth, rms over classes, in [0, 1]
+    passes: int  # over the sensitivity set, so far
+    seconds: float  # so far
     held_out: ClassReport | None = None
-    correct: torch.Tensor | None = field(default=None, repr=False) # (N,) bool, held-out
+    correct: torch.Tensor | None = field(default=None, repr=False)  # (N,) bool, held-out
+
 
 @dataclass(frozen=True)
 class Front:
     "The trade-off between spread and global accuracy."
-    points: tuple[Point, ...] # by price; the first is the untouched network
-    directions: object = field(repr=False) # Eigenpairs
-    model: nn.Module = field(repr=False) # a copy of the caller's, as it was
-    params: object # which parameters moved
-    labels: torch.Tensor | None = field(repr=False) # (N,) held-out
-    num_matvecs: int
-    def __repr__(self):
-        return "Front(" + "; ".join(f"{100 * p.price:g} pp: sigma {100 * r.sigma:.1f} pp, global {100 * r.overall:.1f} %" for p in self.points for r in [p.held_out or p.sensitivity]) + ")"
 
-    def at(self, price: float) -> Point: # price in [0, 1]
+    points: tuple[Point, ...]  # by price; the first is the untouched network
+    directions: object = field(repr=False)  # Eigenpairs
+    model: nn.Module = field(repr=False)  # a copy of the caller's, as it was
+    params: object  # which parameters moved
+    labels: torch.Tensor | None = field(repr=False)  # (N,) held-out
+    num_matvecs: int
+
+    def __repr__(self):
+        return (
+            "Front("
+            + "; ".join(
+                f"{100 * p.price:g} pp: sigma {100 * r.sigma:.1f} pp, global {100 * r.overall:.1f} %"
+                for p in self.points
+                for r in [p.held_out or p.sensitivity]
+            )
+            + ")"
+        )
+
+    def at(self, price: float) -> Point:  # price in [0, 1]
         "What this price buys: the last point that costs no more."
-        if not price >= 0: raise InputError(f"a price is a fall of the global accuracy, 0 or more. Got {price}.")
+        if not price >= 0:
+            raise InputError(f"a price is a fall of the global accuracy, 0 or more. Got {price}.")
         return [p for p in self.points if p.price <= price + 1e-12][-1]
+
     def network(self, price: float) -> nn.Module:
         "A new network at that point. Where several processes share the run, all must ask for it, while they do."
         net, chosen, p = (
@@ -192,156 +287,322 @@ class Front:
             select_params(self.model, self.params),
             self.at(price),
         )
-        net.load_state_dict(moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)), strict=False)
+        net.load_state_dict(
+            moved_state(chosen, self.directions.vectors @ p.alpha.to(self.directions.vectors)),
+            strict=False,
+        )
         return net
+
 
 # %% ../nbs/05b_linearised.ipynb #ac7909d7
 class _Path:
     "Where the search for a front stands: the weights that the Jacobian belongs to, and the best point so far."
-    def __init__(self, op: SurgeryOperation, folds: int, tolerance: float, rounds: int, progress: bool):
-        self.op, self.folds, self.rounds, self.progress, self.begin = op, folds, rounds, progress, time.perf_counter()
-        self.tolerance = max(tolerance, max(2 / len(op.now.counts) ** .5, .5) / op.now.counts.min().item()) # two images may always be off, and half an image a class
-        self.start, self.base, self.now, self.promised, self.off = {k: p.detach().clone() for k, p in op.params().items()}, op.now, op.now, op.now.sigma, 0.
+
+    def __init__(
+        self, op: SurgeryOperation, folds: int, tolerance: float, rounds: int, progress: bool
+    ):
+        self.op, self.folds, self.rounds, self.progress, self.begin = (
+            op,
+            folds,
+            rounds,
+            progress,
+            time.perf_counter(),
+        )
+        self.tolerance = max(
+            tolerance, max(2 / len(op.now.counts) ** 0.5, 0.5) / op.now.counts.min().item()
+        )  # two images may always be off, and half an image a class
+        self.start, self.base, self.now, self.promised, self.off = (
+            {k: p.detach().clone() for k, p in op.params().items()},
+            op.now,
+            op.now,
+            op.now.sigma,
+            0.0,
+        )
         self.base_alpha = self.alpha = torch.zeros(op.num_spikes, dtype=torch.float64)
-        self.passes, self.radius, self.labels = 1, None, None # labels: of the held-out images
+        self.passes, self.radius, self.labels = 1, None, None  # labels: of the held-out images
         self.look()
 
     def look(self):
         "The Jacobian of the weights as they are; the first radius moves logits by half a unit."
-        self.j = logit_jacobian(self.op.model, self.op.pairs, self.op.data, params=self.op.config.params, forward=self.op.forward, progress=self.progress)
+        self.j = logit_jacobian(
+            self.op.model,
+            self.op.pairs,
+            self.op.data,
+            params=self.op.config.params,
+            forward=self.op.forward,
+            progress=self.progress,
+        )
         self.passes += self.j.num_passes
         self.radius = self.radius or half_unit(self.j)
 
-    def logits(self, alpha, data): # alpha from the start; (N, C) logits, (N,) labels
-        return predict(self.op.model, data, state=moved_state(self.start, self.op.pairs.vectors @ alpha.to(self.op.pairs.vectors)), forward=self.op.forward)
+    def logits(self, alpha, data):  # alpha from the start; (N, C) logits, (N,) labels
+        return predict(
+            self.op.model,
+            data,
+            state=moved_state(self.start, self.op.pairs.vectors @ alpha.to(self.op.pairs.vectors)),
+            forward=self.op.forward,
+        )
+
     def truth(self, step) -> ClassReport:
         self.passes += 1
-        return class_report_of(*self.logits(self.base_alpha + step, self.op.data), self.op.names, "sensitivity")
+        return class_report_of(
+            *self.logits(self.base_alpha + step, self.op.data), self.op.names, "sensitivity"
+        )
 
-    def gap(self, step, true: ClassReport) -> float: # rms over classes
+    def gap(self, step, true: ClassReport) -> float:  # rms over classes
         "How far the predicted accuracies are from the true ones."
-        return (team().same(self.j.accuracy(step).cpu()) - true.accuracy).square().mean().sqrt().item()
+        return (
+            (team().broadcast(self.j.accuracy(step).cpu()) - true.accuracy)
+            .square()
+            .mean()
+            .sqrt()
+            .item()
+        )
+
 
 # %% ../nbs/05b_linearised.ipynb #29eb98d7
 @patch
-def pay(self: _Path, floor: float): # smallest global accuracy
+def pay(self: _Path, floor: float):  # smallest global accuracy
     "Steps until the price is paid or nothing more is gained."
     for _ in range(max(self.rounds, 1)):
-        if self.j is None: self.look()
-        slack = max(0., self.base.overall - floor)
+        if self.j is None:
+            self.look()
+        slack = max(0.0, self.base.overall - floor)
         alpha, true, edge = self.trusted(slack)
-        if true is None: return
-        s = cross_fitted(self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed)
-        step, promised = team().same(s.alpha), team().same(s.out_of_fold).std(correction=0).item()
-        if not torch.equal(step, alpha): true = self.truth(step)
-        for _ in range(3): # predictions are good to a fraction of a point; a price is kept to the last image
-            if true.overall >= floor - 1e-9 or not step.norm() > 0: break
-            step = .75 * step
+        if true is None:
+            return
+        s = cross_fitted(
+            self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed
+        )
+        step, promised = (
+            team().broadcast(s.alpha),
+            team().broadcast(s.out_of_fold).std(correction=0).item(),
+        )
+        if not torch.equal(step, alpha):
             true = self.truth(step)
-        if not step.norm() > 0 or true.sigma >= self.now.sigma - 1e-9 or true.overall < floor - 1e-9: return
+        for _ in range(
+            3
+        ):  # predictions are good to a fraction of a point; a price is kept to the last image
+            if true.overall >= floor - 1e-9 or not step.norm() > 0:
+                break
+            step = 0.75 * step
+            true = self.truth(step)
+        if (
+            not step.norm() > 0
+            or true.sigma >= self.now.sigma - 1e-9
+            or true.overall < floor - 1e-9
+        ):
+            return
         self.off = self.gap(step, true)
         self.now, self.promised, self.alpha = true, promised, self.base_alpha + step
-        if not self.rounds: return
+        if not self.rounds:
+            return
         self.op.move(self.op.pairs.vectors @ step.to(self.op.pairs.vectors))
         self.base, self.base_alpha, self.j = self.now, self.alpha, None
-        if not edge: return
+        if not edge:
+            return
+
 
 # %% ../nbs/05b_linearised.ipynb #63aeaead
 @patch
-def trusted(self: _Path, slack: float): # (K,) step, what it truly does, whether the radius stopped it; or None
+def trusted(
+    self: _Path, slack: float
+):  # (K,) step, what it truly does, whether the radius stopped it; or None
     "The longest step worth taking that was predicted well. An error grows with the square of the step, which says how much shorter or longer to try."
     good, wrong = (None, None, False), torch.inf
     for _ in range(8):
-        alpha = team().same(best_step(self.j, slack, self.radius))
-        if not alpha.norm() > 0: break
-        true, length = self.truth(alpha), alpha.norm().item()
-        off, edge = self.gap(alpha, true), length > .9 * self.radius
-        change = min(2., max(.25, .8 * (self.tolerance / max(off, 1e-6)) ** .5))
+        alpha = team().broadcast(best_step(self.j, slack, self.radius))
+        if not alpha.norm() > 0:
+            break
+        true, vector_norm = self.truth(alpha), alpha.norm().item()
+        off, edge = self.gap(alpha, true), vector_norm > 0.9 * self.radius
+        change = min(2.0, max(0.25, 0.8 * (self.tolerance / max(off, 1e-6)) ** 0.5))
         if off > self.tolerance:
-            wrong, self.radius = self.radius, change * min(length, self.radius)
-            if good[1] is not None: break
+            wrong, self.radius = self.radius, change * min(vector_norm, self.radius)
+            if good[1] is not None:
+                break
         else:
             good = alpha, true, edge
-            if not edge or change < 1.1 or change * self.radius > .9 * wrong: break
+            if not edge or change < 1.1 or change * self.radius > 0.9 * wrong:
+                break
             self.radius *= change
-    if good[1] is not None: self.radius = min(self.radius, 2 * good[0].norm().item())
+    if good[1] is not None:
+        self.radius = min(self.radius, 2 * good[0].norm().item())
     return good
 
+
 # %% ../nbs/05b_linearised.ipynb #dd168450
-PRICES = (0., .0025, .005, .01, .02)
+PRICES = (0.0, 0.0025, 0.005, 0.01, 0.02)
+
 
 @plainly()
 def linearised_operate(
-    model: nn.Module, # in evaluation mode; left as it is
-    loss_fn, hessian_data, sensitivity_data, # as for `operate`
+    model: nn.Module,  # in evaluation mode; left as it is
+    loss_fn,
+    hessian_data,
+    sensitivity_data,  # as for `operate`
     *,
-    held_out=None, # likewise: for the report only
-    directions: Eigenpairs | None = None, # along which to move, where they are known already; None: those of config
-    prices=PRICES, # allowed falls of the global accuracy, fractions, ascending
-    config: SurgeryConfig = SurgeryConfig(), # of it: num_spikes, directions, params, tol, seed and how products are made
-    folds: int = 5, # of the cross-fitting; 1: none
-    tolerance: float = .005, # how far a prediction may be off, rms over classes
-    rounds: int = 3, # steps at each price, each with a new Jacobian; 0: one Jacobian for all prices, the cheapest way
-    names=None, forward=None, reduction=None, check_overlap: bool = True, progress: bool = True, # likewise
+    held_out=None,  # likewise: for the report only
+    directions: Eigenpairs
+    | None = None,  # along which to move, where they are known already; None: those of config
+    prices=PRICES,  # allowed falls of the global accuracy, fractions, ascending
+    config: SurgeryConfig = SurgeryConfig(),  # of it: num_spikes, directions, params, tol, seed and how products are made
+    folds: int = 5,  # of the cross-fitting; 1: none
+    tolerance: float = 0.005,  # how far a prediction may be off, rms over classes
+    rounds: int = 3,  # steps at each price, each with a new Jacobian; 0: one Jacobian for all prices, the cheapest way
+    names=None,
+    forward=None,
+    reduction=None,
+    check_overlap: bool = True,
+    progress: bool = True,  # likewise
 ) -> Front:
     "The smallest spread for each price in global accuracy, along fixed directions."
     from tqdm.auto import tqdm
+
     config = with_reduction(config, reduction)
     check_config(config)
-    prices = [float(p) for p in prices] if hasattr(prices, "__iter__") and not isinstance(prices, str) else []
-    if not prices or prices != sorted(set(prices)) or not 0 <= prices[0] <= prices[-1] < float("inf"):
-        raise InputError(f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; "
-                         "half a point is 0.005.")
+    prices = (
+        [float(p) for p in prices]
+        if hasattr(prices, "__iter__") and not isinstance(prices, str)
+        else []
+    )
+    if (
+        not prices
+        or prices != sorted(set(prices))
+        or not 0 <= prices[0] <= prices[-1] < float("inf")
+    ):
+        raise InputError(
+            f"prices must be fractions, ascending, from 0 on. Got {tuple(prices)}; "
+            "half a point is 0.005."
+        )
     folds, rounds = whole("folds", folds), whole("rounds", rounds, 0)
-    if not tolerance > 0: raise InputError(f"the tolerance must be positive. Got {tolerance}.")
-    if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
+    if not tolerance > 0:
+        raise InputError(f"the tolerance must be positive. Got {tolerance}.")
+    if check_overlap:
+        check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    if folds > op.now.counts.min(): raise InputError(f"every fold needs an image of every class. {int(op.now.counts.min())} images of the smallest class are too few for {folds} folds; give fewer.")
-    if directions is None: op.draw(0)
-    elif len(directions.vectors) != (n := team().here(sum(p.numel() for p in op.params().values()))): raise InputError(f"directions must have a row for each of the {n} parameters that may move here. Got {len(directions.vectors)}; see config.params.")
-    else: op.pairs, op.num_spikes = directions, len(directions)
+    if folds > op.now.counts.min():
+        raise InputError(
+            f"every fold needs an image of every class. {int(op.now.counts.min())} images of the smallest class are too few for {folds} folds; give fewer."
+        )
+    if directions is None:
+        op.draw(0)
+    elif len(directions.vectors) != (
+        n := team().local_size(sum(p.numel() for p in op.params().values()))
+    ):
+        raise InputError(
+            f"directions must have a row for each of the {n} parameters that may move here. Got {len(directions.vectors)}; see config.params."
+        )
+    else:
+        op.pairs, op.num_spikes = directions, len(directions)
     start, path, points = op.now, _Path(op, folds, tolerance, rounds, progress), []
-    points.append(_point(path, 0., start, held_out))
+    points.append(_point(path, 0.0, start, held_out))
     for price in tqdm(prices, desc="prices", leave=False, disable=not progress or team().rank > 0):
         path.pay(start.overall - price)
         points.append(_point(path, price, path.now, held_out))
-        LOG.info("price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s", 100 * price, 100 * path.now.sigma, 100 * path.now.overall, path.passes, points[-1].seconds)
-    return Front(tuple(points), op.pairs, copy_model(model), config.params, path.labels, op.pairs.num_matvecs)
+        LOG.info(
+            "price %g pp: sigma %.2f pp, global %.2f %%, %d passes, %.1f s",
+            100 * price,
+            100 * path.now.sigma,
+            100 * path.now.overall,
+            path.passes,
+            points[-1].seconds,
+        )
+    return Front(
+        tuple(points), op.pairs, copy_model(model), config.params, path.labels, op.pairs.num_matvecs
+    )
+
 
 # %% ../nbs/05b_linearised.ipynb #985fc349
 def _point(path: _Path, price: float, report: ClassReport, held_out) -> Point:
-    found = dict(price=price, alpha=path.alpha.clone(), sensitivity=report, promised=path.promised, off=path.off, passes=path.passes, seconds=time.perf_counter() - path.begin)
-    if held_out is None: return Point(**found)
+    found = dict(
+        price=price,
+        alpha=path.alpha.clone(),
+        sensitivity=report,
+        promised=path.promised,
+        off=path.off,
+        passes=path.passes,
+        seconds=time.perf_counter() - path.begin,
+    )
+    if held_out is None:
+        return Point(**found)
     z, y = path.logits(path.alpha, held_out)
     path.labels = y.cpu()
-    return Point(**found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu())
+    return Point(
+        **found, held_out=class_report_of(z, y, path.op.names), correct=(z.argmax(1) == y).cpu()
+    )
+
 
 # %% ../nbs/05b_linearised.ipynb #29ac4d2d
 @patch
 def to_frame(self: Front):
     "What each price buys, in percent and pp; the interval is that of the change of sigma on held-out images."
     import pandas as pd
+
     rows, first = [], self.points[0]
     for p in self.points:
         r = p.held_out or p.sensitivity
-        row = {"price (pp)": 100 * p.price, "sigma (pp)": 100 * r.sigma, "global (%)": 100 * r.overall, "worst (%)": 100 * r.worst, "promised sigma (pp)": 100 * p.promised, "moved": p.alpha.norm().item(), "passes": p.passes}
-        if p.correct is not None: row |= dict(zip(("95 % low", "95 % high"), (100 * v for v in paired_interval(first.correct, p.correct, self.labels))))
+        row = {
+            "price (pp)": 100 * p.price,
+            "sigma (pp)": 100 * r.sigma,
+            "global (%)": 100 * r.overall,
+            "worst (%)": 100 * r.worst,
+            "promised sigma (pp)": 100 * p.promised,
+            "moved": p.alpha.norm().item(),
+            "passes": p.passes,
+        }
+        if p.correct is not None:
+            row |= dict(
+                zip(
+                    ("95 % low", "95 % high"),
+                    (100 * v for v in paired_interval(first.correct, p.correct, self.labels)),
+                )
+            )
         rows.append(row)
-    return pd.DataFrame(rows[1:], index=pd.RangeIndex(1, len(rows))).set_index("price (pp)") if rows[1:] else pd.DataFrame(rows)
+    return (
+        pd.DataFrame(rows[1:], index=pd.RangeIndex(1, len(rows))).set_index("price (pp)")
+        if rows[1:]
+        else pd.DataFrame(rows)
+    )
+
 
 def plot_front(
-    fronts: dict[str, Front], # by name
+    fronts: dict[str, Front],  # by name
     ax=None,
 ):
     "Spread against global accuracy, from the untouched network on."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
     import itertools
+
     first = next(iter(fronts.values())).points[0]
-    ax = new_axes(ax, title="What each price buys", xlabel=f"global accuracy (%), {(first.held_out or first.sensitivity).measured_on.replace('_', '-')}", ylabel="sigma (pp), lower is better")
-    for (name, f), colour in zip(fronts.items(), itertools.cycle(("red", "blue", "green", "orange", "purple", "sky"))):
+    ax = new_axes(
+        ax,
+        title="What each price buys",
+        xlabel=f"global accuracy (%), {(first.held_out or first.sensitivity).measured_on.replace('_', '-')}",
+        ylabel="sigma (pp), lower is better",
+    )
+    for (name, f), colour in zip(
+        fronts.items(), itertools.cycle(("red", "blue", "green", "orange", "purple", "sky"))
+    ):
         seen = [p.held_out or p.sensitivity for p in f.points]
-        ax.plot([100 * r.overall for r in seen], [100 * r.sigma for r in seen], "o-", ms=4, color=COLOURS[colour], label=name)
+        ax.plot(
+            [100 * r.overall for r in seen],
+            [100 * r.sigma for r in seen],
+            "o-",
+            ms=4,
+            color=COLOURS[colour],
+            label=name,
+        )
     r = first.held_out or first.sensitivity
-    ax.plot(100 * r.overall, 100 * r.sigma, "o", ms=9, mfc="none", color=COLOURS["grey"], label="as it was")
-    ax.set_ylim(bottom=0); ax.legend(frameon=False, fontsize=8)
+    ax.plot(
+        100 * r.overall,
+        100 * r.sigma,
+        "o",
+        ms=9,
+        mfc="none",
+        color=COLOURS["grey"],
+        label="as it was",
+    )
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize=8)
     return ax

@@ -16,73 +16,265 @@ import numpy as np
 import torch
 
 from .baselines import mean_interval, pooled_interval, shown, sigma_interval
-from .hvp import InputError
-from .runs import unpack_bits
+from .foundations.guards import InputError
+from .foundations.runs import unpack_bits
+from .foundations.training import wilson_interval
 from .sensitivity import plot_sensitivity
 from .slq import SpectralDensity, plot_density
-from .train import wilson_interval
 
 # %% auto #0
-__all__ = ['CLASSES', 'PAPER', 'PAPER_FITS', 'ROWS_7', 'FRONTS', 'NOISE', 'STARTS_13', 'CLAIMS_13', 'TABLES', 'ISIC_TABLES',
-           'FIGURES', 'LOOKS', 'Results', 'read_results', 'over', 'changes', 'interval', 'table_1', 'table_2',
-           'table_4', 'table_5', 'table_6', 'table_7', 'table_8', 'table_3', 'table_9', 'table_15', 'table_10',
-           'table_11', 'table_12', 'limits_frame', 'plot_front', 'at_price', 'prices_frame', 'noise_frame',
-           'spikes_frame', 'plot_noise', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'table_14', 'table_8_isic',
-           'figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'figure_3', 'plot_spikes', 'beforehand',
-           'rank_correlation', 'foretold', 'plot_beforehand']
+__all__ = [
+    "CLASSES",
+    "PAPER",
+    "PAPER_FITS",
+    "ROWS_7",
+    "FRONTS",
+    "NOISE",
+    "STARTS_13",
+    "CLAIMS_13",
+    "TABLES",
+    "ISIC_TABLES",
+    "FIGURES",
+    "LOOKS",
+    "Results",
+    "read_results",
+    "over",
+    "changes",
+    "interval",
+    "table_1",
+    "table_2",
+    "table_4",
+    "table_5",
+    "table_6",
+    "table_7",
+    "table_8",
+    "table_3",
+    "table_9",
+    "table_15",
+    "table_10",
+    "table_11",
+    "table_12",
+    "limits_frame",
+    "plot_front",
+    "at_price",
+    "prices_frame",
+    "noise_frame",
+    "spikes_frame",
+    "plot_noise",
+    "isic_methods",
+    "table_13",
+    "verdict",
+    "claims_13",
+    "table_14",
+    "table_8_isic",
+    "figure_1",
+    "figure_2",
+    "linear_fits",
+    "figure_4",
+    "figure_5",
+    "figure_3",
+    "plot_spikes",
+    "beforehand",
+    "rank_correlation",
+    "foretold",
+    "plot_beforehand",
+]
 
 # %% ../nbs/09_paper.ipynb #9438905a
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 PAPER = {
     "Table 1": dict(zip(CLASSES, (89.2, 90.7, 81.7, 68.6, 85.2, 69.0, 90.6, 90.5, 93.1, 89.5))),
-    "Table 2": (828.6, 577.8, 310.7, 243.5, 153.2, 112.5, 58.9, 20.5, 0., -1.1),
+    "Table 2": (828.6, 577.8, 310.7, 243.5, 153.2, 112.5, 58.9, 20.5, 0.0, -1.1),
     "Table 4": dict(zip(CLASSES, (85.9, 92.4, 83.2, 76.1, 81.7, 74.9, 89.2, 84.0, 90.0, 88.4))),
     "Table 4 totals": {"global": (84.9, 84.7), "sigma": (8.57, 5.52)},
-    "Table 5": dict(globally=(84.1, 84.9, 84.6, 85.0, 84.4, 85.1, 84.4, 84.8, 84.7, None, None), sigma=(9.17, 7.05, 5.97, 6.22, 5.80, 6.12, 6.62, 5.52, 5.24, None, None),
-                    eps=(.02, .02, .02, .02, .02, .02, .014, .014, .014, .0098, .0069), cat=(63.8, 70.4, 73.2, 75.1, 73.2, 75.5, 71.8, 76.3, 74.6, None, None),
-                    dog=(70.8, 75.4, 79.5, 73.3, 77.6, 73.5, 76.6, 75.2, 77.6, None, None)),
-    "Table 6": {"loss": (.5295, .5293), "global (%)": (84.98, 84.96), "lambda_1": (645.4, 636.4), "cosine to the first direction": (None, .9999)},
-    "Table 7": {"no change": (84.9, 8.57), "focal loss fine-tuning": (84.8, 7.81), "class-balanced fine-tuning": (84.4, 7.97), "tau-norm": (84.7, 7.90), "logit adjustment": (84.9, 8.57), "surgery": (85.1, 5.78),
-                "focal loss, then surgery": (85.1, 5.51)},
-    "Table 8": {0.5: (85.0, 6.06), 1.: (85.2, 5.96), 2.: (84.9, 5.69)},
-    "Table 9": {"after surgery": (84.7, 5.52, 76.1, 74.9), "bulk fine-tuning": (85.1, 7.53, 71.0, 71.5), "classic fine-tuning": (84.9, 8.64, 69.2, 68.2)},
-    "Table 10": {0: (60.3, 16.91), 1: (60.2, 16.40, 442.0, .029), 2: (60.9, 16.49, 83.9, .067), 3: (60.8, 15.86, 24.1, .125)},
-    "Table 11": dict(zip(range(1, 11), ((30.0, 2.2), (41.8, -.1), (50.8, -1.3), (54.9, 5.1), (59.7, .3), (64.3, -.8), (67.8, -.9), (73.4, -1.4), (77.7, -2.0), (86.2, -.6)))),
-    "Table 12": {"CIFAR-10": ("9", 8.57, 5.52, -35.6, "-0.2"), "CIFAR-100": ("45 of 99", 16.28, 16.02, -1.6, "+0.1"), "ISIC-2019": ("7", 23.6, 16.4, -30.5, "-0.2")},
-    "Table 8, ISIC-2019": {0.5: (69.9, 18.4), 1.: (71.4, 21.5), 2.: (70.5, 19.5)},
-    "Table 13": {"cross-entropy": (47.2, 85.9, 74.4, 26.2, 36.5, 33.3, 10.5, 31.9, 67.7, 43.2, 23.6), "focal": (58.4, 88.7, 72.0, 35.4, 46.7, 27.8, 26.3, 38.3, 72.5, 49.2, 20.8),
-                 "class-balanced": (55.9, 78.3, 72.8, 30.4, 50.5, 57.1, 70.6, 46.0, 67.9, 57.7, 14.8), "cross-entropy, surgery": (51.3, 87.8, 74.0, 38.5, 42.6, 50.0, 26.3, 31.9, 70.7, 50.3, 19.6),
-                 "focal, surgery": (58.1, 82.8, 65.2, 41.5, 54.3, 38.9, 26.3, 44.7, 69.8, 51.5, 16.4), "class-balanced, surgery": (54.0, 75.1, 69.6, 47.7, 59.9, 44.4, 68.4, 44.7, 67.0, 58.0, 11.3),
-                 "cross-entropy, tau-norm": (46.9, 86.0, 74.4, 24.6, 35.5, 33.3, 10.5, 31.9, 67.6, 42.9, 23.8), "cross-entropy, logit adjustment": (23.0, 1.7, 40.4, 32.3, 12.7, 83.3, 57.9, 34.0, 14.9, 35.7, 24.1)},
-    "Table 14": {"CIFAR-10, cross-entropy": (6.41, 5.22, 3.99, 1.23, 3.98), "ISIC-2019, class-balanced": (17.4, 9.4, 3.8, 1.86, 2.11)},
-    "Table 15": {64: (897.5, 431.8, 220.9, 171.8, 121.5, 111.7, 79.5, 74.0, 55.0), 128: (639.9, 357.3, 319.3, 146.3, 126.7, 112.3, 91.6, 71.1, 55.8),
-                 256: (462.6, 324.8, 248.8, 176.7, 133.1, 108.0, 93.0, 76.1, 54.0), 512: (522.0, 296.0, 262.0, 175.9, 139.4, 95.7, 75.0, 58.4, 42.9)},
-    "Table 16": {64: (.518, .206, .287), 128: (.635, .444, .533), 256: (.803, .619, .770)},
-    "Table 17": {64: (59.4, 33.0, 88.1, 38.7, 76.9, 34.7), 128: (42.6, 23.1, 34.6, 20.6, 58.9, 24.2), 256: (35.5, 18.3, 23.7, 12.7, 44.4, 14.3)},
-    "Table 18": {64: (5.5, 97), 128: (6.3, 126), 256: (9.3, 174), 512: (12.7, 261)}}
-PAPER_FITS = dict(q="about 1", measured_slope="below the predicted one") # their digits were lost with the paper's formulas
+    "Table 5": dict(
+        globally=(84.1, 84.9, 84.6, 85.0, 84.4, 85.1, 84.4, 84.8, 84.7, None, None),
+        sigma=(9.17, 7.05, 5.97, 6.22, 5.80, 6.12, 6.62, 5.52, 5.24, None, None),
+        eps=(0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.014, 0.014, 0.014, 0.0098, 0.0069),
+        cat=(63.8, 70.4, 73.2, 75.1, 73.2, 75.5, 71.8, 76.3, 74.6, None, None),
+        dog=(70.8, 75.4, 79.5, 73.3, 77.6, 73.5, 76.6, 75.2, 77.6, None, None),
+    ),
+    "Table 6": {
+        "loss": (0.5295, 0.5293),
+        "global (%)": (84.98, 84.96),
+        "lambda_1": (645.4, 636.4),
+        "cosine to the first direction": (None, 0.9999),
+    },
+    "Table 7": {
+        "no change": (84.9, 8.57),
+        "focal loss fine-tuning": (84.8, 7.81),
+        "class-balanced fine-tuning": (84.4, 7.97),
+        "tau-norm": (84.7, 7.90),
+        "logit adjustment": (84.9, 8.57),
+        "surgery": (85.1, 5.78),
+        "focal loss, then surgery": (85.1, 5.51),
+    },
+    "Table 8": {0.5: (85.0, 6.06), 1.0: (85.2, 5.96), 2.0: (84.9, 5.69)},
+    "Table 9": {
+        "after surgery": (84.7, 5.52, 76.1, 74.9),
+        "bulk fine-tuning": (85.1, 7.53, 71.0, 71.5),
+        "classic fine-tuning": (84.9, 8.64, 69.2, 68.2),
+    },
+    "Table 10": {
+        0: (60.3, 16.91),
+        1: (60.2, 16.40, 442.0, 0.029),
+        2: (60.9, 16.49, 83.9, 0.067),
+        3: (60.8, 15.86, 24.1, 0.125),
+    },
+    "Table 11": dict(
+        zip(
+            range(1, 11),
+            (
+                (30.0, 2.2),
+                (41.8, -0.1),
+                (50.8, -1.3),
+                (54.9, 5.1),
+                (59.7, 0.3),
+                (64.3, -0.8),
+                (67.8, -0.9),
+                (73.4, -1.4),
+                (77.7, -2.0),
+                (86.2, -0.6),
+            ),
+        )
+    ),
+    "Table 12": {
+        "CIFAR-10": ("9", 8.57, 5.52, -35.6, "-0.2"),
+        "CIFAR-100": ("45 of 99", 16.28, 16.02, -1.6, "+0.1"),
+        "ISIC-2019": ("7", 23.6, 16.4, -30.5, "-0.2"),
+    },
+    "Table 8, ISIC-2019": {0.5: (69.9, 18.4), 1.0: (71.4, 21.5), 2.0: (70.5, 19.5)},
+    "Table 13": {
+        "cross-entropy": (47.2, 85.9, 74.4, 26.2, 36.5, 33.3, 10.5, 31.9, 67.7, 43.2, 23.6),
+        "focal": (58.4, 88.7, 72.0, 35.4, 46.7, 27.8, 26.3, 38.3, 72.5, 49.2, 20.8),
+        "class-balanced": (55.9, 78.3, 72.8, 30.4, 50.5, 57.1, 70.6, 46.0, 67.9, 57.7, 14.8),
+        "cross-entropy, surgery": (
+            51.3,
+            87.8,
+            74.0,
+            38.5,
+            42.6,
+            50.0,
+            26.3,
+            31.9,
+            70.7,
+            50.3,
+            19.6,
+        ),
+        "focal, surgery": (58.1, 82.8, 65.2, 41.5, 54.3, 38.9, 26.3, 44.7, 69.8, 51.5, 16.4),
+        "class-balanced, surgery": (
+            54.0,
+            75.1,
+            69.6,
+            47.7,
+            59.9,
+            44.4,
+            68.4,
+            44.7,
+            67.0,
+            58.0,
+            11.3,
+        ),
+        "cross-entropy, tau-norm": (
+            46.9,
+            86.0,
+            74.4,
+            24.6,
+            35.5,
+            33.3,
+            10.5,
+            31.9,
+            67.6,
+            42.9,
+            23.8,
+        ),
+        "cross-entropy, logit adjustment": (
+            23.0,
+            1.7,
+            40.4,
+            32.3,
+            12.7,
+            83.3,
+            57.9,
+            34.0,
+            14.9,
+            35.7,
+            24.1,
+        ),
+    },
+    "Table 14": {
+        "CIFAR-10, cross-entropy": (6.41, 5.22, 3.99, 1.23, 3.98),
+        "ISIC-2019, class-balanced": (17.4, 9.4, 3.8, 1.86, 2.11),
+    },
+    "Table 15": {
+        64: (897.5, 431.8, 220.9, 171.8, 121.5, 111.7, 79.5, 74.0, 55.0),
+        128: (639.9, 357.3, 319.3, 146.3, 126.7, 112.3, 91.6, 71.1, 55.8),
+        256: (462.6, 324.8, 248.8, 176.7, 133.1, 108.0, 93.0, 76.1, 54.0),
+        512: (522.0, 296.0, 262.0, 175.9, 139.4, 95.7, 75.0, 58.4, 42.9),
+    },
+    "Table 16": {64: (0.518, 0.206, 0.287), 128: (0.635, 0.444, 0.533), 256: (0.803, 0.619, 0.770)},
+    "Table 17": {
+        64: (59.4, 33.0, 88.1, 38.7, 76.9, 34.7),
+        128: (42.6, 23.1, 34.6, 20.6, 58.9, 24.2),
+        256: (35.5, 18.3, 23.7, 12.7, 44.4, 14.3),
+    },
+    "Table 18": {64: (5.5, 97), 128: (6.3, 126), 256: (9.3, 174), 512: (12.7, 261)},
+}
+PAPER_FITS = dict(
+    q="about 1", measured_slope="below the predicted one"
+)  # their digits were lost with the paper's formulas
+
 
 # %% ../nbs/09_paper.ipynb #244f8ae0
 @dataclass(frozen=True)
 class Results:
     "The stored runs of one dataset and network."
-    label: str # "cifar10_resnet20"
-    runs: dict[str, dict[int, dict]] # experiment -> seed -> run
 
-    def __contains__(self, name): return name in self.runs
-    def paper(self, table: str): # the paper's numbers where they are about the same data; else nothing of their kind
-        same = {"Table 10": ("cifar100_", "tinyimagenet100_"), "Table 11": ("cifar100_", "tinyimagenet100_"), "Table 13": ("isic",), "Table 8, ISIC-2019": ("isic",)}.get(table, ("cifar10_",))
+    label: str  # "cifar10_resnet20"
+    runs: dict[str, dict[int, dict]]  # experiment -> seed -> run
+
+    def __contains__(self, name):
+        return name in self.runs
+
+    def paper(
+        self, table: str
+    ):  # the paper's numbers where they are about the same data; else nothing of their kind
+        same = {
+            "Table 10": ("cifar100_", "tinyimagenet100_"),
+            "Table 11": ("cifar100_", "tinyimagenet100_"),
+            "Table 13": ("isic",),
+            "Table 8, ISIC-2019": ("isic",),
+        }.get(table, ("cifar10_",))
         return PAPER[table] if self.label.startswith(same) else type(PAPER[table])()
+
     @property
-    def lesions(self) -> bool: # in the layout of ISIC-2019
-        return any("pixels" in run["config"] for seeds in self.runs.values() for run in seeds.values())
-    def seeds(self, *names) -> list[int]: # that have all of these experiments
+    def lesions(self) -> bool:  # in the layout of ISIC-2019
+        return any(
+            "pixels" in run["config"] for seeds in self.runs.values() for run in seeds.values()
+        )
+
+    def seeds(self, *names) -> list[int]:  # that have all of these experiments
         return sorted(set.intersection(*(set(self.runs.get(n, {})) for n in names)))
-    def only(self, seeds) -> Results: # of what has been run with some of them
-        return Results(self.label, {n: kept for n, runs in self.runs.items() if (kept := {s: run for s, run in runs.items() if s in seeds})})
-    def of(self, name, *others) -> list[dict]: # results of an experiment, for the seeds that have the others too
+
+    def only(self, seeds) -> Results:  # of what has been run with some of them
+        return Results(
+            self.label,
+            {
+                n: kept
+                for n, runs in self.runs.items()
+                if (kept := {s: run for s, run in runs.items() if s in seeds})
+            },
+        )
+
+    def of(
+        self, name, *others
+    ) -> list[dict]:  # results of an experiment, for the seeds that have the others too
         return [self.runs[name][s]["results"] for s in self.seeds(name, *others)]
-    def __repr__(self): return f"Results({self.label}: {', '.join(f'{n} x {len(r)}' for n, r in self.runs.items())})"
+
+    def __repr__(self):
+        return (
+            f"Results({self.label}: {', '.join(f'{n} x {len(r)}' for n, r in self.runs.items())})"
+        )
 
     def caption(self, *names) -> str:
         "Where the numbers come from."
@@ -90,73 +282,164 @@ class Results:
         about = [r["about"] for r in runs]
         dates, commits = (sorted({str(a[k]) for a in about}) for k in ("date", "commit"))
         start = runs[0]["config"].get("start", "")
-        return (f"{self.label.replace('_', ', ')} ({start}), seed{'s' if len(self.seeds(*names)) > 1 else ''} {', '.join(map(str, self.seeds(*names)))}, {about[0]['device']}, "
-                f"{dates[0]}{' to ' + dates[-1] if dates[1:] else ''}, commit {', '.join(commits)}, {sum(r['seconds'] for r in runs) / 60:.0f} minutes.")
+        return (
+            f"{self.label.replace('_', ', ')} ({start}), seed{'s' if len(self.seeds(*names)) > 1 else ''} {', '.join(map(str, self.seeds(*names)))}, {about[0]['device']}, "
+            f"{dates[0]}{' to ' + dates[-1] if dates[1:] else ''}, commit {', '.join(commits)}, {sum(r['seconds'] for r in runs) / 60:.0f} minutes."
+        )
+
 
 # %% ../nbs/09_paper.ipynb #61605f9d
 def read_results(
-    directory, # of the JSON files
-    dataset: str = "cifar10", network: str = "resnet20",
+    directory,  # of the JSON files
+    dataset: str = "cifar10",
+    network: str = "resnet20",
 ) -> Results:
     "All stored runs of a dataset and a network."
     label, runs = f"{Path(dataset).name}_{network}", {}
     for path in sorted(Path(directory).glob(f"{label}_s*_*.json")):
-        try: run = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e: raise InputError(f"a stored run must be JSON. {path} is not ({e}); remove it to run it again.") from e
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise InputError(
+                f"a stored run must be JSON. {path} is not ({e}); remove it to run it again."
+            ) from e
         runs.setdefault(run["config"]["experiment"], {})[run["config"]["seed"]] = run
     return Results(label, runs)
+
 
 # %% ../nbs/09_paper.ipynb #84a15a6f
 def over(values, digits: int = 1) -> str:
     "Mean over seeds with Student's interval; fewer than three are shown one by one."
-    return shown(mean_interval(values), digits) if len(values) > 2 else " / ".join(f"{v:.{digits}f}" for v in values)
+    return (
+        shown(mean_interval(values), digits)
+        if len(values) > 2
+        else " / ".join(f"{v:.{digits}f}" for v in values)
+    )
 
-def _correct(run): return run["correct"]
-def _labels(run): return run["labels"]
-def _correct_others(run): return run["other"]["correct"]
-def _labels_of_others(run): return run["other"]["labels"]
 
-def changes(r: Results, name: str, figure: str = "sigma", base: str = "network", pick=_correct, pick_base=_correct, labels=_labels) -> tuple[float, float, float]: # pp
+def _correct(run):
+    return run["correct"]
+
+
+def _labels(run):
+    return run["labels"]
+
+
+def _correct_others(run):
+    return run["other"]["correct"]
+
+
+def _labels_of_others(run):
+    return run["other"]["labels"]
+
+
+def changes(
+    r: Results,
+    name: str,
+    figure: str = "sigma",
+    base: str = "network",
+    pick=_correct,
+    pick_base=_correct,
+    labels=_labels,
+) -> tuple[float, float, float]:  # pp
     "Held-out change against another run, with its interval over seeds and images."
-    pairs = [(unpack_bits(pick_base(b)), unpack_bits(pick(a)), torch.tensor(labels(n))) for b, a, n in zip(r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name))]
+    pairs = [
+        (unpack_bits(pick_base(b)), unpack_bits(pick(a)), torch.tensor(labels(n)))
+        for b, a, n in zip(
+            r.of(base, name, "network"), r.of(name, base, "network"), r.of("network", base, name)
+        )
+    ]
     return tuple(100 * v for v in pooled_interval(pairs, figure))
 
-def interval(triple, digits: int = 1) -> str: return f"{triple[0]:+.{digits}f} [{triple[1]:+.{digits}f}, {triple[2]:+.{digits}f}]"
+
+def interval(triple, digits: int = 1) -> str:
+    return f"{triple[0]:+.{digits}f} [{triple[1]:+.{digits}f}, {triple[2]:+.{digits}f}]"
+
 
 # %% ../nbs/09_paper.ipynb #92ab89ec
-def _classes(report): return {c["name"]: c["accuracy_percent"] for c in report["classes"]}
+def _classes(report):
+    return {c["name"]: c["accuracy_percent"] for c in report["classes"]}
+
 
 def table_1(r: Results):
     "Class accuracies of the starting point, held-out."
     import pandas as pd
+
     reports = [n["held_out"] for n in r.of("network")]
-    rows = {c: {"paper (%)": r.paper("Table 1").get(c), "ours (%)": over([_classes(h)[c] for h in reports])} for c in _classes(reports[0])}
+    rows = {
+        c: {
+            "paper (%)": r.paper("Table 1").get(c),
+            "ours (%)": over([_classes(h)[c] for h in reports]),
+        }
+        for c in _classes(reports[0])
+    }
     totals = {k: v[0] for k, v in r.paper("Table 4 totals").items()}
-    rows["global"] = {"paper (%)": totals.get("global"), "ours (%)": over([h["global_percent"] for h in reports])}
-    rows["sigma (pp)"] = {"paper (%)": totals.get("sigma"), "ours (%)": over([h["sigma_pp"] for h in reports], 2)}
+    rows["global"] = {
+        "paper (%)": totals.get("global"),
+        "ours (%)": over([h["global_percent"] for h in reports]),
+    }
+    rows["sigma (pp)"] = {
+        "paper (%)": totals.get("sigma"),
+        "ours (%)": over([h["sigma_pp"] for h in reports], 2),
+    }
     first = r.of("network")[0]
-    low, high = (100 * v for v in sigma_interval(unpack_bits(first["correct"]), torch.tensor(first["labels"])))
-    rows["sigma (pp), first seed"] = {"ours (%)": f"{reports[0]['sigma_pp']:.2f} [{low:.2f}, {high:.2f}]"}
+    low, high = (
+        100 * v
+        for v in sigma_interval(unpack_bits(first["correct"]), torch.tensor(first["labels"]))
+    )
+    rows["sigma (pp), first seed"] = {
+        "ours (%)": f"{reports[0]['sigma_pp']:.2f} [{low:.2f}, {high:.2f}]"
+    }
     return _own(pd.DataFrame(rows).T)
 
-def _own(frame): return frame.dropna(axis=1, how="all").astype(object).fillna("") # without the columns that have nothing to say
+
+def _own(frame):
+    return (
+        frame.dropna(axis=1, how="all").astype(object).fillna("")
+    )  # without the columns that have nothing to say
+
 
 def table_2(r: Results):
     "Leading eigenvalues, and how many stand apart."
     import pandas as pd
+
     runs = r.of("spectrum")
-    rows = {k + 1: {"paper": dict(enumerate(r.paper("Table 2"))).get(k), "ours": over([s["values"][k] for s in runs])} for k in range(len(runs[0]["values"]))}
-    rows["spikes, by the gap test"] = {"paper": "8 and 1 borderline" if r.paper("Table 2") else None, "ours": "; ".join(f"{s['spikes']} ({s['share']:.0%} of {len(s['votes'])} batches)" for s in runs)}
+    rows = {
+        k + 1: {
+            "paper": dict(enumerate(r.paper("Table 2"))).get(k),
+            "ours": over([s["values"][k] for s in runs]),
+        }
+        for k in range(len(runs[0]["values"]))
+    }
+    rows["spikes, by the gap test"] = {
+        "paper": "8 and 1 borderline" if r.paper("Table 2") else None,
+        "ours": "; ".join(
+            f"{s['spikes']} ({s['share']:.0%} of {len(s['votes'])} batches)" for s in runs
+        ),
+    }
     return _own(pd.DataFrame(rows).T).rename_axis("rank")
+
 
 def table_4(r: Results, name: str = "surgery_gamma_p2"):
     "Class accuracies before and after surgery, held-out."
     import pandas as pd
+
     runs, totals = r.of(name), r.paper("Table 4 totals")
     before, after = ([run[k] for run in runs] for k in ("before", "after"))
-    def row(pick, paper, digits=1): return {"paper, before": paper[0], "paper, after": paper[1], "before": over([pick(h) for h in before], digits), "after": over([pick(h) for h in after], digits),
-                                            "change": over([pick(a) - pick(b) for a, b in zip(after, before)], digits)}
-    rows = {c: row(lambda h: _classes(h)[c], (r.paper("Table 1").get(c), r.paper("Table 4").get(c))) for c in _classes(before[0])}
+
+    def row(pick, paper, digits=1):
+        return {
+            "paper, before": paper[0],
+            "paper, after": paper[1],
+            "before": over([pick(h) for h in before], digits),
+            "after": over([pick(h) for h in after], digits),
+            "change": over([pick(a) - pick(b) for a, b in zip(after, before)], digits),
+        }
+
+    rows = {
+        c: row(lambda h: _classes(h)[c], (r.paper("Table 1").get(c), r.paper("Table 4").get(c)))
+        for c in _classes(before[0])
+    }
     rows["global"] = row(lambda h: h["global_percent"], totals.get("global", (None, None)))
     rows["sigma (pp)"] = row(lambda h: h["sigma_pp"], totals.get("sigma", (None, None)), 2)
     frame = pd.DataFrame(rows).T
@@ -164,366 +447,1045 @@ def table_4(r: Results, name: str = "surgery_gamma_p2"):
     frame.loc["global, images and seeds"] = {"change": interval(changes(r, name, "global"), 2)}
     return _own(frame)
 
+
 # %% ../nbs/09_paper.ipynb #a81e8d87
 def table_5(r: Results, seed: int | None = None, name: str = "surgery_gamma_p2"):
     "How one run went, the first seed's, on the sensitivity set."
     import pandas as pd
+
     seed = r.seeds(name)[0] if seed is None else seed
     run = r.runs[name][seed]["results"]
-    first, names = run["sensitivity_before"], [c["name"] for c in run["sensitivity_before"]["classes"]]
+    first, names = (
+        run["sensitivity_before"],
+        [c["name"] for c in run["sensitivity_before"]["classes"]],
+    )
     weak = sorted(names, key=lambda c: _classes(first)[c])[:2]
-    ema, rows = first["sigma_pp"], [{"global (%)": first["global_percent"], "sigma (pp)": first["sigma_pp"], "EMA": first["sigma_pp"], "eps": run["history"][0]["eps"]} | {c: _classes(first)[c] for c in weak}]
+    ema, rows = (
+        first["sigma_pp"],
+        [
+            {
+                "global (%)": first["global_percent"],
+                "sigma (pp)": first["sigma_pp"],
+                "EMA": first["sigma_pp"],
+                "eps": run["history"][0]["eps"],
+            }
+            | {c: _classes(first)[c] for c in weak}
+        ],
+    )
     for h in run["history"]:
-        if h["accepted"]: ema = .7 * ema + .3 * 100 * h["sigma"]
-        rows.append({"global (%)": 100 * h["overall"], "sigma (pp)": 100 * h["sigma"], "EMA": ema if h["accepted"] else None, "eps": h["eps_next"], **{c: 100 * h["accuracy"][names.index(c)] for c in weak},
-                     "": "" if h["accepted"] else "rolled back"})
+        if h["accepted"]:
+            ema = 0.7 * ema + 0.3 * 100 * h["sigma"]
+        rows.append(
+            {
+                "global (%)": 100 * h["overall"],
+                "sigma (pp)": 100 * h["sigma"],
+                "EMA": ema if h["accepted"] else None,
+                "eps": h["eps_next"],
+                **{c: 100 * h["accuracy"][names.index(c)] for c in weak},
+                "": "" if h["accepted"] else "rolled back",
+            }
+        )
     frame, p = pd.DataFrame(rows).rename_axis("iteration"), r.paper("Table 5")
-    for k, column in (("globally", "paper, global (%)"), ("sigma", "paper, sigma (pp)"), ("eps", "paper, eps")):
-        if p: frame[column] = pd.Series(p[k])
-    return _own(frame.round(dict.fromkeys(["global (%)", "sigma (pp)", "EMA", *weak], 2) | dict(eps=4)))
+    for k, column in (
+        ("globally", "paper, global (%)"),
+        ("sigma", "paper, sigma (pp)"),
+        ("eps", "paper, eps"),
+    ):
+        if p:
+            frame[column] = pd.Series(p[k])
+    return _own(
+        frame.round(dict.fromkeys(["global (%)", "sigma (pp)", "EMA", *weak], 2) | dict(eps=4))
+    )
+
 
 def table_6(r: Results):
     "The walks: start and end, and the largest change of a class in units of its own noise."
     import pandas as pd
+
     rows = []
     for within in ("bulk", "spikes", "anywhere"):
         w = [run[within] for run in r.of("walk")]
-        mean = lambda run, i: 100 * float(np.dot(run["accuracy"][i], run["counts"]) / np.sum(run["counts"]))
-        rows.append({"walk": within, "length": w[0]["displacement"][-1], "loss, start": over([x["loss"][0] for x in w], 4), "loss, end": over([x["loss"][-1] for x in w], 4 if max(x["loss"][-1] for x in w) < 100 else 0),
-                     "global, start (%)": over([mean(x, 0) for x in w], 2), "global, end (%)": over([mean(x, -1) for x in w], 2), "lambda_1, start": over([x["lambda_1"][0] for x in w]),
-                     "lambda_1, end": over([x["lambda_1"][-1] for x in w]), "overlap with spikes": max(max(x["overlap"]) for x in w), "cosine": over([x["cosine"][-1] for x in w], 4),
-                     "largest class change (pp)": over([100 * x["largest_change"] for x in w]), "in standard errors": over([x["change_in_noise"] for x in w])})
+        mean = lambda run, i: (
+            100 * float(np.dot(run["accuracy"][i], run["counts"]) / np.sum(run["counts"]))
+        )
+        rows.append(
+            {
+                "walk": within,
+                "length": w[0]["displacement"][-1],
+                "loss, start": over([x["loss"][0] for x in w], 4),
+                "loss, end": over(
+                    [x["loss"][-1] for x in w], 4 if max(x["loss"][-1] for x in w) < 100 else 0
+                ),
+                "global, start (%)": over([mean(x, 0) for x in w], 2),
+                "global, end (%)": over([mean(x, -1) for x in w], 2),
+                "lambda_1, start": over([x["lambda_1"][0] for x in w]),
+                "lambda_1, end": over([x["lambda_1"][-1] for x in w]),
+                "overlap with spikes": max(max(x["overlap"]) for x in w),
+                "cosine": over([x["cosine"][-1] for x in w], 4),
+                "largest class change (pp)": over([100 * x["largest_change"] for x in w]),
+                "in standard errors": over([x["change_in_noise"] for x in w]),
+            }
+        )
     p = r.paper("Table 6")
-    if p: rows.append({"walk": "bulk, the paper's", "length": 2., "loss, start": p["loss"][0], "loss, end": p["loss"][1], "global, start (%)": p["global (%)"][0], "global, end (%)": p["global (%)"][1],
-                 "lambda_1, start": p["lambda_1"][0], "lambda_1, end": p["lambda_1"][1], "cosine": .9999})
+    if p:
+        rows.append(
+            {
+                "walk": "bulk, the paper's",
+                "length": 2.0,
+                "loss, start": p["loss"][0],
+                "loss, end": p["loss"][1],
+                "global, start (%)": p["global (%)"][0],
+                "global, end (%)": p["global (%)"][1],
+                "lambda_1, start": p["lambda_1"][0],
+                "lambda_1, end": p["lambda_1"][1],
+                "cosine": 0.9999,
+            }
+        )
     return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
 
+
 # %% ../nbs/09_paper.ipynb #5c188ccd
-ROWS_7 = [("focal loss fine-tuning", "focal", None), ("class-balanced fine-tuning", "balanced", None), ("focal loss, a point allowed", "focal", "at_price"), ("class-balanced, a point allowed", "balanced", "at_price"), ("tau-norm", "rivals", "tau-norm"), ("logit adjustment", "rivals", "logit adjustment"), ("tuned biases", "rivals", "tuned biases"),
-          ("surgery", "surgery_adam_p2", None), ("surgery, gamma schedule", "surgery_gamma_p2", None), ("surgery, gamma, amplitude 0.02", "surgery_paper_eps", None), ("focal loss, then surgery", "focal_surgery", None), ("random subspace, same norm", "random_same", None),
-          ("random subspace, own amplitude", "random_own", None)]
+ROWS_7 = [
+    ("focal loss fine-tuning", "focal", None),
+    ("class-balanced fine-tuning", "balanced", None),
+    ("focal loss, a point allowed", "focal", "at_price"),
+    ("class-balanced, a point allowed", "balanced", "at_price"),
+    ("tau-norm", "rivals", "tau-norm"),
+    ("logit adjustment", "rivals", "logit adjustment"),
+    ("tuned biases", "rivals", "tuned biases"),
+    ("surgery", "surgery_adam_p2", None),
+    ("surgery, gamma schedule", "surgery_gamma_p2", None),
+    ("surgery, gamma, amplitude 0.02", "surgery_paper_eps", None),
+    ("focal loss, then surgery", "focal_surgery", None),
+    ("random subspace, same norm", "random_same", None),
+    ("random subspace, own amplitude", "random_own", None),
+]
+
 
 def table_7(r: Results):
     "Every method on the same splits, held-out, with intervals over seeds and images."
     import pandas as pd
+
     start = [n["held_out"] for n in r.of("network", "rivals")]
-    def paper(m): return dict(zip(("paper, global (%)", "paper, sigma (pp)"), r.paper("Table 7").get(m, (None, None))))
-    rows = [{"method": "no change", "seeds": len(start), "global (%)": over([h["global_percent"] for h in start]), "sigma (pp)": over([h["sigma_pp"] for h in start], 2), **paper("no change")}]
+
+    def paper(m):
+        return dict(
+            zip(("paper, global (%)", "paper, sigma (pp)"), r.paper("Table 7").get(m, (None, None)))
+        )
+
+    rows = [
+        {
+            "method": "no change",
+            "seeds": len(start),
+            "global (%)": over([h["global_percent"] for h in start]),
+            "sigma (pp)": over([h["sigma_pp"] for h in start], 2),
+            **paper("no change"),
+        }
+    ]
     for method, name, part in ROWS_7:
-        if name not in r or not r.seeds(name, "network") or part and part not in r.of(name)[0]: continue
+        if name not in r or not r.seeds(name, "network") or part and part not in r.of(name)[0]:
+            continue
         pick = (lambda run: run[part]) if part else (lambda run: run)
         reports = [pick(run)["after" if "after" in pick(run) else "held_out"] for run in r.of(name)]
-        rows.append({"method": method, "seeds": len(reports), "global (%)": over([h["global_percent"] for h in reports]), "sigma (pp)": over([h["sigma_pp"] for h in reports], 2),
-                     **{f"change of {f} (pp)": interval(changes(r, name, f, pick=lambda run: pick(run)["correct"])) for f in ("sigma", "global")},
-                     "worst class (%)": over([h["worst_percent"] for h in reports]), **paper(method)})
+        rows.append(
+            {
+                "method": method,
+                "seeds": len(reports),
+                "global (%)": over([h["global_percent"] for h in reports]),
+                "sigma (pp)": over([h["sigma_pp"] for h in reports], 2),
+                **{
+                    f"change of {f} (pp)": interval(
+                        changes(r, name, f, pick=lambda run: pick(run)["correct"])
+                    )
+                    for f in ("sigma", "global")
+                },
+                "worst class (%)": over([h["worst_percent"] for h in reports]),
+                **paper(method),
+            }
+        )
     return _own(pd.DataFrame(rows).set_index("method"))
+
 
 # %% ../nbs/09_paper.ipynb #d9a38e74
 def table_8(r: Results):
     "The exponent of the class weights, both schedules, held-out."
     import pandas as pd
+
     rows = []
     for schedule in ("adam", "gamma"):
-        for p in (0., .5, 1., 2.):
+        for p in (0.0, 0.5, 1.0, 2.0):
             name = f"surgery_{schedule}_p{p:g}"
-            if name not in r: continue
+            if name not in r:
+                continue
             after = [run["after"] for run in r.of(name)]
             paper = r.paper("Table 8").get(p, (None, None)) if schedule == "adam" else (None, None)
-            rows.append({"schedule": schedule, "p": p, "seeds": len(after), "global (%)": over([h["global_percent"] for h in after]), "sigma (pp)": over([h["sigma_pp"] for h in after], 2),
-                         "change of sigma (pp)": interval(changes(r, name), 2), "worst class (%)": over([h["worst_percent"] for h in after]), "turned back": over([sum(not h["accepted"] for h in run["history"]) for run in r.of(name)]),
-                         "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+            rows.append(
+                {
+                    "schedule": schedule,
+                    "p": p,
+                    "seeds": len(after),
+                    "global (%)": over([h["global_percent"] for h in after]),
+                    "sigma (pp)": over([h["sigma_pp"] for h in after], 2),
+                    "change of sigma (pp)": interval(changes(r, name), 2),
+                    "worst class (%)": over([h["worst_percent"] for h in after]),
+                    "turned back": over(
+                        [sum(not h["accepted"] for h in run["history"]) for run in r.of(name)]
+                    ),
+                    "paper, global (%)": paper[0],
+                    "paper, sigma (pp)": paper[1],
+                }
+            )
     return _own(pd.DataFrame(rows).set_index(["schedule", "p"]))
+
 
 # %% ../nbs/09_paper.ipynb #1595e5c3
 def table_3(r: Results, schedule: str = "adam"):
     "The rule for the exponent under mild imbalance: p = 2 for the smallest sigma, p = 1 for the best worst class. Paired changes against the rule's choice."
     import pandas as pd
-    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (0., .5, 1., 2.)}
-    for goal, choice in (("sigma", 2.), ("worst", 1.)):
+
+    rows, names = [], {p: f"surgery_{schedule}_p{p:g}" for p in (0.0, 0.5, 1.0, 2.0)}
+    for goal, choice in (("sigma", 2.0), ("worst", 1.0)):
         for p, name in names.items():
-            if p == choice or name not in r or names[choice] not in r: continue
+            if p == choice or name not in r or names[choice] not in r:
+                continue
             key = "sigma_pp" if goal == "sigma" else "worst_percent"
-            d = [a["after"][key] - b["after"][key] for a, b in zip(r.of(name, names[choice]), r.of(names[choice], name))]
-            m, lo, hi = changes(r, name, base=names[choice]) if goal == "sigma" else mean_interval(d)
+            d = [
+                a["after"][key] - b["after"][key]
+                for a, b in zip(r.of(name, names[choice]), r.of(names[choice], name))
+            ]
+            m, lo, hi = (
+                changes(r, name, base=names[choice]) if goal == "sigma" else mean_interval(d)
+            )
             better = (lo > 0, hi < 0) if goal == "sigma" else (hi < 0, lo > 0)
-            rows.append({"goal": goal, "the rule says": f"p = {choice:g}", "against": f"p = {p:g}", "seeds": len(d), "change (pp)": interval((m, lo, hi), 2),
-                         "the rule is": "supported" if better[0] else "contradicted" if better[1] else "undecided"})
+            rows.append(
+                {
+                    "goal": goal,
+                    "the rule says": f"p = {choice:g}",
+                    "against": f"p = {p:g}",
+                    "seeds": len(d),
+                    "change (pp)": interval((m, lo, hi), 2),
+                    "the rule is": "supported"
+                    if better[0]
+                    else "contradicted"
+                    if better[1]
+                    else "undecided",
+                }
+            )
     return pd.DataFrame(rows).set_index(["goal", "against"])
+
 
 # %% ../nbs/09_paper.ipynb #3f228e12
 def table_9(r: Results):
     "Fine-tuning after surgery, epoch by epoch, held-out."
     import pandas as pd
-    rows = [{"state": "after surgery", "global (%)": over([x["after"]["global_percent"] for x in r.of("surgery_gamma_p2", "bulk_finetune")]), "sigma (pp)": over([x["after"]["sigma_pp"] for x in r.of("surgery_gamma_p2", "bulk_finetune")], 2)}]
-    for method, name in (("bulk fine-tuning", "bulk_finetune"), ("classic fine-tuning", "classic_finetune")):
+
+    rows = [
+        {
+            "state": "after surgery",
+            "global (%)": over(
+                [x["after"]["global_percent"] for x in r.of("surgery_gamma_p2", "bulk_finetune")]
+            ),
+            "sigma (pp)": over(
+                [x["after"]["sigma_pp"] for x in r.of("surgery_gamma_p2", "bulk_finetune")], 2
+            ),
+        }
+    ]
+    for method, name in (
+        ("bulk fine-tuning", "bulk_finetune"),
+        ("classic fine-tuning", "classic_finetune"),
+    ):
         for e in range(len(r.of(name)[0]["epochs"])):
             h = [run["epochs"][e]["held_out"] for run in r.of(name)]
-            rows.append({"state": f"{method}, epoch {e + 1}", "global (%)": over([x["global_percent"] for x in h]), "sigma (pp)": over([x["sigma_pp"] for x in h], 2)})
-    rows += [{"state": f"the paper: {method}{', 15 epochs' if 'tuning' in method else ''}", "global (%)": g, "sigma (pp)": s} for method, (g, s, *_) in r.paper("Table 9").items()]
+            rows.append(
+                {
+                    "state": f"{method}, epoch {e + 1}",
+                    "global (%)": over([x["global_percent"] for x in h]),
+                    "sigma (pp)": over([x["sigma_pp"] for x in h], 2),
+                }
+            )
+    rows += [
+        {
+            "state": f"the paper: {method}{', 15 epochs' if 'tuning' in method else ''}",
+            "global (%)": g,
+            "sigma (pp)": s,
+        }
+        for method, (g, s, *_) in r.paper("Table 9").items()
+    ]
     return pd.DataFrame(rows).set_index("state")
+
 
 # %% ../nbs/09_paper.ipynb #aeea54b8
 def table_15(r: Results, table: int = 15):
     "Appendix A, Tables 15 to 18: mean over seeds, the paper's row below each."
     import pandas as pd
+
     part = {15: "eigenvalues", 16: "cosines", 17: "subspaces", 18: "timing"}[table]
-    frames = [pd.DataFrame(**{k: run[part][k] for k in ("data", "index", "columns")}) for run in r.of("stability")]
+    frames = [
+        pd.DataFrame(**{k: run[part][k] for k in ("data", "index", "columns")})
+        for run in r.of("stability")
+    ]
     mean, rows = sum(frames) / len(frames), {}
-    columns = {16: ["matched, mean", "matched, min", "by rank, mean"], 18: ["s a product", "s a run"]}.get(table, list(mean.columns))
+    columns = {
+        16: ["matched, mean", "matched, min", "by rank, mean"],
+        18: ["s a product", "s a run"],
+    }.get(table, list(mean.columns))
     for size in mean.index:
         rows[f"{size}"] = dict(zip(columns, mean.loc[size, columns]))
-        if size in r.paper(f"Table {table}"): rows[f"{size}, the paper"] = dict(zip(columns, r.paper(f"Table {table}")[size]))
-    return pd.DataFrame(rows).T.rename_axis("images").round(3 if table == 16 else 1 if table != 18 else 2)
+        if size in r.paper(f"Table {table}"):
+            rows[f"{size}, the paper"] = dict(zip(columns, r.paper(f"Table {table}")[size]))
+    return (
+        pd.DataFrame(rows)
+        .T.rename_axis("images")
+        .round(3 if table == 16 else 1 if table != 18 else 2)
+    )
+
 
 # %% ../nbs/09_paper.ipynb #df3cc95c
-def _after_phase(i: int, on: str = "held_out"): # which of these images were right then
+def _after_phase(i: int, on: str = "held_out"):  # which of these images were right then
     return lambda run: run["phases"][i]["measured"]["correct"][on]
+
 
 def table_10(r: Results):
     "Deflated surgery, phase by phase: means over seeds on the sensitivity set, changes on held-out images."
     import pandas as pd
+
     runs, first, p = r.of("deflated", "network"), 1, r.paper("Table 10")
-    rows = [{"phase": "before", "global (%)": over([x["sensitivity_before"]["global_percent"] for x in runs]), "sigma (pp)": over([x["sensitivity_before"]["sigma_pp"] for x in runs], 2),
-             "paper, global (%)": p.get(0, (None,))[0], "paper, sigma (pp)": p.get(0, (None, None))[1]}]
+    rows = [
+        {
+            "phase": "before",
+            "global (%)": over([x["sensitivity_before"]["global_percent"] for x in runs]),
+            "sigma (pp)": over([x["sensitivity_before"]["sigma_pp"] for x in runs], 2),
+            "paper, global (%)": p.get(0, (None,))[0],
+            "paper, sigma (pp)": p.get(0, (None, None))[1],
+        }
+    ]
     for i, phase in enumerate(runs[0]["phases"]):
-        def mean(key, digits=1, scale=1., i=i): return over([scale * x["phases"][i][key] for x in runs], digits)
+
+        def mean(key, digits=1, scale=1.0, i=i):
+            return over([scale * x["phases"][i][key] for x in runs], digits)
+
         paper = p.get(i + 1, (None,) * 4)
-        rows.append({"phase": i + 1, "spikes": f"{first}-{phase['spikes']}", "largest eigenvalue": mean("largest"), "eps": mean("eps", 3), "steps kept": "/".join(str(sum(t["accepted"] for t in x["phases"][i]["steps"])) for x in runs),
-                     "overlap with earlier": f"{max(x['phases'][i]['overlap'] for x in runs):.1g}", "global (%)": mean("overall", 1, 100), "sigma (pp)": mean("sigma", 2, 100), "held-out, sigma (pp)": interval(changes(r, "deflated", pick=_after_phase(i)), 2),
-                     "held-out, global (pp)": interval(changes(r, "deflated", "global", pick=_after_phase(i)), 2), "paper, largest eigenvalue": paper[2], "paper, eps": paper[3], "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+        rows.append(
+            {
+                "phase": i + 1,
+                "spikes": f"{first}-{phase['spikes']}",
+                "largest eigenvalue": mean("largest"),
+                "eps": mean("eps", 3),
+                "steps kept": "/".join(
+                    str(sum(t["accepted"] for t in x["phases"][i]["steps"])) for x in runs
+                ),
+                "overlap with earlier": f"{max(x['phases'][i]['overlap'] for x in runs):.1g}",
+                "global (%)": mean("overall", 1, 100),
+                "sigma (pp)": mean("sigma", 2, 100),
+                "held-out, sigma (pp)": interval(changes(r, "deflated", pick=_after_phase(i)), 2),
+                "held-out, global (pp)": interval(
+                    changes(r, "deflated", "global", pick=_after_phase(i)), 2
+                ),
+                "paper, largest eigenvalue": paper[2],
+                "paper, eps": paper[3],
+                "paper, global (%)": paper[0],
+                "paper, sigma (pp)": paper[1],
+            }
+        )
         first = phase["spikes"] + 1
     return _own(pd.DataFrame(rows).set_index("phase"))
 
+
 # %% ../nbs/09_paper.ipynb #2fc78d67
-def _tenths(run, parts: int = 10) -> list[tuple]: # accuracy before and change on both sets, of classes grouped by what the sensitivity set said before
-    sb, sa, b, a = (np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("sensitivity_before", "sensitivity_after", "before", "after"))
-    return [(sb[g].mean(), (sa - sb)[g].mean(), b[g].mean(), (a - b)[g].mean()) for g in np.array_split(sb.argsort(kind="stable"), min(parts, len(b)))]
+def _tenths(
+    run, parts: int = 10
+) -> list[
+    tuple
+]:  # accuracy before and change on both sets, of classes grouped by what the sensitivity set said before
+    sb, sa, b, a = (
+        np.array([c["accuracy_percent"] for c in run[k]["classes"]])
+        for k in ("sensitivity_before", "sensitivity_after", "before", "after")
+    )
+    return [
+        (sb[g].mean(), (sa - sb)[g].mean(), b[g].mean(), (a - b)[g].mean())
+        for g in np.array_split(sb.argsort(kind="stable"), min(parts, len(b)))
+    ]
+
 
 def table_11(r: Results):
     "Classes in tenths by their accuracy on the sensitivity set before: mean change there, where the paper measured it, and held-out."
     import pandas as pd
+
     runs, p, rows = [_tenths(x) for x in r.of("deflated")], r.paper("Table 11"), []
     for i in range(len(runs[0])):
         paper = p.get(i + 1, (None, None))
-        rows.append({"tenth": i + 1, "before (%)": over([x[i][0] for x in runs]), "change (pp)": over([x[i][1] for x in runs]), "held-out, before (%)": over([x[i][2] for x in runs]), "held-out, change (pp)": over([x[i][3] for x in runs]),
-                     "paper, before (%)": paper[0], "paper, change (pp)": paper[1]})
+        rows.append(
+            {
+                "tenth": i + 1,
+                "before (%)": over([x[i][0] for x in runs]),
+                "change (pp)": over([x[i][1] for x in runs]),
+                "held-out, before (%)": over([x[i][2] for x in runs]),
+                "held-out, change (pp)": over([x[i][3] for x in runs]),
+                "paper, before (%)": paper[0],
+                "paper, change (pp)": paper[1],
+            }
+        )
     return _own(pd.DataFrame(rows).set_index("tenth"))
+
 
 def table_12(r: Results):
     "What it all brings, held-out."
     import pandas as pd
+
     rows = {}
-    def row(runs, b, a, change): return {"spikes used": f"{runs[0]['phases'][-1]['spikes']}", "sigma, before (pp)": over([x["sigma_pp"] for x in b], 2), "sigma, after (pp)": over([x["sigma_pp"] for x in a], 2),
-                                         "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]), "change of sigma (pp)": interval(change("sigma"), 2), "change of global (pp)": interval(change("global"), 2)}
+
+    def row(runs, b, a, change):
+        return {
+            "spikes used": f"{runs[0]['phases'][-1]['spikes']}",
+            "sigma, before (pp)": over([x["sigma_pp"] for x in b], 2),
+            "sigma, after (pp)": over([x["sigma_pp"] for x in a], 2),
+            "relative (%)": over([100 * (y["sigma_pp"] / x["sigma_pp"] - 1) for x, y in zip(b, a)]),
+            "change of sigma (pp)": interval(change("sigma"), 2),
+            "change of global (pp)": interval(change("global"), 2),
+        }
+
     for label, name in (("ours", "deflated"), ("ours, S from probabilities", "deflated_smooth")):
-        if not (runs := r.of(name, "network") if name in r else []): continue
-        rows[label] = row(runs, [x["before"] for x in runs], [x["after"] for x in runs], lambda figure: changes(r, name, figure))
-        if "other" not in runs[0]: continue
+        if not (runs := r.of(name, "network") if name in r else []):
+            continue
+        rows[label] = row(
+            runs,
+            [x["before"] for x in runs],
+            [x["after"] for x in runs],
+            lambda figure: changes(r, name, figure),
+        )
+        if "other" not in runs[0]:
+            continue
         starts = r.of("network", name)
-        rows[f"{label}, on test images of another kind"] = row(runs, [x["other"]["report"] for x in starts], [x["other"]["report"] for x in runs], lambda figure: changes(r, name, figure, pick=_correct_others, pick_base=_correct_others, labels=_labels_of_others))
-    for name, values in PAPER["Table 12"].items(): rows[f"the paper, {name}"] = dict(zip(("spikes used", "sigma, before (pp)", "sigma, after (pp)", "relative (%)", "change of global (pp)"), values))
+        rows[f"{label}, on test images of another kind"] = row(
+            runs,
+            [x["other"]["report"] for x in starts],
+            [x["other"]["report"] for x in runs],
+            lambda figure: changes(
+                r,
+                name,
+                figure,
+                pick=_correct_others,
+                pick_base=_correct_others,
+                labels=_labels_of_others,
+            ),
+        )
+    for name, values in PAPER["Table 12"].items():
+        rows[f"the paper, {name}"] = dict(
+            zip(
+                (
+                    "spikes used",
+                    "sigma, before (pp)",
+                    "sigma, after (pp)",
+                    "relative (%)",
+                    "change of global (pp)",
+                ),
+                values,
+            )
+        )
     return pd.DataFrame(rows).T.astype(object).fillna("")
+
 
 # %% ../nbs/09_paper.ipynb #43421120
 def _stability_table(table, says):
-    def make(r: Results): return table_15(r, table)
+    def make(r: Results):
+        return table_15(r, table)
+
     make.__doc__ = says
     return make
+
 
 # %% ../nbs/09_paper.ipynb #94f19964
 def limits_frame(r: Results):
     "The loop played on linearised logits, one setting varied at a time: held-out change of global accuracy and of sigma."
     import pandas as pd
+
     runs, rows = r.of("limits"), []
-    def add(setting, found, starts): # one of each run
+
+    def add(setting, found, starts):  # one of each run
         pick = [(row["held_out"], run["start"]["held_out"]) for row, run in zip(found, starts)]
-        rows.append({"setting": setting, "seeds": len(pick), "global (pp)": over([a["global_percent"] - b["global_percent"] for a, b in pick], 2),
-                     "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2), "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick])})
-    base = runs[0]["rows"][0]["setting"] | dict(amplitude=1., p=2.)
+        rows.append(
+            {
+                "setting": setting,
+                "seeds": len(pick),
+                "global (pp)": over(
+                    [a["global_percent"] - b["global_percent"] for a, b in pick], 2
+                ),
+                "sigma (pp)": over([a["sigma_pp"] - b["sigma_pp"] for a, b in pick], 2),
+                "sigma (%)": over([100 * (a["sigma_pp"] / b["sigma_pp"] - 1) for a, b in pick]),
+            }
+        )
+
+    base = runs[0]["rows"][0]["setting"] | dict(amplitude=1.0, p=2.0)
     for i, row in enumerate(runs[0]["rows"]):
         odd = {k: v for k, v in row["setting"].items() if v != base[k]}
-        if len(odd) > 1 or odd and "iterations" in odd: continue
-        add(", ".join(f"{k} = {'the mean' if k == 'tau' and v is None else v}" for k, v in odd.items()) or "the paper's", [run["rows"][i] for run in runs], runs)
+        if len(odd) > 1 or odd and "iterations" in odd:
+            continue
+        add(
+            ", ".join(
+                f"{k} = {'the mean' if k == 'tau' and v is None else v}" for k, v in odd.items()
+            )
+            or "the paper's",
+            [run["rows"][i] for run in runs],
+            runs,
+        )
     batches = r.of("limits_batch")
-    for i, row in enumerate(batches[0]["rows"] if batches else ()): add(f"spikes of {row['images']} images", [run["rows"][i] for run in batches], batches)
+    for i, row in enumerate(batches[0]["rows"] if batches else ()):
+        add(f"spikes of {row['images']} images", [run["rows"][i] for run in batches], batches)
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
+
 
 # %% ../nbs/09_paper.ipynb #338b0adb
 def plot_front(r: Results, ax=None):
     "What surgery can reach at what price, held-out: every setting of the linear model, true runs, tuned biases, and the paper's claim. First seed that has them all."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title="Less spread costs accuracy", xlabel="change of global accuracy (pp)", ylabel="change of sigma (%)")
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        title="Less spread costs accuracy",
+        xlabel="change of global accuracy (pp)",
+        ylabel="change of sigma (%)",
+    )
     seed = r.seeds("limits", "network")[0]
     at = lambda name: r.runs[name][seed]["results"]
     start = at("network")["held_out"]
-    def point(h): return h["global_percent"] - start["global_percent"], 100 * (h["sigma_pp"] / start["sigma_pp"] - 1)
-    ax.plot(*zip(*(point(row["held_out"]) for row in at("limits")["rows"])), ".", ms=3, color=COLOURS["sky"], label="the loop on linearised logits, all settings")
+
+    def point(h):
+        return h["global_percent"] - start["global_percent"], 100 * (
+            h["sigma_pp"] / start["sigma_pp"] - 1
+        )
+
+    ax.plot(
+        *zip(*(point(row["held_out"]) for row in at("limits")["rows"])),
+        ".",
+        ms=3,
+        color=COLOURS["sky"],
+        label="the loop on linearised logits, all settings",
+    )
     true = [point(at(n)["after"]) for n in r.runs if n.startswith("surgery_") and seed in r.runs[n]]
-    if true: ax.plot(*zip(*true), "o", ms=5, color=COLOURS["red"], label="true runs")
-    if seed in r.runs.get("rivals", {}): ax.plot(*point(at("rivals")["tuned biases"]["held_out"]), "s", ms=5, color=COLOURS["orange"], label="tuned biases")
-    ax.plot(-.2, -36, "*", ms=11, color="black", label="the paper's claim")
+    if true:
+        ax.plot(*zip(*true), "o", ms=5, color=COLOURS["red"], label="true runs")
+    if seed in r.runs.get("rivals", {}):
+        ax.plot(
+            *point(at("rivals")["tuned biases"]["held_out"]),
+            "s",
+            ms=5,
+            color=COLOURS["orange"],
+            label="tuned biases",
+        )
+    ax.plot(-0.2, -36, "*", ms=11, color="black", label="the paper's claim")
     ax.set_ylim(top=45)
-    ax.axvline(-.5, color=COLOURS["grey"], lw=.8, ls="--")
+    ax.axvline(-0.5, color=COLOURS["grey"], lw=0.8, ls="--")
     ax.legend(frameon=False, fontsize=7, loc="upper right")
     return ax
 
-# %% ../nbs/09_paper.ipynb #ef80e084
-FRONTS = dict(biases="biases", spikes="spikes", class_means="class means", random="a random subspace", head="spikes of the head alone")
 
-def at_price(run: dict, price: float, then: bool = False) -> dict: # of a front_*; then: with biases on top
+# %% ../nbs/09_paper.ipynb #ef80e084
+FRONTS = dict(
+    biases="biases",
+    spikes="spikes",
+    class_means="class means",
+    random="a random subspace",
+    head="spikes of the head alone",
+)
+
+
+def at_price(
+    run: dict, price: float, then: bool = False
+) -> dict:  # of a front_*; then: with biases on top
     point = [p for p in run["points"] if abs(p["price"] - price) < 1e-9][-1]
     return point["then_biases"] if then else point
+
 
 def prices_frame(r: Results):
     "What each allowed fall of global accuracy buys, along each kind of direction: held-out changes with intervals over seeds and images."
     import pandas as pd
+
     rows = []
-    for price, (name, what), then in itertools.product((.0025, .005, .01), FRONTS.items(), (False, True)):
-        if f"front_{name}" not in r or then and name == "biases": continue
-        def pick(run): return at_price(run, price, then)["correct"]
-        def pick_biases(run): return at_price(run, price)["correct"]
-        rows.append({"price (pp)": 100 * price, "method": what + (", then biases" if then else ""), "seeds": len(r.seeds(f"front_{name}")), **{f"{f} (pp)": interval(changes(r, f"front_{name}", f, pick=pick), 2) for f in ("sigma", "global")},
-                     "sigma, less that of biases (pp)": "" if name == "biases" else interval(changes(r, f"front_{name}", base="front_biases", pick=pick, pick_base=pick_biases), 2)})
+    for price, (name, what), then in itertools.product(
+        (0.0025, 0.005, 0.01), FRONTS.items(), (False, True)
+    ):
+        if f"front_{name}" not in r or then and name == "biases":
+            continue
+
+        def pick(run):
+            return at_price(run, price, then)["correct"]
+
+        def pick_biases(run):
+            return at_price(run, price)["correct"]
+
+        rows.append(
+            {
+                "price (pp)": 100 * price,
+                "method": what + (", then biases" if then else ""),
+                "seeds": len(r.seeds(f"front_{name}")),
+                **{
+                    f"{f} (pp)": interval(changes(r, f"front_{name}", f, pick=pick), 2)
+                    for f in ("sigma", "global")
+                },
+                "sigma, less that of biases (pp)": ""
+                if name == "biases"
+                else interval(
+                    changes(
+                        r, f"front_{name}", base="front_biases", pick=pick, pick_base=pick_biases
+                    ),
+                    2,
+                ),
+            }
+        )
     return pd.DataFrame(rows).set_index(["price (pp)", "method"])
 
+
 # %% ../nbs/09_paper.ipynb #7b20f347
-NOISE = dict(accuracy="S from accuracies", shrunk="S shrunk by its noise", left_out="noisy spikes left out", agreed="as far as halves agree", probability="S from probabilities", solved="solver", cross_fitted="solver, cross-fitted")
+NOISE = dict(
+    accuracy="S from accuracies",
+    shrunk="S shrunk by its noise",
+    left_out="noisy spikes left out",
+    agreed="as far as halves agree",
+    probability="S from probabilities",
+    solved="solver",
+    cross_fitted="solver, cross-fitted",
+)
 
-def _end(how: str, spikes: int, images: int): # the row of a run
-    return lambda run: next(row for row in run["rows"] if (row["how"], row["spikes"], row["images"]) == (how, spikes, images))
 
-def _most(r: Results, key: str) -> int: return max(row[key] for row in r.of("noise")[0]["rows"])
+def _end(how: str, spikes: int, images: int):  # the row of a run
+    return lambda run: next(
+        row
+        for row in run["rows"]
+        if (row["how"], row["spikes"], row["images"]) == (how, spikes, images)
+    )
+
+
+def _most(r: Results, key: str) -> int:
+    return max(row[key] for row in r.of("noise")[0]["rows"])
+
 
 def noise_frame(r: Results):
     "Surgery along all spikes at once, its noise dealt with in seven ways: change of sigma and global accuracy in pp, measured."
     import pandas as pd
+
     runs, rows, most = r.of("noise", "network"), {}, (_most(r, "spikes"), _most(r, "images"))
     for how, what in NOISE.items():
         end, plain = _end(how, *most), _end("accuracy", *most)
-        def change(on, end=end): return over([end(run)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for run in runs], 2)
-        def held(figure, end=end, **base): return interval(changes(r, "noise", figure, pick=lambda run: end(run)["correct"], **base), 2)
+
+        def change(on, end=end):
+            return over(
+                [end(run)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for run in runs], 2
+            )
+
+        def held(figure, end=end, **base):
+            return interval(
+                changes(r, "noise", figure, pick=lambda run: end(run)["correct"], **base), 2
+            )
+
         against = dict(base="noise", pick_base=lambda run, plain=plain: plain(run)["correct"])
-        rows[what] = {"moved": over([end(run)["moved"] for run in runs], 3), "tuned on": change("sensitivity"), "held-out": held("sigma"), "less S from accuracies": "" if how == "accuracy" else held("sigma", **against), "held-out, global": held("global"),
-                      **({"test images of another kind": change("other")} if "other" in runs[0]["start"] else {})}
-    if r.seeds("noise", "front_biases") == r.seeds("noise"): # the sceptic's: no weight moves
-        pick, points = lambda run: at_price(run, .005)["correct"], [at_price(run, .005) for run in r.of("front_biases", "noise")]
-        rows["biases, by the solver"] = {"tuned on": over([p["sensitivity"]["sigma_pp"] - run["start"]["sensitivity"]["sigma_pp"] for p, run in zip(points, runs)], 2), "held-out": interval(changes(r, "front_biases", pick=pick), 2),
-                                         "less S from accuracies": interval(changes(r, "front_biases", base="noise", pick=pick, pick_base=lambda run: _end("accuracy", *most)(run)["correct"]), 2),
-                                         "held-out, global": interval(changes(r, "front_biases", "global", pick=pick), 2)}
+        rows[what] = {
+            "moved": over([end(run)["moved"] for run in runs], 3),
+            "tuned on": change("sensitivity"),
+            "held-out": held("sigma"),
+            "less S from accuracies": "" if how == "accuracy" else held("sigma", **against),
+            "held-out, global": held("global"),
+            **(
+                {"test images of another kind": change("other")}
+                if "other" in runs[0]["start"]
+                else {}
+            ),
+        }
+    if r.seeds("noise", "front_biases") == r.seeds("noise"):  # the sceptic's: no weight moves
+        pick, points = (
+            lambda run: at_price(run, 0.005)["correct"],
+            [at_price(run, 0.005) for run in r.of("front_biases", "noise")],
+        )
+        rows["biases, by the solver"] = {
+            "tuned on": over(
+                [
+                    p["sensitivity"]["sigma_pp"] - run["start"]["sensitivity"]["sigma_pp"]
+                    for p, run in zip(points, runs)
+                ],
+                2,
+            ),
+            "held-out": interval(changes(r, "front_biases", pick=pick), 2),
+            "less S from accuracies": interval(
+                changes(
+                    r,
+                    "front_biases",
+                    base="noise",
+                    pick=pick,
+                    pick_base=lambda run: _end("accuracy", *most)(run)["correct"],
+                ),
+                2,
+            ),
+            "held-out, global": interval(changes(r, "front_biases", "global", pick=pick), 2),
+        }
     return _own(pd.DataFrame(rows).T)
+
 
 def spikes_frame(r: Results):
     "Change of held-out sigma in pp, measured, for the leading spikes alone and for all."
     import pandas as pd
+
     images = _most(r, "images")
     spikes = sorted({row["spikes"] for row in r.of("noise")[0]["rows"] if row["images"] == images})
-    return pd.DataFrame({f"{k} spikes": {what: interval(changes(r, "noise", pick=lambda run, end=_end(how, k, images): end(run)["correct"]), 2) for how, what in NOISE.items()} for k in spikes})
+    return pd.DataFrame(
+        {
+            f"{k} spikes": {
+                what: interval(
+                    changes(
+                        r, "noise", pick=lambda run, end=_end(how, k, images): end(run)["correct"]
+                    ),
+                    2,
+                )
+                for how, what in NOISE.items()
+            }
+            for k in spikes
+        }
+    )
+
 
 # %% ../nbs/09_paper.ipynb #58eb4705
 def plot_noise(r: Results, axes=None):
     "Change of sigma, measured: on the images it was tuned on and on held-out ones, with more spikes; held-out with more images."
     import matplotlib.pyplot as plt
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    if axes is None: axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")[1]
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    if axes is None:
+        axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")[1]
     runs, most = r.of("noise", "network"), {k: _most(r, k) for k in ("spikes", "images")}
-    for ax, x, on, title in zip(axes, ("spikes", "spikes", "images"), ("sensitivity", "held_out", "held_out"), ("Tuned on", "Held-out", f"Held-out, {most['spikes']} spikes")):
+    for ax, x, on, title in zip(
+        axes,
+        ("spikes", "spikes", "images"),
+        ("sensitivity", "held_out", "held_out"),
+        ("Tuned on", "Held-out", f"Held-out, {most['spikes']} spikes"),
+    ):
         other = "images" if x == "spikes" else "spikes"
-        new_axes(ax, title=title, xlabel=x if x == "spikes" else "sensitivity images a class", ylabel="change of sigma (pp)" if ax is axes[0] else "")
-        for (how, what), colour in zip(NOISE.items(), ("red", "orange", "purple", "sky", "blue", "grey", "green")):
-            rows = [[row for row in run["rows"] if row["how"] == how and row[other] == most[other]] for run in runs]
-            seen = np.mean([[row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row in part] for part, run in zip(rows, runs)], 0)
+        new_axes(
+            ax,
+            title=title,
+            xlabel=x if x == "spikes" else "sensitivity images a class",
+            ylabel="change of sigma (pp)" if ax is axes[0] else "",
+        )
+        for (how, what), colour in zip(
+            NOISE.items(), ("red", "orange", "purple", "sky", "blue", "grey", "green")
+        ):
+            rows = [
+                [row for row in run["rows"] if row["how"] == how and row[other] == most[other]]
+                for run in runs
+            ]
+            seen = np.mean(
+                [
+                    [row[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for row in part]
+                    for part, run in zip(rows, runs)
+                ],
+                0,
+            )
             order = np.argsort(at := [row[x] for row in rows[0]])
-            ax.plot(np.array(at)[order], seen[order], "o-", ms=3, lw=1, color=COLOURS[colour], label=what)
+            ax.plot(
+                np.array(at)[order],
+                seen[order],
+                "o-",
+                ms=3,
+                lw=1,
+                color=COLOURS[colour],
+                label=what,
+            )
         if r.seeds("noise", "front_biases") == r.seeds("noise"):
-            ax.axhline(np.mean([at_price(b, .005)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for b, run in zip(r.of("front_biases", "noise"), runs)]), color="black", lw=.8, ls="--", label="biases, by the solver")
-        ax.axhline(0, color=COLOURS["grey"], lw=.6)
-    axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
+            ax.axhline(
+                np.mean(
+                    [
+                        at_price(b, 0.005)[on]["sigma_pp"] - run["start"][on]["sigma_pp"]
+                        for b, run in zip(r.of("front_biases", "noise"), runs)
+                    ]
+                ),
+                color="black",
+                lw=0.8,
+                ls="--",
+                label="biases, by the solver",
+            )
+        ax.axhline(0, color=COLOURS["grey"], lw=0.6)
+    axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
-# %% ../nbs/09_paper.ipynb #34fb3363
-STARTS_13 = dict(zip(("cross-entropy", "focal", "class-balanced"), (("network", "ce_surgery", "rivals"), ("fl_start", "fl_surgery", "fl_rivals"), ("cb_start", "cb_surgery", "cb_rivals"))))
 
-def isic_methods(r: Results) -> dict: # method -> (experiment, how to find its held-out report, how to find which images were right)
+# %% ../nbs/09_paper.ipynb #34fb3363
+STARTS_13 = dict(
+    zip(
+        ("cross-entropy", "focal", "class-balanced"),
+        (
+            ("network", "ce_surgery", "rivals"),
+            ("fl_start", "fl_surgery", "fl_rivals"),
+            ("cb_start", "cb_surgery", "cb_rivals"),
+        ),
+    )
+)
+
+
+def isic_methods(
+    r: Results,
+) -> (
+    dict
+):  # method -> (experiment, how to find its held-out report, how to find which images were right)
     "What stands in a column of Table 13, if it has been run."
     found = {}
     for start, (net, surgery, rivals) in STARTS_13.items():
         found[start] = net, lambda run: run["held_out"], lambda run: run["correct"]
         found[f"{start}, surgery"] = surgery, lambda run: run["after"], lambda run: run["correct"]
         for rival in ("tau-norm", "logit adjustment", "tuned biases"):
-            found[f"{start}, {rival}"] = rivals, lambda run, rival=rival: run[rival]["held_out"], lambda run, rival=rival: run[rival]["correct"]
+            found[f"{start}, {rival}"] = (
+                rivals,
+                lambda run, rival=rival: run[rival]["held_out"],
+                lambda run, rival=rival: run[rival]["correct"],
+            )
     return {k: v for k, v in found.items() if v[0] in r}
+
 
 def table_13(r: Results):
     "Held-out accuracy of every class with Wilson's interval (%), and the totals; means over seeds, the paper's row below each."
     import pandas as pd
+
     rows, first = {}, r.of("network")[0]["held_out"]
-    counts = np.mean([[c["images"] for c in run["held_out"]["classes"]] for run in r.of("network")], 0)
+    counts = np.mean(
+        [[c["images"] for c in run["held_out"]["classes"]] for run in r.of("network")], 0
+    )
     for method, (name, report, _) in isic_methods(r).items():
         reports = [report(run) for run in r.of(name)]
         acc = np.mean([[c["accuracy_percent"] for c in h["classes"]] for h in reports], 0)
-        cells = [f"{a:.1f} [{lo:.0f}, {hi:.0f}]" for a, (lo, hi) in zip(acc, (wilson_interval(a / 100, n) for a, n in zip(acc, counts)))]
-        rows[method] = cells + [over([h[k] for h in reports]) for k in ("global_percent", "balanced_percent", "sigma_pp")]
-        if method in r.paper("Table 13"): rows[f"{method}, the paper"] = r.paper("Table 13")[method]
-    columns = [f"{c['name']} ({n:.0f})" for c, n in zip(first["classes"], counts)] + ["global (%)", "balanced (%)", "sigma (pp)"]
+        cells = [
+            f"{a:.1f} [{lo:.0f}, {hi:.0f}]"
+            for a, (lo, hi) in zip(acc, (wilson_interval(a / 100, n) for a, n in zip(acc, counts)))
+        ]
+        rows[method] = cells + [
+            over([h[k] for h in reports])
+            for k in ("global_percent", "balanced_percent", "sigma_pp")
+        ]
+        if method in r.paper("Table 13"):
+            rows[f"{method}, the paper"] = r.paper("Table 13")[method]
+    columns = [f"{c['name']} ({n:.0f})" for c, n in zip(first["classes"], counts)] + [
+        "global (%)",
+        "balanced (%)",
+        "sigma (pp)",
+    ]
     return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
 
-# %% ../nbs/09_paper.ipynb #bb071c23
-CLAIMS_13 = ( # what section 9.4 says: of what, against what, in which figure, and where the change should lie (pp)
-    ("surgery lowers sigma from cross-entropy", "cross-entropy, surgery", "cross-entropy", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "cross-entropy, surgery", "cross-entropy", "balanced", (0, math.inf)),
-    ("surgery lowers sigma from focal loss", "focal, surgery", "focal", "sigma", (-math.inf, 0)), ("and raises balanced accuracy", "focal, surgery", "focal", "balanced", (0, math.inf)),
-    ("surgery lowers sigma from class-balanced loss", "class-balanced, surgery", "class-balanced", "sigma", (-math.inf, 0)), ("at the same balanced accuracy (within 2 pp)", "class-balanced, surgery", "class-balanced", "balanced", (-2, 2)),
-    ("surgery leaves less sigma than focal loss", "cross-entropy, surgery", "focal", "sigma", (-math.inf, 0)), ("focal loss, then surgery leaves less than surgery", "focal, surgery", "cross-entropy, surgery", "sigma", (-math.inf, 0)),
-    ("tau-norm leaves sigma as it is (within 2 pp)", "cross-entropy, tau-norm", "cross-entropy", "sigma", (-2, 2)), ("logit adjustment costs over 10 pp of global accuracy", "cross-entropy, logit adjustment", "cross-entropy", "global", (-math.inf, -10)),
-    ("surgery costs at most 5 pp of global accuracy, cross-entropy", "cross-entropy, surgery", "cross-entropy", "global", (-5, math.inf)), ("the same, focal", "focal, surgery", "focal", "global", (-5, math.inf)),
-    ("the same, class-balanced", "class-balanced, surgery", "class-balanced", "global", (-5, math.inf)))
 
-def verdict(triple, where) -> str: # triple: change and the ends of its interval
+# %% ../nbs/09_paper.ipynb #bb071c23
+CLAIMS_13 = (  # what section 9.4 says: of what, against what, in which figure, and where the change should lie (pp)
+    (
+        "surgery lowers sigma from cross-entropy",
+        "cross-entropy, surgery",
+        "cross-entropy",
+        "sigma",
+        (-math.inf, 0),
+    ),
+    (
+        "and raises balanced accuracy",
+        "cross-entropy, surgery",
+        "cross-entropy",
+        "balanced",
+        (0, math.inf),
+    ),
+    ("surgery lowers sigma from focal loss", "focal, surgery", "focal", "sigma", (-math.inf, 0)),
+    ("and raises balanced accuracy", "focal, surgery", "focal", "balanced", (0, math.inf)),
+    (
+        "surgery lowers sigma from class-balanced loss",
+        "class-balanced, surgery",
+        "class-balanced",
+        "sigma",
+        (-math.inf, 0),
+    ),
+    (
+        "at the same balanced accuracy (within 2 pp)",
+        "class-balanced, surgery",
+        "class-balanced",
+        "balanced",
+        (-2, 2),
+    ),
+    (
+        "surgery leaves less sigma than focal loss",
+        "cross-entropy, surgery",
+        "focal",
+        "sigma",
+        (-math.inf, 0),
+    ),
+    (
+        "focal loss, then surgery leaves less than surgery",
+        "focal, surgery",
+        "cross-entropy, surgery",
+        "sigma",
+        (-math.inf, 0),
+    ),
+    (
+        "tau-norm leaves sigma as it is (within 2 pp)",
+        "cross-entropy, tau-norm",
+        "cross-entropy",
+        "sigma",
+        (-2, 2),
+    ),
+    (
+        "logit adjustment costs over 10 pp of global accuracy",
+        "cross-entropy, logit adjustment",
+        "cross-entropy",
+        "global",
+        (-math.inf, -10),
+    ),
+    (
+        "surgery costs at most 5 pp of global accuracy, cross-entropy",
+        "cross-entropy, surgery",
+        "cross-entropy",
+        "global",
+        (-5, math.inf),
+    ),
+    ("the same, focal", "focal, surgery", "focal", "global", (-5, math.inf)),
+    (
+        "the same, class-balanced",
+        "class-balanced, surgery",
+        "class-balanced",
+        "global",
+        (-5, math.inf),
+    ),
+)
+
+
+def verdict(triple, where) -> str:  # triple: change and the ends of its interval
     "'supported' when the whole interval lies where the claim puts it, 'not supported' when it lies outside, else 'undecided'."
     _, lo, hi = triple
-    return "supported" if where[0] < lo and hi < where[1] else "not supported" if hi <= where[0] or lo >= where[1] else "undecided"
+    return (
+        "supported"
+        if where[0] < lo and hi < where[1]
+        else "not supported"
+        if hi <= where[0] or lo >= where[1]
+        else "undecided"
+    )
+
 
 def claims_13(r: Results):
     "The claims of section 9.4, each with the paired change over seeds and held-out images."
     import pandas as pd
+
     known, rows = isic_methods(r), []
     for claim, a, b, figure, where in CLAIMS_13:
-        if a not in known or b not in known: continue
-        change = changes(r, known[a][0], figure, known[b][0], pick=known[a][2], pick_base=known[b][2])
-        rows.append({"claim": claim, "figure": figure, "change (pp)": interval(change), "on our data": verdict(change, where)})
+        if a not in known or b not in known:
+            continue
+        change = changes(
+            r, known[a][0], figure, known[b][0], pick=known[a][2], pick_base=known[b][2]
+        )
+        rows.append(
+            {
+                "claim": claim,
+                "figure": figure,
+                "change (pp)": interval(change),
+                "on our data": verdict(change, where),
+            }
+        )
     return pd.DataFrame(rows).set_index("claim")
+
 
 # %% ../nbs/09_paper.ipynb #a42f5670
 def table_14(r: Results):
     "The strongest singular values of S at the start, and its effective rank; means over seeds."
     import pandas as pd
+
     rows = {}
-    for start, name in (("cross-entropy", "sensitivity"), ("focal", "fl_sensitivity"), ("class-balanced", "cb_sensitivity")):
-        if name not in r: continue
-        s = np.array([run["singular_values"][:3] + [np.nan] * (3 - len(run["singular_values"][:3])) for run in r.of(name)]).T
-        rows[f"ours, {start}"] = [*(over(v, 2) for v in s), over(s[0] / s[1], 2), over([run["effective_rank"] for run in r.of(name)], 2), over([run["signal_to_noise"] for run in r.of(name)])]
-    for name, values in PAPER["Table 14"].items(): rows[f"the paper, {name}"] = [*values, ""]
-    return pd.DataFrame(rows, index=["s1", "s2", "s3", "s1 / s2", "effective rank", "signal / noise"]).T
+    for start, name in (
+        ("cross-entropy", "sensitivity"),
+        ("focal", "fl_sensitivity"),
+        ("class-balanced", "cb_sensitivity"),
+    ):
+        if name not in r:
+            continue
+        s = np.array(
+            [
+                run["singular_values"][:3] + [np.nan] * (3 - len(run["singular_values"][:3]))
+                for run in r.of(name)
+            ]
+        ).T
+        rows[f"ours, {start}"] = [
+            *(over(v, 2) for v in s),
+            over(s[0] / s[1], 2),
+            over([run["effective_rank"] for run in r.of(name)], 2),
+            over([run["signal_to_noise"] for run in r.of(name)]),
+        ]
+    for name, values in PAPER["Table 14"].items():
+        rows[f"the paper, {name}"] = [*values, ""]
+    return pd.DataFrame(
+        rows, index=["s1", "s2", "s3", "s1 / s2", "effective rank", "signal / noise"]
+    ).T
+
 
 def table_8_isic(r: Results):
     "Exponents, boxes or the ball, natural or stratified batches, from cross-entropy, held-out: changes with intervals over seeds and images."
     import pandas as pd
+
     rows = []
     for i, row in enumerate(r.of("ablation")[0]["rows"]):
         pick, c = (lambda run: run["rows"][i]), row["setting"]
-        after, paper = [pick(run)["after"] for run in r.of("ablation")], r.paper("Table 8, ISIC-2019").get(c["p"], (None, None)) if c["box"] and c["how"] == "natural" else (None, None)
-        rows.append({"bounds": "boxes" if c["box"] else "ball", "batch": c["how"], "p": c["p"], "global (%)": over([h["global_percent"] for h in after]), "sigma (pp)": over([h["sigma_pp"] for h in after], 2),
-                     **{f"change of {f} (pp)": interval(changes(r, "ablation", f, pick=lambda run: pick(run)["correct"])) for f in ("sigma", "balanced", "global")}, "turned back": over([pick(run)["turned_back"] for run in r.of("ablation")]),
-                     "paper, global (%)": paper[0], "paper, sigma (pp)": paper[1]})
+        after, paper = (
+            [pick(run)["after"] for run in r.of("ablation")],
+            r.paper("Table 8, ISIC-2019").get(c["p"], (None, None))
+            if c["box"] and c["how"] == "natural"
+            else (None, None),
+        )
+        rows.append(
+            {
+                "bounds": "boxes" if c["box"] else "ball",
+                "batch": c["how"],
+                "p": c["p"],
+                "global (%)": over([h["global_percent"] for h in after]),
+                "sigma (pp)": over([h["sigma_pp"] for h in after], 2),
+                **{
+                    f"change of {f} (pp)": interval(
+                        changes(r, "ablation", f, pick=lambda run: pick(run)["correct"])
+                    )
+                    for f in ("sigma", "balanced", "global")
+                },
+                "turned back": over([pick(run)["turned_back"] for run in r.of("ablation")]),
+                "paper, global (%)": paper[0],
+                "paper, sigma (pp)": paper[1],
+            }
+        )
     return _own(pd.DataFrame(rows).set_index(["bounds", "batch", "p"]))
 
-# %% ../nbs/09_paper.ipynb #affb0f44
-def _by_number(d): return dict(sorted(d.items(), key=lambda item: (int(item[0].split()[1].strip(",")), item[0])))
 
-TABLES = _by_number({"Table 10": (table_10, ("network", "deflated")), "Table 11": (table_11, ("network", "deflated")), "Table 12": (table_12, ("network", "deflated")), "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")), "Table 8, its limits": (limits_frame, ("limits",)), "Table 12, noise": (noise_frame, ("network", "noise")), "Table 12, spikes": (spikes_frame, ("network", "noise")), "Table 1": (table_1, ("network",)), "Table 2": (table_2, ("spectrum",)), "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")), "Table 4": (table_4, ("network", "surgery_gamma_p2")), "Table 5": (table_5, ("surgery_gamma_p2",)),
-          "Table 6": (table_6, ("walk",)), "Table 7": (table_7, ("network", "rivals")), "Table 8": (table_8, ("network", "surgery_gamma_p2")), "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")), "Table 14": (table_14, ("sensitivity",)),
-          **{f"Table {t}": (_stability_table(t, says), ("stability",)) for t, says in ((15, "Leading eigenvalues of nested batches."), (16, "Cosines between eigenvectors of a batch and of the largest."),
-                                                                          (17, "Principal angles between leading spaces, in degrees."), (18, "Seconds."))}})
-ISIC_TABLES = {"Table 8": (table_8_isic, ("network", "ablation")), "Table 13": (table_13, ("network",)), "Claims of section 9.4": (claims_13, ("network", "ce_surgery")), "Table 14": (table_14, ("sensitivity",))}
+# %% ../nbs/09_paper.ipynb #affb0f44
+def _by_number(d):
+    return dict(sorted(d.items(), key=lambda item: (int(item[0].split()[1].strip(",")), item[0])))
+
+
+TABLES = _by_number(
+    {
+        "Table 10": (table_10, ("network", "deflated")),
+        "Table 11": (table_11, ("network", "deflated")),
+        "Table 12": (table_12, ("network", "deflated")),
+        "Table 7, by price": (prices_frame, ("network", "front_biases", "front_spikes")),
+        "Table 8, its limits": (limits_frame, ("limits",)),
+        "Table 12, noise": (noise_frame, ("network", "noise")),
+        "Table 12, spikes": (spikes_frame, ("network", "noise")),
+        "Table 1": (table_1, ("network",)),
+        "Table 2": (table_2, ("spectrum",)),
+        "Table 3": (table_3, ("surgery_adam_p2", "surgery_adam_p1")),
+        "Table 4": (table_4, ("network", "surgery_gamma_p2")),
+        "Table 5": (table_5, ("surgery_gamma_p2",)),
+        "Table 6": (table_6, ("walk",)),
+        "Table 7": (table_7, ("network", "rivals")),
+        "Table 8": (table_8, ("network", "surgery_gamma_p2")),
+        "Table 9": (table_9, ("surgery_gamma_p2", "bulk_finetune", "classic_finetune")),
+        "Table 14": (table_14, ("sensitivity",)),
+        **{
+            f"Table {t}": (_stability_table(t, says), ("stability",))
+            for t, says in (
+                (15, "Leading eigenvalues of nested batches."),
+                (16, "Cosines between eigenvectors of a batch and of the largest."),
+                (17, "Principal angles between leading spaces, in degrees."),
+                (18, "Seconds."),
+            )
+        },
+    }
+)
+ISIC_TABLES = {
+    "Table 8": (table_8_isic, ("network", "ablation")),
+    "Table 13": (table_13, ("network",)),
+    "Claims of section 9.4": (claims_13, ("network", "ce_surgery")),
+    "Table 14": (table_14, ("sensitivity",)),
+}
+
 
 # %% ../nbs/09_paper.ipynb #3accbf24
 def figure_1(r: Results, ax=None):
@@ -531,126 +1493,368 @@ def figure_1(r: Results, ax=None):
     run = r.of("spectrum")[0]
     d = run["density"]
     nodes, weights = (torch.tensor(d[k], dtype=torch.float64) for k in ("nodes", "weights"))
-    sd = SpectralDensity(nodes, weights, r.of("network")[0]["parameters"], torch.zeros(len(nodes)), (nodes.min().item(), nodes.max().item()), (math.nan, math.nan))
-    return plot_density(sd, run["values"][:run["spikes"]], decades_from=max(1e-3 * run["values"][0], 1e-6), ax=ax)
+    sd = SpectralDensity(
+        nodes,
+        weights,
+        r.of("network")[0]["parameters"],
+        torch.zeros(len(nodes)),
+        (nodes.min().item(), nodes.max().item()),
+        (math.nan, math.nan),
+    )
+    return plot_density(
+        sd, run["values"][: run["spikes"]], decades_from=max(1e-3 * run["values"][0], 1e-6), ax=ax
+    )
+
 
 def figure_2(r: Results, ax=None):
     "The sensitivity matrix of the first seed; entries within two standard errors of zero are grey."
     run = r.of("sensitivity")[0]
-    return plot_sensitivity(SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"])), r.of("network")[0]["classes"], ax)
+    return plot_sensitivity(
+        SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"])),
+        r.of("network")[0]["classes"],
+        ax,
+    )
+
 
 # %% ../nbs/09_paper.ipynb #fe636591
 def linear_fits(r: Results) -> dict:
     "Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a power law, both fitted to relative accuracy over the two decades (choice)."
     from scipy.optimize import curve_fit
+
     sweeps, out = [run["sweep"] for run in r.of("linearisation")], []
-    def r2(y, fit): return float(1 - ((y - fit) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-300))
+
+    def r2(y, fit):
+        return float(1 - ((y - fit) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-300))
+
     for sweep in sweeps:
-        e, predicted, measured, error = (np.array([row[k] for row in sweep if row["error"] > 0]) for k in ("eps", "predicted", "measured", "error"))
-        if len(e) < 6: raise InputError(f"the fits of appendix D need at least 6 amplitudes at which predicted and measured accuracies differ. {r.label} has {len(e)} of {len(sweep)}; use more sensitivity images.")
+        e, predicted, measured, error = (
+            np.array([row[k] for row in sweep if row["error"] > 0])
+            for k in ("eps", "predicted", "measured", "error")
+        )
+        if len(e) < 6:
+            raise InputError(
+                f"the fits of appendix D need at least 6 amplitudes at which predicted and measured accuracies differ. {r.label} has {len(e)} of {len(sweep)}; use more sensitivity images."
+            )
         line, pred = np.polyfit(e, measured, 1), np.polyfit(e, predicted, 1)
-        (c0, c1, q), _ = curve_fit(lambda x, c0, c1, q: c0 + c1 * x ** q, e / e.max(), error, p0=(error.min(), np.ptp(error), 1.), sigma=error, bounds=([0, 0, .1], [np.inf, np.inf, 6]), maxfev=10_000)
-        (a, b), _ = curve_fit(lambda x, a, b: a * x ** b, e / e.max(), error, p0=(error.max(), 1.), sigma=error, bounds=([0, .05], [np.inf, 6]), maxfev=10_000)
-        out.append(dict(predicted_slope=pred[0], measured_slope=line[0], measured_intercept=line[1], measured_r2=r2(measured, np.polyval(line, e)), q=q, c0=c0, c1=c1,
-                        additive_r2=r2(np.log(error), np.log(c0 + c1 * (e / e.max()) ** q)), power=b, power_r2=r2(np.log(error), np.log(a * (e / e.max()) ** b))))
+        (c0, c1, q), _ = curve_fit(
+            lambda x, c0, c1, q: c0 + c1 * x**q,
+            e / e.max(),
+            error,
+            p0=(error.min(), np.ptp(error), 1.0),
+            sigma=error,
+            bounds=([0, 0, 0.1], [np.inf, np.inf, 6]),
+            maxfev=10_000,
+        )
+        (a, b), _ = curve_fit(
+            lambda x, a, b: a * x**b,
+            e / e.max(),
+            error,
+            p0=(error.max(), 1.0),
+            sigma=error,
+            bounds=([0, 0.05], [np.inf, 6]),
+            maxfev=10_000,
+        )
+        out.append(
+            dict(
+                predicted_slope=pred[0],
+                measured_slope=line[0],
+                measured_intercept=line[1],
+                measured_r2=r2(measured, np.polyval(line, e)),
+                q=q,
+                c0=c0,
+                c1=c1,
+                additive_r2=r2(np.log(error), np.log(c0 + c1 * (e / e.max()) ** q)),
+                power=b,
+                power_r2=r2(np.log(error), np.log(a * (e / e.max()) ** b)),
+            )
+        )
     return {k: [o[k] for o in out] for k in out[0]}
+
 
 # %% ../nbs/09_paper.ipynb #01f1bbcb
 def figure_4(r: Results, ax=None):
     "Predicted and measured change of the class accuracies over amplitude, first seed."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     sweep, fits = r.of("linearisation")[0]["sweep"], linear_fits(r)
-    ax = new_axes(ax, title=f"Measured slope {fits['measured_slope'][0]:.3g}, predicted {fits['predicted_slope'][0]:.3g}", xlabel="amplitude eps", ylabel="norm of the accuracy change")
-    for key, colour in (("predicted", "orange"), ("measured", "blue")): ax.plot([s["eps"] for s in sweep], [s[key] for s in sweep], "o-", ms=3, lw=.8, color=COLOURS[colour], label=key)
+    ax = new_axes(
+        ax,
+        title=f"Measured slope {fits['measured_slope'][0]:.3g}, predicted {fits['predicted_slope'][0]:.3g}",
+        xlabel="amplitude eps",
+        ylabel="norm of the accuracy change",
+    )
+    for key, colour in (("predicted", "orange"), ("measured", "blue")):
+        ax.plot(
+            [s["eps"] for s in sweep],
+            [s[key] for s in sweep],
+            "o-",
+            ms=3,
+            lw=0.8,
+            color=COLOURS[colour],
+            label=key,
+        )
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 def figure_5(r: Results, ax=None):
     "The error of the linear model, on logarithmic axes, with both fits."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     sweep, f = r.of("linearisation")[0]["sweep"], {k: v[0] for k, v in linear_fits(r).items()}
     e = np.array([s["eps"] for s in sweep])
-    ax = new_axes(ax, title=f"Error grows like eps to the {f['q']:.2f} above a floor (R2 {f['additive_r2']:.3f})", xlabel="amplitude eps (log)", ylabel="norm of the error (log)")
-    ax.loglog(e, [s["error"] for s in sweep], "o", ms=3, color=COLOURS["blue"], label="measured - predicted")
-    ax.loglog(e, f["c0"] + f["c1"] * (e / e.max()) ** f["q"], color=COLOURS["red"], lw=1, label="c0 + c1 eps^q")
+    ax = new_axes(
+        ax,
+        title=f"Error grows like eps to the {f['q']:.2f} above a floor (R2 {f['additive_r2']:.3f})",
+        xlabel="amplitude eps (log)",
+        ylabel="norm of the error (log)",
+    )
+    ax.loglog(
+        e,
+        [s["error"] for s in sweep],
+        "o",
+        ms=3,
+        color=COLOURS["blue"],
+        label="measured - predicted",
+    )
+    ax.loglog(
+        e,
+        f["c0"] + f["c1"] * (e / e.max()) ** f["q"],
+        color=COLOURS["red"],
+        lw=1,
+        label="c0 + c1 eps^q",
+    )
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+
 def figure_3(r: Results, ax=None):
     "Class accuracies before and after deflated surgery, first seed, held-out, from the weakest class of the sensitivity set to the strongest."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     run = r.of("deflated")[0]
-    b, a = (np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("before", "after"))
-    order = np.argsort([c["accuracy_percent"] for c in run["sensitivity_before"]["classes"]], kind="stable")
-    ax = new_axes(ax, width=6.5, title=f"{(a > b).sum()} of {len(b)} classes gained, {(a < b).sum()} lost", xlabel="classes, by accuracy on the sensitivity set", ylabel="accuracy (%)")
-    ax.vlines(range(len(b)), b[order], a[order], color=np.where(a >= b, COLOURS["blue"], COLOURS["red"])[order], lw=1.5)
-    ax.plot(range(len(b)), b[order], ".", ms=3, color=COLOURS["grey"], label="before"); ax.plot(range(len(b)), a[order], "o", ms=2.5, color=COLOURS["blue"], label="after")
+    b, a = (
+        np.array([c["accuracy_percent"] for c in run[k]["classes"]]) for k in ("before", "after")
+    )
+    order = np.argsort(
+        [c["accuracy_percent"] for c in run["sensitivity_before"]["classes"]], kind="stable"
+    )
+    ax = new_axes(
+        ax,
+        width=6.5,
+        title=f"{(a > b).sum()} of {len(b)} classes gained, {(a < b).sum()} lost",
+        xlabel="classes, by accuracy on the sensitivity set",
+        ylabel="accuracy (%)",
+    )
+    ax.vlines(
+        range(len(b)),
+        b[order],
+        a[order],
+        color=np.where(a >= b, COLOURS["blue"], COLOURS["red"])[order],
+        lw=1.5,
+    )
+    ax.plot(range(len(b)), b[order], ".", ms=3, color=COLOURS["grey"], label="before")
+    ax.plot(range(len(b)), a[order], "o", ms=2.5, color=COLOURS["blue"], label="after")
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../nbs/09_paper.ipynb #1e463013
 def plot_spikes(r: Results, axes=None):
     "Change of sigma with the number of spikes in use, phase by phase; held-out with its interval."
     import matplotlib.pyplot as plt
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     names = [n for n in ("deflated", "deflated_smooth") if r.seeds("network", n)]
-    if axes is None: axes = plt.subplots(1, len(names), figsize=(1 + 3.4 * len(names), 3.2), sharey=True, layout="constrained", squeeze=False)[1][0]
+    if axes is None:
+        axes = plt.subplots(
+            1,
+            len(names),
+            figsize=(1 + 3.4 * len(names), 3.2),
+            sharey=True,
+            layout="constrained",
+            squeeze=False,
+        )[1][0]
     for ax, name in zip(axes, names):
         runs = r.of(name, "network")
-        x, sets = [0] + [p["spikes"] for p in runs[0]["phases"]], [on for on in ("held_out", "other") if on in runs[0]["phases"][0]["measured"]]
-        new_axes(ax, title="S from accuracies" if name == "deflated" else "S from probabilities", xlabel="spikes in use", ylabel="change of sigma (pp)" if ax is axes[0] else "")
-        ax.plot(x, [0] + list(np.mean([[p["measured"]["sensitivity"]["sigma_pp"] - run["sensitivity_before"]["sigma_pp"] for p in run["phases"]] for run in runs], 0)), "o-", ms=4, color=COLOURS["blue"], label="tuned on")
-        for on, colour, label in zip(sets, ("red", "grey"), ("held-out", "test images of another kind")):
-            where = dict(pick_base=_correct_others, labels=_labels_of_others) if on == "other" else {}
-            c = np.array([(0., 0., 0.)] + [changes(r, name, pick=_after_phase(i, on), **where) for i in range(len(x) - 1)])
+        x, sets = (
+            [0] + [p["spikes"] for p in runs[0]["phases"]],
+            [on for on in ("held_out", "other") if on in runs[0]["phases"][0]["measured"]],
+        )
+        new_axes(
+            ax,
+            title="S from accuracies" if name == "deflated" else "S from probabilities",
+            xlabel="spikes in use",
+            ylabel="change of sigma (pp)" if ax is axes[0] else "",
+        )
+        ax.plot(
+            x,
+            [0]
+            + list(
+                np.mean(
+                    [
+                        [
+                            p["measured"]["sensitivity"]["sigma_pp"]
+                            - run["sensitivity_before"]["sigma_pp"]
+                            for p in run["phases"]
+                        ]
+                        for run in runs
+                    ],
+                    0,
+                )
+            ),
+            "o-",
+            ms=4,
+            color=COLOURS["blue"],
+            label="tuned on",
+        )
+        for on, colour, label in zip(
+            sets, ("red", "grey"), ("held-out", "test images of another kind")
+        ):
+            where = (
+                dict(pick_base=_correct_others, labels=_labels_of_others) if on == "other" else {}
+            )
+            c = np.array(
+                [(0.0, 0.0, 0.0)]
+                + [changes(r, name, pick=_after_phase(i, on), **where) for i in range(len(x) - 1)]
+            )
             at = np.array(x) + (on == "other")
-            ax.vlines(at, c[:, 1], c[:, 2], color=COLOURS[colour], lw=1) # of the true change: need not hold the one counted
+            ax.vlines(
+                at, c[:, 1], c[:, 2], color=COLOURS[colour], lw=1
+            )  # of the true change: need not hold the one counted
             ax.plot(at, c[:, 0], "o-", ms=4, lw=1, color=COLOURS[colour], label=label)
-        ax.axhline(0, color=COLOURS["grey"], lw=.6)
+        ax.axhline(0, color=COLOURS["grey"], lw=0.6)
     axes[-1].legend(frameon=False, fontsize=8)
     return axes
 
-FIGURES = _by_number({"Figure 3": (figure_3, ("deflated",)), "Figure 3, spikes": (plot_spikes, ("network", "deflated")), "Figure 3, noise": (plot_noise, ("network", "noise")), "Figure 1": (figure_1, ("network", "spectrum")), "Figure 2": (figure_2, ("network", "sensitivity")), "Figure 4": (figure_4, ("linearisation",)), "Figure 5": (figure_5, ("linearisation",))})
+
+FIGURES = _by_number(
+    {
+        "Figure 3": (figure_3, ("deflated",)),
+        "Figure 3, spikes": (plot_spikes, ("network", "deflated")),
+        "Figure 3, noise": (plot_noise, ("network", "noise")),
+        "Figure 1": (figure_1, ("network", "spectrum")),
+        "Figure 2": (figure_2, ("network", "sensitivity")),
+        "Figure 4": (figure_4, ("linearisation",)),
+        "Figure 5": (figure_5, ("linearisation",)),
+    }
+)
 
 # %% ../nbs/09_paper.ipynb #bb0aff56
-LOOKS = {"surgery_gamma_p2": "sensitivity", "ce_surgery": "sensitivity", "fl_surgery": "fl_sensitivity", "cb_surgery": "cb_sensitivity"} # operation -> look
+LOOKS = {
+    "surgery_gamma_p2": "sensitivity",
+    "ce_surgery": "sensitivity",
+    "fl_surgery": "fl_sensitivity",
+    "cb_surgery": "cb_sensitivity",
+}  # operation -> look
+
 
 def beforehand(
-    results: list[Results], rows: list[dict] = (), # stored runs, and the rows of benchmarks/screening.py
+    results: list[Results],
+    rows: list[dict] = (),  # stored runs, and the rows of benchmarks/screening.py
 ):
     "One row a network: effective rank and promised reduction of sigma before, reduction obtained on held-out images after."
     import pandas as pd
-    out = [dict(data="digits", start=f"{x['loss']}, 1:{x['ratio']:g}", seed=x["seed"], look=x["look"], run=x) for x in rows]
+
+    out = [
+        dict(
+            data="digits",
+            start=f"{x['loss']}, 1:{x['ratio']:g}",
+            seed=x["seed"],
+            look=x["look"],
+            run=x,
+        )
+        for x in rows
+    ]
     for r in results:
         for name, look in LOOKS.items():
-            out += [dict(data=r.label.split("_")[0], start=name.split("_")[0], seed=s, look=r.runs[look][s]["results"], run=r.runs[name][s]["results"]) for s in r.seeds(name, look)]
+            out += [
+                dict(
+                    data=r.label.split("_")[0],
+                    start=name.split("_")[0],
+                    seed=s,
+                    look=r.runs[look][s]["results"],
+                    run=r.runs[name][s]["results"],
+                )
+                for s in r.seeds(name, look)
+            ]
+
     def row(o):
-        now, says, before, after = 100 * o["look"]["sigma"], 100 * o["look"]["predicted_sigma"], o["run"]["before"]["sigma_pp"], o["run"]["after"]["sigma_pp"]
-        return {"data": o["data"], "start": o["start"], "seed": o["seed"], "effective rank": o["look"]["effective_rank"], "signal / noise": o["look"]["signal_to_noise"], "sigma (pp)": now,
-                "promised (pp)": now - says, "promised (%)": 100 * (1 - says / now), "obtained (pp)": before - after, "obtained (%)": 100 * (1 - after / before)}
+        now, says, before, after = (
+            100 * o["look"]["sigma"],
+            100 * o["look"]["predicted_sigma"],
+            o["run"]["before"]["sigma_pp"],
+            o["run"]["after"]["sigma_pp"],
+        )
+        return {
+            "data": o["data"],
+            "start": o["start"],
+            "seed": o["seed"],
+            "effective rank": o["look"]["effective_rank"],
+            "signal / noise": o["look"]["signal_to_noise"],
+            "sigma (pp)": now,
+            "promised (pp)": now - says,
+            "promised (%)": 100 * (1 - says / now),
+            "obtained (pp)": before - after,
+            "obtained (%)": 100 * (1 - after / before),
+        }
+
     return pd.DataFrame(map(row, out))
 
-def rank_correlation(x, y, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]: # and its 95 % interval
+
+def rank_correlation(
+    x, y, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:  # and its 95 % interval
     "Spearman's, with a bootstrap interval."
     from scipy.stats import bootstrap, spearmanr
-    if len(x) < 4: raise InputError(f"a rank correlation needs at least 4 points. Got {len(x)}.")
-    found = bootstrap((np.asarray(x), np.asarray(y)), lambda a, b: spearmanr(a, b).statistic, paired=True, vectorized=False, n_resamples=draws, method="percentile", rng=seed).confidence_interval
+
+    if len(x) < 4:
+        raise InputError(f"a rank correlation needs at least 4 points. Got {len(x)}.")
+    found = bootstrap(
+        (np.asarray(x), np.asarray(y)),
+        lambda a, b: spearmanr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=draws,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
     return float(spearmanr(x, y).statistic), float(found.low), float(found.high)
 
-def foretold(frame): # of `beforehand`
+
+def foretold(frame):  # of `beforehand`
     "How well what is known beforehand orders the networks by what surgery brings: rank correlations with 95 % intervals."
     import pandas as pd
-    known, gained = ("effective rank", "signal / noise", "promised (%)", "promised (pp)", "sigma (pp)"), ("obtained (%)", "obtained (pp)")
-    return pd.DataFrame({g: {k: interval(rank_correlation(frame[k], frame[g]), 2) for k in known} for g in gained})
+
+    known, gained = (
+        ("effective rank", "signal / noise", "promised (%)", "promised (pp)", "sigma (pp)"),
+        ("obtained (%)", "obtained (pp)"),
+    )
+    return pd.DataFrame(
+        {g: {k: interval(rank_correlation(frame[k], frame[g]), 2) for k in known} for g in gained}
+    )
+
 
 # %% ../nbs/09_paper.ipynb #1057d739
-def plot_beforehand(frame, axes=None): # of `beforehand`
+def plot_beforehand(frame, axes=None):  # of `beforehand`
     "Reduction obtained against the rank and against the promise."
     import matplotlib.pyplot as plt
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    if axes is None: axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]
-    for ax, what, label in zip(axes, ("effective rank", "promised (pp)"), ("sigma fell by (%), held-out", "")):
-        new_axes(ax, title="Rank correlation {:.2f} [{:.2f}, {:.2f}]".format(*rank_correlation(frame[what], frame["obtained (%)"])), xlabel=what, ylabel=label)
-        for (name, part), colour in zip(frame.groupby("data"), ("blue", "orange", "red", "grey")): ax.plot(part[what], part["obtained (%)"], "o", ms=4, color=COLOURS[colour], label=name)
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]
+    for ax, what, label in zip(
+        axes, ("effective rank", "promised (pp)"), ("sigma fell by (%), held-out", "")
+    ):
+        new_axes(
+            ax,
+            title="Rank correlation {:.2f} [{:.2f}, {:.2f}]".format(
+                *rank_correlation(frame[what], frame["obtained (%)"])
+            ),
+            xlabel=what,
+            ylabel=label,
+        )
+        for (name, part), colour in zip(frame.groupby("data"), ("blue", "orange", "red", "grey")):
+            ax.plot(part[what], part["obtained (%)"], "o", ms=4, color=COLOURS[colour], label=name)
     axes[0].legend(frameon=False, fontsize=8)
     return axes

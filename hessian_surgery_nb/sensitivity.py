@@ -15,227 +15,426 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
-from .fingerprints import fingerprint
-from .guards import InputError, plainly
-from .hvp import dual_level, length, select_params, unflatten
-from .lanczos import extent
-from .models import read_tensors, write_tensors
-from .ranks import team
-from .train import class_means, predict
+from .foundations.distributed import team
+from .foundations.fingerprints import fingerprint
+from .foundations.forward import dual_level
+from .foundations.guards import InputError, plainly
+from .foundations.networks import read_tensors, write_tensors
+from .foundations.training import class_means, predict
+from .foundations.weights import vector_norm, select_params, unflatten
+from .lanczos import distributed_norm
 
 # %% auto #0
-__all__ = ['moved_state', 'Sensitivity', 'paired_noise', 'sensitivity_matrix', 'plot_sensitivity', 'LogitJacobian',
-           'logit_jacobian', 'keep_jacobian', 'kept_jacobian']
+__all__ = [
+    "moved_state",
+    "Sensitivity",
+    "paired_noise",
+    "sensitivity_matrix",
+    "plot_sensitivity",
+    "LogitJacobian",
+    "logit_jacobian",
+    "keep_jacobian",
+    "kept_jacobian",
+]
+
 
 # %% ../nbs/04_sensitivity.ipynb #bbaa0240
 def moved_state(
-    params: dict[str, torch.Tensor], # what `select_params` gave
-    step: torch.Tensor, # (n,) displacement, or this process's coordinates of it
-) -> dict[str, torch.Tensor]: # to be passed as `state`
+    params: dict[str, torch.Tensor],  # what `select_params` gave
+    step: torch.Tensor,  # (n,) displacement, or this process's coordinates of it
+) -> dict[str, torch.Tensor]:  # to be passed as `state`
     "Weights theta + step, by name."
-    parts = unflatten(team().whole(step, sum(p.numel() for p in params.values())), params.values())
+    parts = unflatten(team().gather(step, sum(p.numel() for p in params.values())), params.values())
     return {k: p.detach() + d.to(p) for (k, p), d in zip(params.items(), parts)}
+
 
 # %% ../nbs/04_sensitivity.ipynb #64df8ed5
 @dataclass(frozen=True)
 class Sensitivity:
     "The spike-class sensitivity matrix and its noise."
-    matrix: torch.Tensor # S (C, K), accuracy (a fraction) per unit of distance in weight space
-    noise: torch.Tensor # (C, K), one standard error over images
-    accuracy: torch.Tensor # (C,) in [0, 1], at the centre
-    counts: torch.Tensor # (C,) images per class
-    eps: float # step of the difference
-    scheme: str # "central" or "forward"
-    metric: str # "accuracy" or "probability"
-    num_passes: int # passes over the data
-    per_image: torch.Tensor # (N, K) float32: each image's own difference quotient; S is its mean over each class
-    labels: torch.Tensor # (N,)
+
+    matrix: torch.Tensor  # S (C, K), accuracy (a fraction) per unit of distance in weight space
+    noise: torch.Tensor  # (C, K), one standard error over images
+    accuracy: torch.Tensor  # (C,) in [0, 1], at the centre
+    counts: torch.Tensor  # (C,) images per class
+    eps: float  # step of the difference
+    scheme: str  # "central" or "forward"
+    metric: str  # "accuracy" or "probability"
+    num_passes: int  # passes over the data
+    per_image: (
+        torch.Tensor
+    )  # (N, K) float32: each image's own difference quotient; S is its mean over each class
+    labels: torch.Tensor  # (N,)
 
     @property
     def signal_to_noise(self) -> float:
         "Root mean square of S over that of its noise."
         return (self.matrix.norm() / self.noise.norm()).item()
+
     def __repr__(self):
-        return (f"Sensitivity({self.matrix.shape[0]} classes x {self.matrix.shape[1]} spikes, eps={self.eps:.3g}, {self.scheme}, "
-                f"{self.metric}, |S|={self.matrix.norm():.3g}, signal/noise {self.signal_to_noise:.1f})")
+        return (
+            f"Sensitivity({self.matrix.shape[0]} classes x {self.matrix.shape[1]} spikes, eps={self.eps:.3g}, {self.scheme}, "
+            f"{self.metric}, |S|={self.matrix.norm():.3g}, signal/noise {self.signal_to_noise:.1f})"
+        )
+
 
 # %% ../nbs/04_sensitivity.ipynb #8c91630d
-def _scores(z: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor: # (N,) what each image contributes
-    if metric == "accuracy": return (z.argmax(1) == y).double()
+def _scores(
+    z: torch.Tensor, y: torch.Tensor, metric: str
+) -> torch.Tensor:  # (N,) what each image contributes
+    if metric == "accuracy":
+        return (z.argmax(1) == y).double()
     return z.double().softmax(1).gather(1, y[:, None])[:, 0]
 
+
 def paired_noise(
-    D: torch.Tensor, # (N, K) change of each image's score
-    y: torch.Tensor, C: int, # (N,) labels, and how many classes there are
-) -> torch.Tensor: # (C, K)
+    D: torch.Tensor,  # (N, K) change of each image's score
+    y: torch.Tensor,
+    C: int,  # (N,) labels, and how many classes there are
+) -> torch.Tensor:  # (C, K)
     "Standard error of the mean change of each class; at least that of one image."
     n = torch.bincount(y, minlength=C)[:, None].double()
     var = (class_means(D**2, y, C) - class_means(D, y, C) ** 2).clamp(min=0)
     return torch.maximum(var / (n - 1).clamp(min=1), (var == 0) / n**2).sqrt()
 
+
 # %% ../nbs/04_sensitivity.ipynb #58d1d92b
 @plainly()
 def sensitivity_matrix(
-    model: nn.Module, # in evaluation mode; not moved
-    spikes, # Eigenpairs, or directions (n, K) of length 1
-    data, # the sensitivity set: (X, y), a list of pairs, or a loader
+    model: nn.Module,  # in evaluation mode; not moved
+    spikes,  # Eigenpairs, or directions (n, K) of length 1
+    data,  # the sensitivity set: (X, y), a list of pairs, or a loader
     *,
-    eps: float, # step of the difference, a distance in weight space
-    scheme: str = "central", # "central" (2K passes and one) or "forward" (K passes and one)
-    metric: str = "accuracy", # or "probability": mean probability of the true label
-    params=None, forward=None, # as for HessianOperator; params must be those of the spikes
-    centre: tuple | None = None, # (logits, labels) at the model's own weights, where they are known: saves a pass
-    names=None, # class names, for messages
+    eps: float,  # step of the difference, a distance in weight space
+    scheme: str = "central",  # "central" (2K passes and one) or "forward" (K passes and one)
+    metric: str = "accuracy",  # or "probability": mean probability of the true label
+    params=None,
+    forward=None,  # as for HessianOperator; params must be those of the spikes
+    centre: tuple
+    | None = None,  # (logits, labels) at the model's own weights, where they are known: saves a pass
+    names=None,  # class names, for messages
     progress: bool = False,
 ) -> Sensitivity:
     "Eq. (4), with a standard error for every entry."
     from tqdm.auto import tqdm
+
     V, chosen = getattr(spikes, "vectors", spikes), select_params(model, params)
     _check_sensitivity(V, chosen, eps, scheme, metric)
     z, y = predict(model, data, forward=forward) if centre is None else centre
+
     def run(step):
         z, now = predict(model, data, state=moved_state(chosen, step), forward=forward)
         if not torch.equal(now, y):
-            raise InputError("the sensitivity set must come in the same order on every pass. Its labels changed places; build "
-                             "the loader with shuffle=False.")
+            raise InputError(
+                "the sensitivity set must come in the same order on every pass. Its labels changed places; build "
+                "the loader with shuffle=False."
+            )
         return z
+
     C, base = z.shape[1], _scores(z, y, metric)
     names_where = dict(names=names, where="the sensitivity set")
-    accuracy, D = class_means(z.argmax(1) == y, y, C, **names_where), torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device)
-    for k in tqdm(range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress or team().rank > 0):
+    accuracy, D = (
+        class_means(z.argmax(1) == y, y, C, **names_where),
+        torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device),
+    )
+    for k in tqdm(
+        range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress or team().rank > 0
+    ):
         minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
     width = 2 * eps if scheme == "central" else eps
-    S, noise, n = class_means(D, y, C) / width, paired_noise(D, y, C) / width, torch.bincount(y, minlength=C)
+    S, noise, n = (
+        class_means(D, y, C) / width,
+        paired_noise(D, y, C) / width,
+        torch.bincount(y, minlength=C),
+    )
     passes = (centre is None) + V.shape[1] * (2 if scheme == "central" else 1)
-    return Sensitivity(S.cpu(), noise.cpu(), accuracy.cpu(), n.cpu(), eps, scheme, metric, passes, (D / width).float().cpu(), y.cpu())
+    return Sensitivity(
+        S.cpu(),
+        noise.cpu(),
+        accuracy.cpu(),
+        n.cpu(),
+        eps,
+        scheme,
+        metric,
+        passes,
+        (D / width).float().cpu(),
+        y.cpu(),
+    )
+
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def _check_sensitivity(V, chosen, eps, scheme, metric):
     n = sum(p.numel() for p in chosen.values())
     if not (isinstance(eps, numbers.Real) and eps > 0 and math.isfinite(eps)):
-        raise InputError(f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1).")
-    if V.ndim != 2 or V.shape[0] not in (n, team().here(n)) or not V.shape[1]:
-        raise InputError(f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
-                         "to the operator.")
-    size = torch.stack([(length if len(v) == n else extent)(v) for v in V.detach().T])
+        raise InputError(
+            f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1)."
+        )
+    if V.ndim != 2 or V.shape[0] not in (n, team().local_size(n)) or not V.shape[1]:
+        raise InputError(
+            f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
+            "to the operator."
+        )
+    size = torch.stack(
+        [(vector_norm if len(v) == n else distributed_norm)(v) for v in V.detach().T]
+    )
     if not ((size - 1).abs() < 1e-2).all():
-        raise InputError(f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column "
-                         "by its norm.")
-    if scheme not in ("central", "forward"): raise InputError(f"scheme must be 'central' or 'forward'. Got {scheme!r}.")
-    if metric not in ("accuracy", "probability"): raise InputError(f"metric must be 'accuracy' or 'probability'. Got {metric!r}.")
+        raise InputError(
+            f"spikes must have length 1. Got {size.min().item():.3g} to {size.max().item():.3g}; divide each column "
+            "by its norm."
+        )
+    if scheme not in ("central", "forward"):
+        raise InputError(f"scheme must be 'central' or 'forward'. Got {scheme!r}.")
+    if metric not in ("accuracy", "probability"):
+        raise InputError(f"metric must be 'accuracy' or 'probability'. Got {metric!r}.")
+
 
 # %% ../nbs/04_sensitivity.ipynb #c76014db
 def plot_sensitivity(
     s: Sensitivity,
-    names=None, # C class names
+    names=None,  # C class names
     ax=None,
 ):
     "S as a heat map: blue loses, red gains, for a step along +v."
     import seaborn as sns
-    from hessian_surgery_nb.testbed import new_axes
+    from hessian_surgery_nb.foundations.testbed import new_axes
+
     C, K = s.matrix.shape
-    ax = new_axes(ax, width=max(4., .62 * K + 1.6), height=max(2.6, .3 * C + 1.), title="Accuracy gained per unit step along each spike")
-    top = s.matrix.abs().max().item() or 1.
+    ax = new_axes(
+        ax,
+        width=max(4.0, 0.62 * K + 1.6),
+        height=max(2.6, 0.3 * C + 1.0),
+        title="Accuracy gained per unit step along each spike",
+    )
+    top = s.matrix.abs().max().item() or 1.0
     small = C <= 20 and K <= 20
-    sns.heatmap(s.matrix.numpy(), cmap="RdBu_r", vmin=-top, vmax=top, ax=ax, annot=small, fmt=".1f", annot_kws=dict(size=7),
-                xticklabels=[f"{k + 1}" for k in range(K)], yticklabels=True if names is None else list(names), cbar_kws=dict(label="pp per 0.01"))
+    sns.heatmap(
+        s.matrix.numpy(),
+        cmap="RdBu_r",
+        vmin=-top,
+        vmax=top,
+        ax=ax,
+        annot=small,
+        fmt=".1f",
+        annot_kws=dict(size=7),
+        xticklabels=[f"{k + 1}" for k in range(K)],
+        yticklabels=True if names is None else list(names),
+        cbar_kws=dict(label="pp per 0.01"),
+    )
     for text, v, e in zip(ax.texts, s.matrix.flatten(), s.noise.flatten()):
-        if abs(v) < 2 * e: text.set_color("#8c8c8c")
-    ax.set(xlabel="spike", ylabel="class"); ax.grid(False); ax.tick_params(rotation=0)
+        if abs(v) < 2 * e:
+            text.set_color("#8c8c8c")
+    ax.set(xlabel="spike", ylabel="class")
+    ax.grid(False)
+    ax.tick_params(rotation=0)
     return ax
+
 
 # %% ../nbs/04_sensitivity.ipynb #71f2bfb9
 @dataclass(frozen=True)
 class LogitJacobian:
     "How the logits of a set of images answer to steps along the spikes."
-    logits: torch.Tensor # z (N, C), at the centre
-    jacobian: torch.Tensor # J (N, C, K), logits per unit of distance in weight space
-    curvature: torch.Tensor | None # z'' (N, C, K); None with forward mode
-    labels: torch.Tensor # (N,)
-    eps: float # step of the differences; 0 with forward mode
-    scheme: str # "logits" or "jvp"
-    num_passes: int # over the data; a forward-mode pass counts as one, and takes longer
 
-    def __len__(self): return self.jacobian.shape[-1]
-    def __repr__(self): return f"LogitJacobian({len(self.labels)} images, {self.logits.shape[1]} classes, {len(self)} spikes, {self.scheme}{f', eps={self.eps:.3g}' if self.eps else ''}, {self.num_passes} passes)"
-    def __getitem__(self, rows): # which images
-        return LogitJacobian(self.logits[rows], self.jacobian[rows], None if self.curvature is None else self.curvature[rows], self.labels[rows], self.eps, self.scheme, self.num_passes)
+    logits: torch.Tensor  # z (N, C), at the centre
+    jacobian: torch.Tensor  # J (N, C, K), logits per unit of distance in weight space
+    curvature: torch.Tensor | None  # z'' (N, C, K); None with forward mode
+    labels: torch.Tensor  # (N,)
+    eps: float  # step of the differences; 0 with forward mode
+    scheme: str  # "logits" or "jvp"
+    num_passes: int  # over the data; a forward-mode pass counts as one, and takes longer
 
-    def first(self, k: int): return replace(self, jacobian=self.jacobian[..., :k], curvature=None if self.curvature is None else self.curvature[..., :k]) # the leading spikes alone
+    def __len__(self):
+        return self.jacobian.shape[-1]
+
+    def __repr__(self):
+        return f"LogitJacobian({len(self.labels)} images, {self.logits.shape[1]} classes, {len(self)} spikes, {self.scheme}{f', eps={self.eps:.3g}' if self.eps else ''}, {self.num_passes} passes)"
+
+    def __getitem__(self, rows):  # which images
+        return LogitJacobian(
+            self.logits[rows],
+            self.jacobian[rows],
+            None if self.curvature is None else self.curvature[rows],
+            self.labels[rows],
+            self.eps,
+            self.scheme,
+            self.num_passes,
+        )
+
+    def first(self, k: int):
+        return replace(
+            self,
+            jacobian=self.jacobian[..., :k],
+            curvature=None if self.curvature is None else self.curvature[..., :k],
+        )  # the leading spikes alone
+
     @plainly()
-    def at(self, alpha: torch.Tensor) -> torch.Tensor: # (K,) -> logits (N, C)
+    def at(self, alpha: torch.Tensor) -> torch.Tensor:  # (K,) -> logits (N, C)
         "Predicted logits after a step of these coefficients; later spikes stay where they are if there are fewer."
         a, k = alpha.to(self.jacobian), len(alpha)
         z = self.logits + self.jacobian[..., :k] @ a
         return z if self.curvature is None else z + self.curvature[..., :k] @ a.square() / 2
-    def along(self, k: int, step: float) -> torch.Tensor: # logits (N, C)
+
+    def along(self, k: int, step: float) -> torch.Tensor:  # logits (N, C)
         "Predicted logits after a step along one spike."
         z = self.logits + step * self.jacobian[..., k]
-        return z if self.curvature is None else z + step ** 2 / 2 * self.curvature[..., k]
-    def accuracy(self, alpha: torch.Tensor) -> torch.Tensor: # (C,) float64
+        return z if self.curvature is None else z + step**2 / 2 * self.curvature[..., k]
+
+    def accuracy(self, alpha: torch.Tensor) -> torch.Tensor:  # (C,) float64
         "Predicted accuracy of each class."
-        return class_means(self.at(alpha).argmax(1) == self.labels, self.labels, self.logits.shape[1])
+        return class_means(
+            self.at(alpha).argmax(1) == self.labels, self.labels, self.logits.shape[1]
+        )
 
     def sensitivity(self, eps: float, *, metric: str = "accuracy") -> Sensitivity:
         "The paper's S for any step, predicted: no pass."
-        y, C, n = self.labels, self.logits.shape[1], torch.bincount(self.labels, minlength=self.logits.shape[1])
-        D = torch.stack([_scores(self.along(k, eps), y, metric) - _scores(self.along(k, -eps), y, metric) for k in range(len(self))], 1)
-        return Sensitivity((class_means(D, y, C) / (2 * eps)).cpu(), (paired_noise(D, y, C) / (2 * eps)).cpu(), class_means(self.logits.argmax(1) == y, y, C).cpu(), n.cpu(), eps, "central", metric, 0, (D / (2 * eps)).float().cpu(), y.cpu())
+        y, C, n = (
+            self.labels,
+            self.logits.shape[1],
+            torch.bincount(self.labels, minlength=self.logits.shape[1]),
+        )
+        D = torch.stack(
+            [
+                _scores(self.along(k, eps), y, metric) - _scores(self.along(k, -eps), y, metric)
+                for k in range(len(self))
+            ],
+            1,
+        )
+        return Sensitivity(
+            (class_means(D, y, C) / (2 * eps)).cpu(),
+            (paired_noise(D, y, C) / (2 * eps)).cpu(),
+            class_means(self.logits.argmax(1) == y, y, C).cpu(),
+            n.cpu(),
+            eps,
+            "central",
+            metric,
+            0,
+            (D / (2 * eps)).float().cpu(),
+            y.cpu(),
+        )
+
 
 # %% ../nbs/04_sensitivity.ipynb #61614b97
 @plainly()
 def logit_jacobian(
-    model: nn.Module, spikes, data, # as for `sensitivity_matrix`
+    model: nn.Module,
+    spikes,
+    data,  # as for `sensitivity_matrix`
     *,
-    scheme: str = "logits", # "logits": differences, 2K + 1 passes; "jvp": forward mode, K + 1
-    eps: float | None = None, # of the differences; None: 0.05 / sqrt(lambda_1), a twelfth of the paper's amplitude (choice)
-    params=None, forward=None, progress: bool = False, # likewise
+    scheme: str = "logits",  # "logits": differences, 2K + 1 passes; "jvp": forward mode, K + 1
+    eps: float
+    | None = None,  # of the differences; None: 0.05 / sqrt(lambda_1), a twelfth of the paper's amplitude (choice)
+    params=None,
+    forward=None,
+    progress: bool = False,  # likewise
 ) -> LogitJacobian:
     "How the logits change along each spike. The model is left as it is."
     from tqdm.auto import tqdm
+
     V, chosen = getattr(spikes, "vectors", spikes), select_params(model, params)
-    if eps is None: eps = _difference_step(spikes, chosen)
+    if eps is None:
+        eps = _difference_step(spikes, chosen)
     _check_sensitivity(V, chosen, eps, "central", "accuracy")
-    if scheme not in ("logits", "jvp"): raise InputError(f"scheme must be 'logits' or 'jvp'. Got {scheme!r}.")
+    if scheme not in ("logits", "jvp"):
+        raise InputError(f"scheme must be 'logits' or 'jvp'. Got {scheme!r}.")
     (z, y), J, D = predict(model, data, forward=forward), [], []
-    if scheme == "jvp" and team().size > 1: raise InputError(f"scheme='jvp' runs in one process. {team().size} share this run; use scheme='logits'.")
-    def logits(step): return predict(model, data, state=moved_state(chosen, step), forward=forward)[0]
-    for k in tqdm(range(V.shape[1]), desc="logits along spikes", leave=False, disable=not progress or team().rank > 0):
+    if scheme == "jvp" and team().size > 1:
+        raise InputError(
+            f"scheme='jvp' runs in one process. {team().size} share this run; use scheme='logits'."
+        )
+
+    def logits(step):
+        return predict(model, data, state=moved_state(chosen, step), forward=forward)[0]
+
+    for k in tqdm(
+        range(V.shape[1]),
+        desc="logits along spikes",
+        leave=False,
+        disable=not progress or team().rank > 0,
+    ):
         if scheme == "jvp":
-            try: J.append(_tangent(model, data, chosen, V[:, k], forward)); continue
+            try:
+                J.append(_tangent(model, data, chosen, V[:, k], forward))
+                continue
             except (NotImplementedError, InputError) as e:
-                if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e): raise
-                warnings.warn(f"scheme='jvp' needs layers with a forward derivative. PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.", stacklevel=2)
-                scheme, J = "logits", [] # before the first spike was done: all of them meet the same layers
+                if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e):
+                    raise
+                warnings.warn(
+                    f"scheme='jvp' needs layers with a forward derivative. PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.",
+                    stacklevel=2,
+                )
+                scheme, J = (
+                    "logits",
+                    [],
+                )  # before the first spike was done: all of them meet the same layers
         plus, minus = logits(eps * V[:, k]), logits(-eps * V[:, k])
-        J.append((plus - minus) / (2 * eps)); D.append((plus - 2 * z + minus) / eps ** 2)
+        J.append((plus - minus) / (2 * eps))
+        D.append((plus - 2 * z + minus) / eps**2)
     jvp = scheme == "jvp"
-    return LogitJacobian(z, torch.stack(J, -1), None if jvp else torch.stack(D, -1), y, 0. if jvp else eps, scheme, 1 + V.shape[1] * (1 if jvp else 2))
+    return LogitJacobian(
+        z,
+        torch.stack(J, -1),
+        None if jvp else torch.stack(D, -1),
+        y,
+        0.0 if jvp else eps,
+        scheme,
+        1 + V.shape[1] * (1 if jvp else 2),
+    )
+
 
 def _difference_step(spikes, chosen) -> float:
     values = None if torch.is_tensor(spikes) else spikes.values
     sharp = values is not None and bool(torch.isfinite(values).all()) and values.max() > 0
     size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
-    return .05 * (values.max().item() ** -.5 if sharp else .1 * size or 1.) # without curvature: half a per cent of the weights
+    return 0.05 * (
+        values.max().item() ** -0.5 if sharp else 0.1 * size or 1.0
+    )  # without curvature: half a per cent of the weights
 
-def _tangent(model, data, chosen, v, forward) -> torch.Tensor: # (N, C)
+
+def _tangent(model, data, chosen, v, forward) -> torch.Tensor:  # (N, C)
     with dual_level():
-        state = {k: fwAD.make_dual(p.detach(), u.to(p)) for (k, p), u in zip(chosen.items(), unflatten(v, chosen.values()))}
+        state = {
+            k: fwAD.make_dual(p.detach(), u.to(p))
+            for (k, p), u in zip(chosen.items(), unflatten(v, chosen.values()))
+        }
         z, tangent = fwAD.unpack_dual(predict(model, data, state=state, forward=forward)[0])
     return torch.zeros_like(z) if tangent is None else tangent
 
-# %% ../nbs/04_sensitivity.ipynb #9d336516
-def _asked(request: dict) -> dict: # names and numbers as they are; of anything else a fingerprint
-    if not request: raise InputError("a stored Jacobian must say what it belongs to. Got nothing; pass weights, data, spikes, by any name.")
-    return {k: v if isinstance(v, (str, int, float, bool, type(None))) else fingerprint(v) for k, v in request.items()}
 
-def keep_jacobian(j: LogitJacobian, path, **request): # what must be the same when it is read: network, data, spikes by any name
+# %% ../nbs/04_sensitivity.ipynb #9d336516
+def _asked(request: dict) -> dict:  # names and numbers as they are; of anything else a fingerprint
+    if not request:
+        raise InputError(
+            "a stored Jacobian must say what it belongs to. Got nothing; pass weights, data, spikes, by any name."
+        )
+    return {
+        k: v if isinstance(v, (str, int, float, bool, type(None))) else fingerprint(v)
+        for k, v in request.items()
+    }
+
+
+def keep_jacobian(
+    j: LogitJacobian, path, **request
+):  # what must be the same when it is read: network, data, spikes by any name
     "Write it to a safetensors file, whole or not at all."
-    parts = dict(logits=j.logits, jacobian=j.jacobian, labels=j.labels) | ({} if j.curvature is None else dict(curvature=j.curvature))
-    write_tensors(Path(path), parts, dict(request=_asked(request), eps=j.eps, scheme=j.scheme, num_passes=j.num_passes))
+    parts = dict(logits=j.logits, jacobian=j.jacobian, labels=j.labels) | (
+        {} if j.curvature is None else dict(curvature=j.curvature)
+    )
+    write_tensors(
+        Path(path),
+        parts,
+        dict(request=_asked(request), eps=j.eps, scheme=j.scheme, num_passes=j.num_passes),
+    )
+
 
 def kept_jacobian(path, **request) -> LogitJacobian:
     "The same again; refused if it was kept for something else."
     t, facts = read_tensors(Path(path), _asked(request))
-    return LogitJacobian(t["logits"], t["jacobian"], t.get("curvature"), t["labels"], facts["eps"], facts["scheme"], facts["num_passes"])
+    return LogitJacobian(
+        t["logits"],
+        t["jacobian"],
+        t.get("curvature"),
+        t["labels"],
+        facts["eps"],
+        facts["scheme"],
+        facts["num_passes"],
+    )

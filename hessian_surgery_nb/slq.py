@@ -12,212 +12,376 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .guards import ChangingFunction, InputError, plainly, seed_of, whole
+from .foundations.distributed import team
+from hessian_surgery_nb.foundations.guards import (
+    ChangingFunction,
+    InputError,
+    plainly,
+    seed_of,
+    whole,
+)
 from .hvp import as_operator, free_memory, steady
-from .lanczos import Eigenpairs, combine, extent, lanczos_tridiag, orthogonalise, rounding_floor
-from .ranks import team
+from hessian_surgery_nb.lanczos import (
+    Eigenpairs,
+    combine,
+    distributed_norm,
+    lanczos_tridiag,
+    orthogonalise,
+    rounding_floor,
+)
 
 # %% auto #0
-__all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
+__all__ = ["probe_quadrature", "SpectralDensity", "spectral_density", "decades", "plot_density"]
+
 
 # %% ../nbs/02_slq.ipynb #52b5a859
 @plainly()
 def probe_quadrature(
-    op, # any operator
-    num_matvecs: int, # m
+    op,  # any operator
+    num_matvecs: int,  # m
     *,
-    seed: int, # of the random unit vector
-) -> tuple[torch.Tensor, torch.Tensor]: # nodes (m,), weights (m,) that sum to 1; float64
+    seed: int,  # of the random unit vector
+) -> tuple[torch.Tensor, torch.Tensor]:  # nodes (m,), weights (m,) that sum to 1; float64
     "Gauss quadrature of the spectrum as one random vector sees it."
     theta, U = torch.linalg.eigh(lanczos_tridiag(op, num_matvecs, seed=seed).T)
     return theta, U[0] ** 2
+
 
 # %% ../nbs/02_slq.ipynb #ee8ab283
 @dataclass(frozen=True)
 class SpectralDensity:
     "Quadrature nodes and weights of several probes: the distribution of eigenvalues, and what follows from it."
-    nodes: torch.Tensor # (num_probes, m) float64
-    weights: torch.Tensor # (num_probes, m) float64, rows sum to 1
-    size: int # n, the number of eigenvalues
-    gauss_error: torch.Tensor # (num_probes,) float64: how far (Wasserstein-1) each probe's quadrature can be from what that probe sees
-    edges: tuple[float, float] # smallest and largest Ritz value seen: the spectrum reaches at least so far
-    edge_residuals: tuple[float, float] # an eigenvalue lies within so much of each
+
+    nodes: torch.Tensor  # (num_probes, m) float64
+    weights: torch.Tensor  # (num_probes, m) float64, rows sum to 1
+    size: int  # n, the number of eigenvalues
+    gauss_error: torch.Tensor  # (num_probes,) float64: how far (Wasserstein-1) each probe's quadrature can be from what that probe sees
+    edges: tuple[
+        float, float
+    ]  # smallest and largest Ritz value seen: the spectrum reaches at least so far
+    edge_residuals: tuple[float, float]  # an eigenvalue lies within so much of each
+
     def __repr__(self):
-        return (f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} nodes, n={self.size:,}, "
-                f"[{self.edges[0]:.3g}, {self.edges[1]:.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})")
+        return (
+            f"SpectralDensity({self.nodes.shape[0]} probes x {self.nodes.shape[1]} nodes, n={self.size:,}, "
+            f"[{self.edges[0]:.3g}, {self.edges[1]:.3g}], trace {self.trace:.4g} +- {self.trace_stderr:.2g})"
+        )
+
 
 # %% ../nbs/02_slq.ipynb #81513aca
 class _Known:
     "Certified eigenpairs that later probes leave out."
+
     def __init__(self, op, spikes, limit):
-        self.values, self.rows, self.limit, self.op = torch.zeros(0, dtype=torch.float64), torch.empty(0, team().here(op.shape[0]), dtype=op.dtype, device=op.device), limit, op
-        if spikes is not None: self.add(spikes.values[spikes.converged], spikes.vectors.T[spikes.converged.to(spikes.vectors.device)])
+        self.values, self.rows, self.limit, self.op = (
+            torch.zeros(0, dtype=torch.float64),
+            torch.empty(0, team().local_size(op.shape[0]), dtype=op.dtype, device=op.device),
+            limit,
+            op,
+        )
+        if spikes is not None:
+            self.add(
+                spikes.values[spikes.converged],
+                spikes.vectors.T[spikes.converged.to(spikes.vectors.device)],
+            )
 
     def add(self, values, rows):
-        new = torch.empty(len(self.values) + len(values), self.rows.shape[1], dtype=self.op.dtype, device=self.op.device)
-        new[:len(self.values)] = self.rows
+        new = torch.empty(
+            len(self.values) + len(values),
+            self.rows.shape[1],
+            dtype=self.op.dtype,
+            device=self.op.device,
+        )
+        new[: len(self.values)] = self.rows
         for i, row in enumerate(rows, len(self.values)):
             new[i] = row
-            if i: orthogonalise(new[i], new[:i])
-            new[i] /= extent(new[i]).to(new)
+            if i:
+                orthogonalise(new[i], new[:i])
+            new[i] /= distributed_norm(new[i]).to(new)
         self.values, self.rows = torch.cat([self.values, values]), new
 
     def learn(self, tri, tol):
         "Keep the certified Ritz pairs that stand farthest out."
-        theta, U = map(team().same, torch.linalg.eigh(tri.T))
+        theta, U = map(team().broadcast, torch.linalg.eigh(tri.T))
         sure = (tri.beta[-1] * U[-1].abs() <= tol * theta.abs().max()).nonzero().flatten()
-        far = sure[(theta[sure] - (theta * U[0] ** 2).sum()).abs().argsort(descending=True)][:max(self.limit - len(self.values), 0)]
-        if tri.basis is None or not len(far): return
-        rows = torch.empty(len(far), tri.basis.shape[1], dtype=tri.basis.dtype, device=tri.basis.device)
+        far = sure[(theta[sure] - (theta * U[0] ** 2).sum()).abs().argsort(descending=True)][
+            : max(self.limit - len(self.values), 0)
+        ]
+        if tri.basis is None or not len(far):
+            return
+        rows = torch.empty(
+            len(far), tri.basis.shape[1], dtype=tri.basis.dtype, device=tri.basis.device
+        )
         combine(U[:, far].T, tri.basis, rows)
         self.add(theta[far], rows)
+
 
 # %% ../nbs/02_slq.ipynb #dfc77630
 @plainly()
 def spectral_density(
-    op, # HessianOperator, SciPy LinearOperator or symmetric tensor
+    op,  # HessianOperator, SciPy LinearOperator or symmetric tensor
     *,
-    num_probes: int = 10, # random vectors; the paper's Figure 1 averages over several
-    num_matvecs: int = 80, # products per probe
-    spikes: Eigenpairs | None = None, # certified pairs that are known already
-    max_known: int = 32, # certified pairs that are kept for later probes; 0: plain quadrature, all probes alike
-    reorthogonalise: bool | None = None, # None: if the vectors take less than half of the free memory; without, nothing is learnt from probes
+    num_probes: int = 10,  # random vectors; the paper's Figure 1 averages over several
+    num_matvecs: int = 80,  # products per probe
+    spikes: Eigenpairs | None = None,  # certified pairs that are known already
+    max_known: int = 32,  # certified pairs that are kept for later probes; 0: plain quadrature, all probes alike
+    reorthogonalise: bool
+    | None = None,  # None: if the vectors take less than half of the free memory; without, nothing is learnt from probes
     seed: int = 0,
-    progress: bool = False, # a bar
+    progress: bool = False,  # a bar
 ) -> SpectralDensity:
     "Stochastic Lanczos quadrature, eq. (3)."
     from tqdm.auto import tqdm
-    num_probes, num_matvecs, max_known = whole("num_probes", num_probes, 1), whole("num_matvecs", num_matvecs, 1), whole("max_known", max_known, 0)
+
+    num_probes, num_matvecs, max_known = (
+        whole("num_probes", num_probes, 1),
+        whole("num_matvecs", num_matvecs, 1),
+        whole("max_known", max_known, 0),
+    )
     op, seed = as_operator(op), seed_of(seed)
     n = op.shape[0]
-    if reorthogonalise is None: reorthogonalise = not team().any((num_matvecs + 3 * max_known) * team().here(n) * op.dtype.itemsize >= max(free_memory(op.device) / 2, 2**28))
+    if reorthogonalise is None:
+        reorthogonalise = not team().any(
+            (num_matvecs + 3 * max_known) * team().local_size(n) * op.dtype.itemsize
+            >= max(free_memory(op.device) / 2, 2**28)
+        )
     known, runs = _Known(op, spikes, max_known), []
-    seeds = torch.randint(2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(
+        2**62, (num_probes,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     with steady(op) as watch:
-        for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress): _probe(op, s, known, runs, num_matvecs, reorthogonalise, last=s == seeds[-1])
-    if not watch.fixed: warnings.warn("the density of one matrix needs one matrix. The network, its weights or the data changed between the probes; this is the density of nothing.", ChangingFunction, stacklevel=3)
+        for s in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):
+            _probe(op, s, known, runs, num_matvecs, reorthogonalise, last=s == seeds[-1])
+    if not watch.fixed:
+        warnings.warn(
+            "the density of one matrix needs one matrix. The network, its weights or the data changed between the probes; this is the density of nothing.",
+            ChangingFunction,
+            stacklevel=3,
+        )
     return _gather(runs, n)
 
-def _probe(op, s: int, known: _Known, runs: list, num_matvecs: int, reorthogonalise: bool, last: bool):
+
+def _probe(
+    op, s: int, known: _Known, runs: list, num_matvecs: int, reorthogonalise: bool, last: bool
+):
     "One random vector: what it sees joins the runs, and what it certifies is known to the next."
     n, K = op.shape[0], len(known.values)
-    if K == n: runs.append((known.values, torch.full((n,), 1 / n, dtype=torch.float64), 0., torch.zeros(2), known.values)); return
-    tri = lanczos_tridiag(op, min(num_matvecs, n - K), seed=s, outside=known.rows if K else None, reorthogonalise=reorthogonalise)
-    theta, U = map(team().same, torch.linalg.eigh(tri.T))
+    if K == n:
+        runs.append(
+            (
+                known.values,
+                torch.full((n,), 1 / n, dtype=torch.float64),
+                0.0,
+                torch.zeros(2),
+                known.values,
+            )
+        )
+        return
+    tri = lanczos_tridiag(
+        op,
+        min(num_matvecs, n - K),
+        seed=s,
+        outside=known.rows if K else None,
+        reorthogonalise=reorthogonalise,
+    )
+    theta, U = map(team().broadcast, torch.linalg.eigh(tri.T))
     w, share = U[0] ** 2, (n - K) / n
     gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
-    runs.append((torch.cat([known.values, theta]), torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
-                 share * gaps.sum().item(), torch.hypot(tri.beta[-1] * U[-1, [0, -1]].abs(), _rounding(op, theta)), theta))
-    if not last: known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
+    runs.append(
+        (
+            torch.cat([known.values, theta]),
+            torch.cat([torch.full((K,), 1 / n, dtype=torch.float64), share * w]),
+            share * gaps.sum().item(),
+            torch.hypot(tri.beta[-1] * U[-1, [0, -1]].abs(), _rounding(op, theta)),
+            theta,
+        )
+    )
+    if not last:
+        known.learn(tri, 1e-4 if op.dtype != torch.float64 else 1e-6)
+
 
 # %% ../nbs/02_slq.ipynb #2df4dd94
-def _rounding(op, theta): return torch.tensor(rounding_floor(op.dtype, op.shape[0], theta.abs().max().item()), dtype=torch.float64)
+def _rounding(op, theta):
+    return torch.tensor(
+        rounding_floor(op.dtype, op.shape[0], theta.abs().max().item()), dtype=torch.float64
+    )
+
 
 def _gather(runs, n) -> SpectralDensity:
     m = max(len(r[0]) for r in runs)
     pad = lambda x, fill: torch.cat([x, torch.full((m - len(x),), fill, dtype=x.dtype)])
     ends = []
     for pick, at in ((min, 0), (max, -1)):
-        nodes, theta, left = pick(((r[0], r[4], r[3]) for r in runs), key=lambda r: getattr(r[0], "min" if at == 0 else "max")().item())
+        nodes, theta, left = pick(
+            ((r[0], r[4], r[3]) for r in runs),
+            key=lambda r: getattr(r[0], "min" if at == 0 else "max")().item(),
+        )
         value = nodes.min() if at == 0 else nodes.max()
-        ends.append((value.item(), left[at].item() if len(theta) and value == theta[at] else 0.))
-    return SpectralDensity(torch.stack([pad(r[0], r[0][-1].item()) for r in runs]), torch.stack([pad(r[1], 0.) for r in runs]), n,
-                           torch.tensor([r[2] for r in runs], dtype=torch.float64), (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
+        ends.append((value.item(), left[at].item() if len(theta) and value == theta[at] else 0.0))
+    return SpectralDensity(
+        torch.stack([pad(r[0], r[0][-1].item()) for r in runs]),
+        torch.stack([pad(r[1], 0.0) for r in runs]),
+        n,
+        torch.tensor([r[2] for r in runs], dtype=torch.float64),
+        (ends[0][0], ends[1][0]),
+        (ends[0][1], ends[1][1]),
+    )
+
 
 # %% ../nbs/02_slq.ipynb #4fbaad6f
 @patch
-def estimate(self: SpectralDensity,
-    f, # function of eigenvalues, on tensors
-) -> tuple[float, float]: # tr f(H) and its standard error; the error is nan for a single probe
+def estimate(
+    self: SpectralDensity,
+    f,  # function of eigenvalues, on tensors
+) -> tuple[float, float]:  # tr f(H) and its standard error; the error is nan for a single probe
     "The trace of a matrix function."
     per_probe = self.size * (self.weights * f(self.nodes)).sum(1)
     n = len(per_probe)
     return per_probe.mean().item(), per_probe.std().item() / math.sqrt(n) if n > 1 else math.nan
+
 
 @patch(as_prop=True)
 def trace(self: SpectralDensity) -> float:
     "Sum of all eigenvalues."
     return self.estimate(lambda t: t)[0]
 
+
 @patch(as_prop=True)
 def trace_stderr(self: SpectralDensity) -> float:
     "Its standard error over probes."
     return self.estimate(lambda t: t)[1]
 
+
 # %% ../nbs/02_slq.ipynb #befe4052
 @patch
-def wasserstein_bound(self: SpectralDensity,
-    confidence: float = .95, # 1 - eta
-) -> tuple[float, float]: # of the quadrature, and of the probes; their sum bounds the distance to the true distribution of eigenvalues
+def wasserstein_bound(
+    self: SpectralDensity,
+    confidence: float = 0.95,  # 1 - eta
+) -> tuple[
+    float, float
+]:  # of the quadrature, and of the probes; their sum bounds the distance to the true distribution of eigenvalues
     "A bound on the Wasserstein-1 distance (Chen, Trogdon and Ubaru 2021), the spectrum taken to end at the extreme nodes."
-    if not 0 < confidence < 1: raise InputError(f"confidence must lie between 0 and 1. Got {confidence}.")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1. Got {confidence}.")
     width = self.edges[1] - self.edges[0] + sum(self.edge_residuals)
-    probes = math.sqrt(math.log(2 * self.size / (1 - confidence)) / (len(self.nodes) * (self.size + 2)))
+    probes = math.sqrt(
+        math.log(2 * self.size / (1 - confidence)) / (len(self.nodes) * (self.size + 2))
+    )
     return self.gauss_error.mean().item(), width * probes
+
 
 # %% ../nbs/02_slq.ipynb #025e5ee3
 @patch
-def density(self: SpectralDensity,
-    grid: torch.Tensor, # (g,) where to evaluate
-    bandwidth: float | None = None, # s; None: 1 % of the spectrum's width
+def density(
+    self: SpectralDensity,
+    grid: torch.Tensor,  # (g,) where to evaluate
+    bandwidth: float | None = None,  # s; None: 1 % of the spectrum's width
     *,
-    decades_from: float | None = None, # t_0: measure along the logarithmic axis `decades(t, t_0)`, with s and the density per decade
-) -> tuple[torch.Tensor, torch.Tensor]: # density (g,), integrates to 1, and its standard error over probes (g,)
+    decades_from: float
+    | None = None,  # t_0: measure along the logarithmic axis `decades(t, t_0)`, with s and the density per decade
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # density (g,), integrates to 1, and its standard error over probes (g,)
     "Eq. (3) on a grid."
     nodes, grid = self.nodes, torch.as_tensor(grid, dtype=torch.float64)
-    if decades_from is not None: nodes, grid = decades(nodes, decades_from), decades(grid, decades_from)
-    s = (.01 * (nodes.max() - nodes.min()).item() or 1.) if bandwidth is None else bandwidth
-    if not s > 0: raise InputError(f"bandwidth must be positive. Got {bandwidth}.")
-    g = torch.exp(-.5 * ((grid[:, None, None] - nodes) / s) ** 2) / (s * math.sqrt(2 * math.pi))
+    if decades_from is not None:
+        nodes, grid = decades(nodes, decades_from), decades(grid, decades_from)
+    s = (0.01 * (nodes.max() - nodes.min()).item() or 1.0) if bandwidth is None else bandwidth
+    if not s > 0:
+        raise InputError(f"bandwidth must be positive. Got {bandwidth}.")
+    g = torch.exp(-0.5 * ((grid[:, None, None] - nodes) / s) ** 2) / (s * math.sqrt(2 * math.pi))
     per_probe = (g * self.weights).sum(2)
     return per_probe.mean(1), per_probe.std(1) / math.sqrt(per_probe.shape[1])
 
+
 def decades(
-    t, # eigenvalues of either sign
-    t0: float, # below this magnitude the axis is linear
+    t,  # eigenvalues of either sign
+    t0: float,  # below this magnitude the axis is linear
 ) -> torch.Tensor:
     "Signed decades above t0: asinh(t / 2 t0) / ln 10, a logarithm that passes through zero."
-    if not t0 > 0: raise InputError(f"the logarithmic axis starts at a positive eigenvalue. Got {t0}.")
+    if not t0 > 0:
+        raise InputError(f"the logarithmic axis starts at a positive eigenvalue. Got {t0}.")
     return torch.asinh(torch.as_tensor(t, dtype=torch.float64) / (2 * t0)) / math.log(10)
 
+
 @patch
-def count_above(self: SpectralDensity,
-    t, # a threshold
-) -> tuple[float, float]: # how many of the n eigenvalues, and the standard error
+def count_above(
+    self: SpectralDensity,
+    t,  # a threshold
+) -> tuple[float, float]:  # how many of the n eigenvalues, and the standard error
     "How many eigenvalues exceed t."
     return self.estimate(lambda x: (x > t).to(x))
+
 
 # %% ../nbs/02_slq.ipynb #bf62283a
 def plot_density(
     sd: SpectralDensity,
-    spikes=None, # (k,) eigenvalues to mark
+    spikes=None,  # (k,) eigenvalues to mark
     *,
-    truth=None, # all eigenvalues, where they are known
+    truth=None,  # all eigenvalues, where they are known
     bandwidth: float | None = None,
-    decades_from: float | None = None, # t_0: a logarithmic axis on both sides of zero, linear within t_0
+    decades_from: float
+    | None = None,  # t_0: a logarithmic axis on both sides of zero, linear within t_0
     ax=None,
 ):
     "The density, a band of two standard errors, spikes marked, the edges of the spectrum below."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     log = decades_from is not None
-    to = (lambda t: decades(t, decades_from)) if log else (lambda t: torch.as_tensor(t, dtype=torch.float64))
-    ax = new_axes(ax, title="Spectral density: a bulk near zero, and spikes", xlabel=f"eigenvalue (from {sd.edges[0]:.2g} to {sd.edges[1]:.3g})", ylabel="share per decade (log)" if log else "density (log)")
+    to = (
+        (lambda t: decades(t, decades_from))
+        if log
+        else (lambda t: torch.as_tensor(t, dtype=torch.float64))
+    )
+    ax = new_axes(
+        ax,
+        title="Spectral density: a bulk near zero, and spikes",
+        xlabel=f"eigenvalue (from {sd.edges[0]:.2g} to {sd.edges[1]:.3g})",
+        ylabel="share per decade (log)" if log else "density (log)",
+    )
     lo, hi = to(sd.nodes.min()).item(), to(sd.nodes.max()).item()
-    s = (.008 * (hi - lo) or 1.) if bandwidth is None else bandwidth
+    s = (0.008 * (hi - lo) or 1.0) if bandwidth is None else bandwidth
     u = torch.linspace(lo - 6 * s, hi + 6 * s, 1500, dtype=torch.float64)
-    phi, err = sd.density(2 * decades_from * torch.sinh(u * math.log(10)) if log else u, s, decades_from=decades_from)
-    floor = .02 / sd.size / s
+    phi, err = sd.density(
+        2 * decades_from * torch.sinh(u * math.log(10)) if log else u, s, decades_from=decades_from
+    )
+    floor = 0.02 / sd.size / s
     if truth is not None:
-        exact = torch.exp(-.5 * ((u[:, None] - to(truth)) / s) ** 2).mean(1) / (s * math.sqrt(2 * math.pi))
+        exact = torch.exp(-0.5 * ((u[:, None] - to(truth)) / s) ** 2).mean(1) / (
+            s * math.sqrt(2 * math.pi)
+        )
         ax.plot(u, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
     ax.plot(u, phi.clamp(min=floor), color=COLOURS["blue"], lw=1.2, label="estimate")
-    if len(sd.nodes) > 1: ax.fill_between(u, (phi - 2 * err).clamp(min=floor), (phi + 2 * err).clamp(min=floor), color=COLOURS["blue"], alpha=.2, lw=0, label="2 standard errors")
+    if len(sd.nodes) > 1:
+        ax.fill_between(
+            u,
+            (phi - 2 * err).clamp(min=floor),
+            (phi + 2 * err).clamp(min=floor),
+            color=COLOURS["blue"],
+            alpha=0.2,
+            lw=0,
+            label="2 standard errors",
+        )
     if spikes is not None and len(spikes):
-        ax.plot(to(torch.as_tensor(spikes)).tolist(), [floor * 1.6] * len(spikes), "v", color=COLOURS["red"], ms=6, label=f"{len(spikes)} spike{'s' if len(spikes) > 1 else ''} (Lanczos)", clip_on=False)
+        ax.plot(
+            to(torch.as_tensor(spikes)).tolist(),
+            [floor * 1.6] * len(spikes),
+            "v",
+            color=COLOURS["red"],
+            ms=6,
+            label=f"{len(spikes)} spike{'s' if len(spikes) > 1 else ''} (Lanczos)",
+            clip_on=False,
+        )
     if log:
-        powers = [p for p in range(-12, 13) if decades_from < .9 * 10. ** p]
-        ticks = [(sign * 10. ** p) for p in powers for sign in (-1, 1) if lo - .5 <= to(sign * 10. ** p) <= hi + .5] + [0.]
+        powers = [p for p in range(-12, 13) if decades_from < 0.9 * 10.0**p]
+        ticks = [
+            (sign * 10.0**p)
+            for p in powers
+            for sign in (-1, 1)
+            if lo - 0.5 <= to(sign * 10.0**p) <= hi + 0.5
+        ] + [0.0]
         ax.set_xticks([to(t).item() for t in ticks], [f"{t:g}" for t in ticks])
-    ax.set_yscale("log"); ax.set_ylim(bottom=floor)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=floor)
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -12,213 +12,460 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 
-from .guards import InputError, plainly
+from .foundations.guards import InputError, plainly
 from .hvp import as_operator
 from .lanczos import top_eigenpairs
 from .slq import SpectralDensity, decades, spectral_density
 
 # %% auto #0
-__all__ = ['TYPE_LIMIT', 'CUT', 'SHRUNK', 'R_LIMIT', 'K_LIMIT', 'SpectrumType', 'spectrum_type', 'Verdict', 'generalisation',
-           'plot_types', 'plot_two_spectra']
+__all__ = [
+    "TYPE_LIMIT",
+    "CUT",
+    "SHRUNK",
+    "R_LIMIT",
+    "K_LIMIT",
+    "SpectrumType",
+    "spectrum_type",
+    "Verdict",
+    "generalisation",
+    "plot_types",
+    "plot_two_spectra",
+]
 
 # %% ../nbs/03b_spectrum_type.ipynb #4fc3466e
-TYPE_LIMIT = -.6 # of C_t; the paper's
-CUT = .05 # eigenvalues within this share of lambda_max count on neither side (choice: K_H05 is not defined in the paper)
-SHRUNK = .1 # all eigenvalues at most this share of an earlier spectrum's: quasi-singular (choice)
+TYPE_LIMIT = -0.6  # of C_t; the paper's
+CUT = 0.05  # eigenvalues within this share of lambda_max count on neither side (choice: K_H05 is not defined in the paper)
+SHRUNK = 0.1  # all eigenvalues at most this share of an earlier spectrum's: quasi-singular (choice)
+
 
 @dataclass(frozen=True)
 class SpectrumType:
     "Which kind of spectrum it is, and the numbers that say so."
-    lambda_max: float; lambda_min: float # the largest and smallest Ritz value: the spectrum reaches at least so far
-    residuals: tuple[float, float] # of the smallest and the largest: an eigenvalue lies within so much of each
-    certified: bool # both residuals are small
-    K_H05: float; K_error: float # with its standard error over probes; nan from fewer than two
-    products: int # matrix-vector products used
-    density: SpectralDensity = field(repr=False) # what they were read from
-    shrunk: float | None = None # all eigenvalues are at most so much of an earlier spectrum's; None: no earlier one
-    before: str | None = None # the kind of that one
+
+    lambda_max: float
+    lambda_min: float  # the largest and smallest Ritz value: the spectrum reaches at least so far
+    residuals: tuple[
+        float, float
+    ]  # of the smallest and the largest: an eigenvalue lies within so much of each
+    certified: bool  # both residuals are small
+    K_H05: float
+    K_error: float  # with its standard error over probes; nan from fewer than two
+    products: int  # matrix-vector products used
+    density: SpectralDensity = field(repr=False)  # what they were read from
+    shrunk: float | None = (
+        None  # all eigenvalues are at most so much of an earlier spectrum's; None: no earlier one
+    )
+    before: str | None = None  # the kind of that one
 
     @property
-    def C_t(self) -> float: return _ratio(min(self.lambda_min, 0.), max(self.lambda_max, 0.))
+    def C_t(self) -> float:
+        return _ratio(min(self.lambda_min, 0.0), max(self.lambda_max, 0.0))
+
     @property
-    def r_e(self) -> float: return abs(self.C_t)
+    def r_e(self) -> float:
+        return abs(self.C_t)
+
     @property
-    def C_error(self) -> float: # |C_t| can be off by so much
+    def C_error(self) -> float:  # |C_t| can be off by so much
         a, b = self.residuals
-        if self.lambda_min > a: return 0. # nothing on the left, for sure
-        return _ratio(a + self.r_e * b, self.lambda_max - b) if math.isfinite(self.C_t) and self.lambda_max > b else math.inf if max(a, b) else 0.
+        if self.lambda_min > a:
+            return 0.0  # nothing on the left, for sure
+        return (
+            _ratio(a + self.r_e * b, self.lambda_max - b)
+            if math.isfinite(self.C_t) and self.lambda_max > b
+            else math.inf
+            if max(a, b)
+            else 0.0
+        )
+
     @property
-    def kind(self) -> str: # eq. (2), as lambda_min > -0.6 lambda_max, which needs no division
-        margin, doubt = min(self.lambda_min, 0.) - TYPE_LIMIT * max(self.lambda_max, 0.), self.residuals[0] - TYPE_LIMIT * self.residuals[1]
-        return "undecided" if not self.certified or abs(margin) < doubt else "mainly-positive" if self.C_t > TYPE_LIMIT else "mainly-negative"
+    def kind(self) -> str:  # eq. (2), as lambda_min > -0.6 lambda_max, which needs no division
+        margin, doubt = (
+            min(self.lambda_min, 0.0) - TYPE_LIMIT * max(self.lambda_max, 0.0),
+            self.residuals[0] - TYPE_LIMIT * self.residuals[1],
+        )
+        return (
+            "undecided"
+            if not self.certified or abs(margin) < doubt
+            else "mainly-positive"
+            if self.C_t > TYPE_LIMIT
+            else "mainly-negative"
+        )
+
     @property
-    def quasi_singular(self) -> bool: return self.shrunk is not None and self.shrunk < SHRUNK and self.kind == self.before
+    def quasi_singular(self) -> bool:
+        return self.shrunk is not None and self.shrunk < SHRUNK and self.kind == self.before
+
     def __repr__(self):
-        left = f", all eigenvalues at most {self.shrunk:.2g} of before{': quasi-singular' if self.quasi_singular else ''}" if self.shrunk is not None else ""
-        why = "" if self.kind != "undecided" else " (ends not certified)" if not self.certified else f" (within {self.C_error:.2g} of {TYPE_LIMIT})"
-        return (f"SpectrumType({self.kind}{why}: C_t {self.C_t:.3g}, K_H05 {self.K_H05:.3g} +- {self.K_error:.2g}, "
-                f"[{self.lambda_min:.3g}, {self.lambda_max:.3g}]{left}, {self.products} products)")
+        left = (
+            f", all eigenvalues at most {self.shrunk:.2g} of before{': quasi-singular' if self.quasi_singular else ''}"
+            if self.shrunk is not None
+            else ""
+        )
+        why = (
+            ""
+            if self.kind != "undecided"
+            else " (ends not certified)"
+            if not self.certified
+            else f" (within {self.C_error:.2g} of {TYPE_LIMIT})"
+        )
+        return (
+            f"SpectrumType({self.kind}{why}: C_t {self.C_t:.3g}, K_H05 {self.K_H05:.3g} +- {self.K_error:.2g}, "
+            f"[{self.lambda_min:.3g}, {self.lambda_max:.3g}]{left}, {self.products} products)"
+        )
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #55c4f9e7
-_FACTS = "kind", "C_t", "C_error", "r_e", "K_H05", "K_error", "lambda_max", "lambda_min", "residuals", "certified", "products", "shrunk", "quasi_singular"
+_FACTS = (
+    "kind",
+    "C_t",
+    "C_error",
+    "r_e",
+    "K_H05",
+    "K_error",
+    "lambda_max",
+    "lambda_min",
+    "residuals",
+    "certified",
+    "products",
+    "shrunk",
+    "quasi_singular",
+)
 
-def _ratio(a: float, b: float, none: float = 0.) -> float: # none: what 0 / 0 is here
+
+def _ratio(a: float, b: float, none: float = 0.0) -> float:  # none: what 0 / 0 is here
     return a / b if b else math.copysign(math.inf, a) if a else none
 
-def _plain(facts: dict) -> dict: # JSON knows neither nan nor infinity
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+
+def _plain(facts: dict) -> dict:  # JSON knows neither nan nor infinity
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()
+    }
+
 
 @patch
 def to_dict(self: SpectrumType) -> dict:
     "For JSON; null: not finite, or not known."
     return _plain({k: getattr(self, k) for k in _FACTS})
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #993ca88c
-def _count_ratio(sd: SpectralDensity, cut: float) -> tuple[float, float]: # and its standard error
+def _count_ratio(sd: SpectralDensity, cut: float) -> tuple[float, float]:  # and its standard error
     "Eigenvalues below -cut over those above cut, by all probes but the first, which finds what the others count exactly."
     voting = slice(1 if len(sd.nodes) > 1 else 0, None)
-    left, right = (sd.size * (sd.weights[voting] * side).sum(1) for side in (sd.nodes[voting] < -cut, sd.nodes[voting] > cut))
+    left, right = (
+        sd.size * (sd.weights[voting] * side).sum(1)
+        for side in (sd.nodes[voting] < -cut, sd.nodes[voting] > cut)
+    )
     K = _ratio(left.mean().item(), right.mean().item())
-    if len(left) < 2 or not math.isfinite(K): return K, math.nan
+    if len(left) < 2 or not math.isfinite(K):
+        return K, math.nan
     return K, _ratio((left - K * right).std().item() / math.sqrt(len(left)), right.mean().item())
 
-def _ends(op, sd: SpectralDensity, tol: float, seed: int) -> tuple[list, bool]: # (value, residual) of the smallest and the largest; certified?
+
+def _ends(
+    op, sd: SpectralDensity, tol: float, seed: int
+) -> tuple[list, bool]:  # (value, residual) of the smallest and the largest; certified?
     "The edges of the density, or where those are not certified what a search finds."
     scale = max(map(abs, sd.edges))
-    ends = [(v, max(r, scale * (1e-6 if op.dtype == torch.float64 else 1e-4))) for v, r in zip(sd.edges, sd.edge_residuals)] # what probes have learnt is certified to so much
+    ends = [
+        (v, max(r, scale * (1e-6 if op.dtype == torch.float64 else 1e-4)))
+        for v, r in zip(sd.edges, sd.edge_residuals)
+    ]  # what probes have learnt is certified to so much
     for i, which in enumerate(("SA", "LA")):
-        if ends[i][1] <= tol * scale: continue
+        if ends[i][1] <= tol * scale:
+            continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # the result says it
+            warnings.simplefilter("ignore")  # the result says it
             pair = top_eigenpairs(op, 1, which=which, tol=tol, seed=seed)
-        if pair.converged[0] or pair.residuals[0] < ends[i][1]: ends[i] = pair.values[0].item(), pair.residuals[0].item()
+        if pair.converged[0] or pair.residuals[0] < ends[i][1]:
+            ends[i] = pair.values[0].item(), pair.residuals[0].item()
     return ends, all(r <= 1.01 * tol * scale for _, r in ends)
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #d457400d
 @plainly()
 def spectrum_type(
-    op, # HessianOperator, SciPy LinearOperator or symmetric tensor
+    op,  # HessianOperator, SciPy LinearOperator or symmetric tensor
     *,
-    num_probes: int = 4, # random vectors; the first finds what stands out, the others count. One is enough for C_t
-    num_matvecs: int = 40, # products per probe
-    earlier: SpectrumType | None = None, # of the same network and images, to tell whether all eigenvalues shrank
-    tol: float = 1e-3, # an end is certified when its residual is at most so much of the largest magnitude (choice)
+    num_probes: int = 4,  # random vectors; the first finds what stands out, the others count. One is enough for C_t
+    num_matvecs: int = 40,  # products per probe
+    earlier: SpectrumType
+    | None = None,  # of the same network and images, to tell whether all eigenvalues shrank
+    tol: float = 1e-3,  # an end is certified when its residual is at most so much of the largest magnitude (choice)
     seed: int = 0,
-    progress: bool = False, # a bar
+    progress: bool = False,  # a bar
 ) -> SpectrumType:
     "Of which kind a spectrum is, eqs. (1) and (2)."
-    if not 0 < tol < 1: raise InputError(f"tol must lie between 0 and 1. Got {tol}.")
+    if not 0 < tol < 1:
+        raise InputError(f"tol must lie between 0 and 1. Got {tol}.")
     op = as_operator(op)
     used = op.num_matvecs
-    sd = spectral_density(op, num_probes=num_probes, num_matvecs=num_matvecs, seed=seed, progress=progress)
+    sd = spectral_density(
+        op, num_probes=num_probes, num_matvecs=num_matvecs, seed=seed, progress=progress
+    )
     (low, high), certified = _ends(op, sd, tol, seed)
-    K, error = _count_ratio(sd, CUT * max(high[0], 0.))
-    shrunk = None if earlier is None else max(_ratio(max(high[0], 0.), max(earlier.lambda_max, 0.)), _ratio(max(-low[0], 0.), max(-earlier.lambda_min, 0.)))
-    return SpectrumType(high[0], low[0], (low[1], high[1]), certified, K, error, op.num_matvecs - used, sd, shrunk, None if earlier is None else earlier.kind)
+    K, error = _count_ratio(sd, CUT * max(high[0], 0.0))
+    shrunk = (
+        None
+        if earlier is None
+        else max(
+            _ratio(max(high[0], 0.0), max(earlier.lambda_max, 0.0)),
+            _ratio(max(-low[0], 0.0), max(-earlier.lambda_min, 0.0)),
+        )
+    )
+    return SpectrumType(
+        high[0],
+        low[0],
+        (low[1], high[1]),
+        certified,
+        K,
+        error,
+        op.num_matvecs - used,
+        sd,
+        shrunk,
+        None if earlier is None else earlier.kind,
+    )
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #93da306a
-R_LIMIT, K_LIMIT = 1.5, 1.2 # eqs. (3) and (4); the paper's
+R_LIMIT, K_LIMIT = 1.5, 1.2  # eqs. (3) and (4); the paper's
 
-def _quotient(a: float, a_error: float, b: float, b_error: float) -> tuple[float, float]: # 0 / 0 is 1
-    q = _ratio(a, b, none=1.)
-    if not math.isfinite(q): return q, math.nan
+
+def _quotient(
+    a: float, a_error: float, b: float, b_error: float
+) -> tuple[float, float]:  # 0 / 0 is 1
+    q = _ratio(a, b, none=1.0)
+    if not math.isfinite(q):
+        return q, math.nan
     return q, math.hypot(a_error, q * b_error) / b if b else max(a_error, b_error)
 
-def _answer(a: float, a_error: float, b: float, b_error: float, limit: float) -> str: # is a / b below the limit? Asked without dividing
-    if not a == a_error == b == b_error == 0.: # nothing from nothing, and that for sure, is no change
-        if a == math.inf > b: return "no"
-        return "yes" if a + a_error < limit * (b - b_error) else "no" if a - a_error >= limit * (b + b_error) else "open"
+
+def _answer(
+    a: float, a_error: float, b: float, b_error: float, limit: float
+) -> str:  # is a / b below the limit? Asked without dividing
+    if (
+        not a == a_error == b == b_error == 0.0
+    ):  # nothing from nothing, and that for sure, is no change
+        if a == math.inf > b:
+            return "no"
+        return (
+            "yes"
+            if a + a_error < limit * (b - b_error)
+            else "no"
+            if a - a_error >= limit * (b + b_error)
+            else "open"
+        )
     return "yes"
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #2fe5dd4f
 @dataclass(frozen=True)
 class Verdict:
     "What the two spectra say about generalisation, by the paper's Figure 10."
+
     train: SpectrumType
     test: SpectrumType
 
     @property
-    def checks(self) -> tuple[dict, ...]: # the three questions, in order; error: a bound for C_t and r_e, a standard error for K_H05
+    def checks(
+        self,
+    ) -> tuple[
+        dict, ...
+    ]:  # the three questions, in order; error: a bound for C_t and r_e, a standard error for K_H05
         a, b = self.train, self.test
-        (r, r_error), (K, K_error) = _quotient(b.r_e, b.C_error, a.r_e, a.C_error), _quotient(b.K_H05, b.K_error, a.K_H05, a.K_error)
+        (r, r_error), (K, K_error) = (
+            _quotient(b.r_e, b.C_error, a.r_e, a.C_error),
+            _quotient(b.K_H05, b.K_error, a.K_H05, a.K_error),
+        )
         asked = a.kind == "mainly-positive"
         first = {"mainly-positive": "yes", "mainly-negative": "no"}.get(a.kind, "open")
-        return (dict(what="C_t (train)", train=a.C_t, test=b.C_t, value=a.C_t, error=a.C_error, limit=f"> {TYPE_LIMIT}", answer=first),
-                dict(what="r_e (test / train)", train=a.r_e, test=b.r_e, value=r, error=r_error, limit=f"< {R_LIMIT}", answer=_answer(b.r_e, b.C_error, a.r_e, a.C_error, R_LIMIT) if asked else "not asked"),
-                dict(what="K_H05 (test / train)", train=a.K_H05, test=b.K_H05, value=K, error=K_error, limit=f"< {K_LIMIT}", answer=_answer(b.K_H05, 2 * b.K_error, a.K_H05, 2 * a.K_error, K_LIMIT) if asked else "not asked"))
+        return (
+            dict(
+                what="C_t (train)",
+                train=a.C_t,
+                test=b.C_t,
+                value=a.C_t,
+                error=a.C_error,
+                limit=f"> {TYPE_LIMIT}",
+                answer=first,
+            ),
+            dict(
+                what="r_e (test / train)",
+                train=a.r_e,
+                test=b.r_e,
+                value=r,
+                error=r_error,
+                limit=f"< {R_LIMIT}",
+                answer=_answer(b.r_e, b.C_error, a.r_e, a.C_error, R_LIMIT)
+                if asked
+                else "not asked",
+            ),
+            dict(
+                what="K_H05 (test / train)",
+                train=a.K_H05,
+                test=b.K_H05,
+                value=K,
+                error=K_error,
+                limit=f"< {K_LIMIT}",
+                answer=_answer(b.K_H05, 2 * b.K_error, a.K_H05, 2 * a.K_error, K_LIMIT)
+                if asked
+                else "not asked",
+            ),
+        )
+
     @property
-    def verdict(self) -> str: # "plausible", "doubtful", "open" or "not applicable"
+    def verdict(self) -> str:  # "plausible", "doubtful", "open" or "not applicable"
         kind, *rest = [c["answer"] for c in self.checks]
-        return "not applicable" if kind != "yes" else "doubtful" if "no" in rest else "open" if "open" in rest else "plausible"
-    def __repr__(self): return f"Verdict({self.text})"
-    def to_dict(self) -> dict: # for JSON
-        return dict(verdict=self.verdict, text=self.text, checks=[_plain(c) for c in self.checks], train=self.train.to_dict(), test=self.test.to_dict())
+        return (
+            "not applicable"
+            if kind != "yes"
+            else "doubtful"
+            if "no" in rest
+            else "open"
+            if "open" in rest
+            else "plausible"
+        )
+
+    def __repr__(self):
+        return f"Verdict({self.text})"
+
+    def to_dict(self) -> dict:  # for JSON
+        return dict(
+            verdict=self.verdict,
+            text=self.text,
+            checks=[_plain(c) for c in self.checks],
+            train=self.train.to_dict(),
+            test=self.test.to_dict(),
+        )
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #a6379ac0
 @patch(as_prop=True)
 def text(self: Verdict) -> str:
     "The verdict in one sentence."
-    def said(which): return " and ".join(f"{c['what']} is {c['value']:.3g}, limit {c['limit']}" for c in self.checks[1:] if c["answer"] == which)
+
+    def said(which):
+        return " and ".join(
+            f"{c['what']} is {c['value']:.3g}, limit {c['limit']}"
+            for c in self.checks[1:]
+            if c["answer"] == which
+        )
+
     if self.verdict == "not applicable":
-        why = f"C_t is {self.train.C_t:.3g}, not above {TYPE_LIMIT}" if self.train.kind == "mainly-negative" else f"C_t is {self.train.C_t:.3g} +- {self.train.C_error:.2g}; use more products"
-        return f"Not applicable: the training spectrum is {self.train.kind.replace('-', ' ')}, {why}."
-    return {"plausible": "Generalisation is plausible", "doubtful": "Generalisation is doubtful", "open": "Open, an error bar reaches its limit"}[self.verdict] + f": {said({'plausible': 'yes', 'doubtful': 'no', 'open': 'open'}[self.verdict])}."
+        why = (
+            f"C_t is {self.train.C_t:.3g}, not above {TYPE_LIMIT}"
+            if self.train.kind == "mainly-negative"
+            else f"C_t is {self.train.C_t:.3g} +- {self.train.C_error:.2g}; use more products"
+        )
+        return (
+            f"Not applicable: the training spectrum is {self.train.kind.replace('-', ' ')}, {why}."
+        )
+    return {
+        "plausible": "Generalisation is plausible",
+        "doubtful": "Generalisation is doubtful",
+        "open": "Open, an error bar reaches its limit",
+    }[
+        self.verdict
+    ] + f": {said({'plausible': 'yes', 'doubtful': 'no', 'open': 'open'}[self.verdict])}."
+
 
 @patch
 def to_frame(self: Verdict):
     "The three questions as a table."
     import pandas as pd
+
     return pd.DataFrame(self.checks).set_index("what")
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #faae8d4c
 def generalisation(
-    train: SpectrumType, # of the loss on images the network was trained on
-    test: SpectrumType, # likewise on images it was not
+    train: SpectrumType,  # of the loss on images the network was trained on
+    test: SpectrumType,  # likewise on images it was not
 ) -> Verdict:
     "The paper's Figure 10: first the kind of the training spectrum, then the two ratios."
     for t in (train, test):
-        if not isinstance(t, SpectrumType): raise InputError(f"a verdict needs two spectra, see `spectrum_type`. Got {type(t).__name__}.")
+        if not isinstance(t, SpectrumType):
+            raise InputError(
+                f"a verdict needs two spectra, see `spectrum_type`. Got {type(t).__name__}."
+            )
     return Verdict(train, test)
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #bca2f71a
 def plot_types(
-    curves: dict, # name -> [(epoch, SpectrumType), ...]
+    curves: dict,  # name -> [(epoch, SpectrumType), ...]
     ax=None,
 ):
     "C_t over a training, with the line of eq. (2); logarithmic below -1."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title="Below the line the spectrum is mainly negative", xlabel="epoch", ylabel="C_t")
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax, title="Below the line the spectrum is mainly negative", xlabel="epoch", ylabel="C_t"
+    )
     for (name, curve), colour in zip(curves.items(), COLOURS.values()):
         epochs, types = zip(*curve)
         ax.plot(epochs, [t.C_t for t in types], "o-", ms=3.5, lw=1.2, color=colour, label=name)
     ax.axhline(TYPE_LIMIT, color=COLOURS["grey"], ls="--", lw=1)
     lowest = min(t.C_t for curve in curves.values() for _, t in curve)
     ax.set_yscale("symlog", linthresh=1)
-    ax.set_yticks(ticks := [t for t in (0., TYPE_LIMIT, -1., -3., -10., -30., -100.) if t > 1.2 * lowest - .3], [f"{t:g}" for t in ticks])
+    ax.set_yticks(
+        ticks := [
+            t for t in (0.0, TYPE_LIMIT, -1.0, -3.0, -10.0, -30.0, -100.0) if t > 1.2 * lowest - 0.3
+        ],
+        [f"{t:g}" for t in ticks],
+    )
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #b3bad5b1
 def plot_two_spectra(
     v: Verdict,
     *,
-    decades_from: float | None = None, # below this magnitude the axis is linear; None: a tenth of the training spectrum's cut
+    decades_from: float
+    | None = None,  # below this magnitude the axis is linear; None: a tenth of the training spectrum's cut
     ax=None,
 ):
     "Both densities along signed decades; dashed, in its colour, the cuts at 0.05 lambda_max of each."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title=f"Two spectra of one network: {v.verdict}", xlabel="eigenvalue", ylabel="eigenvalues per decade (log)")
-    t0 = decades_from or .1 * CUT * max(v.train.lambda_max, 1e-12)
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        title=f"Two spectra of one network: {v.verdict}",
+        xlabel="eigenvalue",
+        ylabel="eigenvalues per decade (log)",
+    )
+    t0 = decades_from or 0.1 * CUT * max(v.train.lambda_max, 1e-12)
     to = lambda t: decades(t, t0)
-    lo, hi = to(min(v.train.lambda_min, v.test.lambda_min, -t0)).item() - .3, to(max(v.train.lambda_max, v.test.lambda_max)).item() + .3
+    lo, hi = (
+        to(min(v.train.lambda_min, v.test.lambda_min, -t0)).item() - 0.3,
+        to(max(v.train.lambda_max, v.test.lambda_max)).item() + 0.3,
+    )
     u = torch.linspace(lo, hi, 1200, dtype=torch.float64)
     for name, t, colour in (("training images", v.train, "blue"), ("test images", v.test, "red")):
-        n, (phi, _) = t.density.size, t.density.density(2 * t0 * torch.sinh(u * math.log(10)), .08, decades_from=t0)
-        ax.plot(u, (n * phi).clamp(min=.1), color=COLOURS[colour], lw=1.2, label=f"{name}: C_t {t.C_t:.3g}, K_H05 {t.K_H05:.3g}")
-        for side in (-1, 1): ax.axvline(to(side * CUT * t.lambda_max).item(), color=COLOURS[colour], ls="--", lw=.8)
-    ticks = [s * 10. ** p for p in range(-12, 13) for s in (-1, 1) if 10. ** p > 4 * t0 and lo <= to(s * 10. ** p) <= hi]
-    ax.set_xticks([to(t).item() for t in [*ticks, 0.]], [f"{t:g}" for t in [*ticks, 0.]])
-    ax.set_yscale("log"); ax.set_ylim(bottom=.1)
+        n, (phi, _) = (
+            t.density.size,
+            t.density.density(2 * t0 * torch.sinh(u * math.log(10)), 0.08, decades_from=t0),
+        )
+        ax.plot(
+            u,
+            (n * phi).clamp(min=0.1),
+            color=COLOURS[colour],
+            lw=1.2,
+            label=f"{name}: C_t {t.C_t:.3g}, K_H05 {t.K_H05:.3g}",
+        )
+        for side in (-1, 1):
+            ax.axvline(to(side * CUT * t.lambda_max).item(), color=COLOURS[colour], ls="--", lw=0.8)
+    ticks = [
+        s * 10.0**p
+        for p in range(-12, 13)
+        for s in (-1, 1)
+        if 10.0**p > 4 * t0 and lo <= to(s * 10.0**p) <= hi
+    ]
+    ax.set_xticks([to(t).item() for t in [*ticks, 0.0]], [f"{t:g}" for t in [*ticks, 0.0]])
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.1)
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -11,147 +11,282 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .guards import InputError, plainly, seed_of, whole
-from .hvp import HessianOperator, as_batches, inner, length, select_params, split_batch, unflatten
+from .foundations.batches import as_batches, split_batch
+from .foundations.guards import InputError, plainly, seed_of, whole
+from .foundations.networks import copy_model
+from .foundations.training import class_report
+from .foundations.weights import inner, vector_norm, select_params, unflatten
+from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
-from .models import copy_model
-from .train import class_report
 
 # %% auto #0
-__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Agreement', 'spike_agreement', 'Stability',
-           'stability', 'Walk', 'bulk_walk', 'plot_walks']
+__all__ = [
+    "largest_gap",
+    "SpikeCount",
+    "vote",
+    "count_spikes",
+    "plot_spike_count",
+    "Agreement",
+    "spike_agreement",
+    "Stability",
+    "stability",
+    "Walk",
+    "bulk_walk",
+    "plot_walks",
+]
+
 
 # %% ../nbs/03_spike_validation.ipynb #13e84336
 def largest_gap(
-    values: torch.Tensor, # (..., m) eigenvalues, descending
-) -> torch.Tensor: # (...,) int64: how many lie above it; 0 when fewer than two are positive
+    values: torch.Tensor,  # (..., m) eigenvalues, descending
+) -> torch.Tensor:  # (...,) int64: how many lie above it; 0 when fewer than two are positive
     "The k with the largest ratio lambda_k / lambda_(k+1) among positive eigenvalues."
     v = torch.as_tensor(values, dtype=torch.float64)
     ok = v[..., 1:] > 1e-12 * v[..., :1].abs()
     ratio = torch.where(ok, v[..., :-1] / v[..., 1:], torch.zeros_like(v[..., 1:]))
     return torch.where(ok.any(-1), ratio.argmax(-1) + 1, torch.zeros_like(ratio.argmax(-1)))
 
+
 # %% ../nbs/03_spike_validation.ipynb #c6024113
 @dataclass(frozen=True)
 class SpikeCount:
     "How many eigenvalues stand apart, by vote over resampled batches."
-    count: int # the most frequent answer
-    share: float # of the resamples that gave it
-    votes: tuple[int, ...] # each resample's answer
-    values: torch.Tensor # (resamples, m) eigenvalues
+
+    count: int  # the most frequent answer
+    share: float  # of the resamples that gave it
+    votes: tuple[int, ...]  # each resample's answer
+    values: torch.Tensor  # (resamples, m) eigenvalues
+
     def __repr__(self):
-        return (f"SpikeCount({self.count}, given by {self.share:.0%} of {len(self.votes)} resampled batches; votes "
-                f"{dict(sorted({v: self.votes.count(v) for v in self.votes}.items()))})")
+        return (
+            f"SpikeCount({self.count}, given by {self.share:.0%} of {len(self.votes)} resampled batches; votes "
+            f"{dict(sorted({v: self.votes.count(v) for v in self.votes}.items()))})"
+        )
+
 
 def vote(
-    values: torch.Tensor, # (resamples, m), rows descending
+    values: torch.Tensor,  # (resamples, m), rows descending
 ) -> SpikeCount:
     "The gap of each row, and their vote; ties go to the smaller count."
     votes = largest_gap(values).tolist()
     count = max(sorted(set(votes)), key=votes.count)
     return SpikeCount(count, votes.count(count) / len(votes), tuple(votes), values)
 
+
 # %% ../nbs/03_spike_validation.ipynb #a0b87385
 @plainly()
 def count_spikes(
-    model: nn.Module, loss_fn, data, # as for HessianOperator; data a pair of tensors or batches of them
+    model: nn.Module,
+    loss_fn,
+    data,  # as for HessianOperator; data a pair of tensors or batches of them
     *,
-    candidates: int, # eigenvalues looked at; twice the number of classes is plenty
-    resamples: int = 8, # batches drawn with replacement
-    params=None, forward=None,
-    tol: float = 1e-2, seed: int = 0, progress: bool = False,
+    candidates: int,  # eigenvalues looked at; twice the number of classes is plenty
+    resamples: int = 8,  # batches drawn with replacement
+    params=None,
+    forward=None,
+    tol: float = 1e-2,
+    seed: int = 0,
+    progress: bool = False,
 ) -> SpikeCount:
     "The spike count with its uncertainty over batches (a bootstrap over images)."
     from tqdm.auto import trange
+
     batches = [split_batch(b) for b in as_batches(data)]
     if not batches or not all(torch.is_tensor(x) for x, _ in batches):
-        raise InputError("resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of "
-                         "tensors.")
+        raise InputError(
+            "resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; pass a pair of "
+            "tensors."
+        )
     X, y = (torch.cat(t) for t in zip(*batches))
-    candidates, resamples, seed = whole("candidates", candidates, 2), whole("resamples", resamples, 1), seed_of(seed)
+    candidates, resamples, seed = (
+        whole("candidates", candidates, 2),
+        whole("resamples", resamples, 1),
+        seed_of(seed),
+    )
     g, rows = torch.Generator().manual_seed(seed), []
     for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
         i = torch.randint(len(y), (len(y),), generator=g)
-        rows.append(top_eigenpairs(HessianOperator(model, loss_fn, (X[i], y[i]), params=params, forward=forward), candidates, tol=tol, seed=seed).values)
+        rows.append(
+            top_eigenpairs(
+                HessianOperator(model, loss_fn, (X[i], y[i]), params=params, forward=forward),
+                candidates,
+                tol=tol,
+                seed=seed,
+            ).values
+        )
     return vote(torch.stack(rows))
+
 
 # %% ../nbs/03_spike_validation.ipynb #5a66bfa8
 def plot_spike_count(
-    s: SpikeCount, ax=None,
+    s: SpikeCount,
+    ax=None,
 ):
     "Eigenvalues of every resampled batch by rank, and where the gap was seen."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title=f"{s.count} spikes, say {s.share:.0%} of the resampled batches", xlabel="rank", ylabel="eigenvalue (log)")
-    for row in s.values: ax.semilogy(range(1, len(row) + 1), row.clamp(min=1e-12), ".-", ms=4, lw=.5, color=COLOURS["blue"], alpha=.5)
-    for v in sorted(set(s.votes)): ax.axvline(v + .5, color=COLOURS["red"], alpha=.15 + .85 * s.votes.count(v) / len(s.votes), lw=1.5)
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        title=f"{s.count} spikes, say {s.share:.0%} of the resampled batches",
+        xlabel="rank",
+        ylabel="eigenvalue (log)",
+    )
+    for row in s.values:
+        ax.semilogy(
+            range(1, len(row) + 1),
+            row.clamp(min=1e-12),
+            ".-",
+            ms=4,
+            lw=0.5,
+            color=COLOURS["blue"],
+            alpha=0.5,
+        )
+    for v in sorted(set(s.votes)):
+        ax.axvline(
+            v + 0.5,
+            color=COLOURS["red"],
+            alpha=0.15 + 0.85 * s.votes.count(v) / len(s.votes),
+            lw=1.5,
+        )
     return ax
+
 
 # %% ../nbs/03_spike_validation.ipynb #0b4b8487
 @dataclass(frozen=True)
 class Agreement:
     "How alike two sets of k directions are (appendix A, Tables 16 and 17)."
-    matched: torch.Tensor # (k,) |cos| after greedy matching, in order of the reference
-    indexed: torch.Tensor # (k,) |cos| of vectors of equal rank
-    angles: torch.Tensor # (k,) principal angles between the spaces, degrees, ascending
+
+    matched: torch.Tensor  # (k,) |cos| after greedy matching, in order of the reference
+    indexed: torch.Tensor  # (k,) |cos| of vectors of equal rank
+    angles: torch.Tensor  # (k,) principal angles between the spaces, degrees, ascending
+
     def __repr__(self):
         m, a = self.matched, self.angles
-        return (f"Agreement(matched |cos| mean {m.mean():.3f}, min {m.min():.3f}; index-wise mean {self.indexed.mean():.3f}; "
-                f"principal angles mean {a.mean():.1f}, max {a.max():.1f} degrees)")
+        return (
+            f"Agreement(matched |cos| mean {m.mean():.3f}, min {m.min():.3f}; index-wise mean {self.indexed.mean():.3f}; "
+            f"principal angles mean {a.mean():.1f}, max {a.max():.1f} degrees)"
+        )
+
 
 def spike_agreement(
-    V: torch.Tensor, reference: torch.Tensor, # (n, k) orthonormal columns each
+    V: torch.Tensor,
+    reference: torch.Tensor,  # (n, k) orthonormal columns each
 ) -> Agreement:
     "Compare two sets of eigenvectors."
-    if V.shape != reference.shape: raise InputError(f"two sets of directions must have one shape. Got {tuple(V.shape)} and {tuple(reference.shape)}.")
+    if V.shape != reference.shape:
+        raise InputError(
+            f"two sets of directions must have one shape. Got {tuple(V.shape)} and {tuple(reference.shape)}."
+        )
     M = inner(reference, V).cpu()
     cos, matched = M.abs().clone(), torch.zeros(len(M), dtype=torch.float64)
     for _ in range(len(M)):
         i, j = divmod(int(cos.argmax()), len(M))
         matched[i] = M[i, j].abs()
-        cos[i], cos[:, j] = -1., -1.
-    angles = torch.rad2deg(torch.acos(torch.linalg.svdvals(M).clamp(max=1.)))
+        cos[i], cos[:, j] = -1.0, -1.0
+    angles = torch.rad2deg(torch.acos(torch.linalg.svdvals(M).clamp(max=1.0)))
     return Agreement(matched, M.diag().abs(), angles)
+
 
 # %% ../nbs/03_spike_validation.ipynb #97b8af27
 @dataclass(frozen=True)
 class Stability:
     "Leading eigenpairs of nested batches beside those of the largest (appendix A)."
-    sizes: tuple[int, ...] # images, ascending; the last one is the reference
-    values: torch.Tensor # (len(sizes), k)
-    agreement: tuple[Agreement, ...] # of each batch with the reference
-    angles: dict[int, tuple[torch.Tensor, ...]] # subspace size j -> principal angles of the leading j, degrees, for each batch
-    products: tuple[int, ...] # that each batch took
-    seconds: tuple[float, ...] # that each batch took
 
-    def _frame(self, rows, name): import pandas as pd; return pd.DataFrame(rows, index=pd.Index(self.sizes, name=name))
-    def eigenvalues(self): return self._frame([dict(enumerate(v.tolist(), 1)) for v in self.values], "images (Table 15)")
+    sizes: tuple[int, ...]  # images, ascending; the last one is the reference
+    values: torch.Tensor  # (len(sizes), k)
+    agreement: tuple[Agreement, ...]  # of each batch with the reference
+    angles: dict[
+        int, tuple[torch.Tensor, ...]
+    ]  # subspace size j -> principal angles of the leading j, degrees, for each batch
+    products: tuple[int, ...]  # that each batch took
+    seconds: tuple[float, ...]  # that each batch took
+
+    def _frame(self, rows, name):
+        import pandas as pd
+
+        return pd.DataFrame(rows, index=pd.Index(self.sizes, name=name))
+
+    def eigenvalues(self):
+        return self._frame(
+            [dict(enumerate(v.tolist(), 1)) for v in self.values], "images (Table 15)"
+        )
+
     def cosines(self):
-        return self._frame([{"matched, mean": a.matched.mean().item(), "matched, min": a.matched.min().item(), "by rank, mean": a.indexed.mean().item(),
-                             "by rank, min": a.indexed.min().item()} for a in self.agreement], "images (Table 16)")
+        return self._frame(
+            [
+                {
+                    "matched, mean": a.matched.mean().item(),
+                    "matched, min": a.matched.min().item(),
+                    "by rank, mean": a.indexed.mean().item(),
+                    "by rank, min": a.indexed.min().item(),
+                }
+                for a in self.agreement
+            ],
+            "images (Table 16)",
+        )
+
     def subspaces(self):
-        return self._frame([{f"top {j}, {w} (deg)": getattr(a[i], w)().item() for j, a in self.angles.items() for w in ("max", "mean")} for i in range(len(self.sizes))], "images (Table 17)")
+        return self._frame(
+            [
+                {
+                    f"top {j}, {w} (deg)": getattr(a[i], w)().item()
+                    for j, a in self.angles.items()
+                    for w in ("max", "mean")
+                }
+                for i in range(len(self.sizes))
+            ],
+            "images (Table 17)",
+        )
+
     def timing(self):
-        return self._frame([{"s a product": s / p, "products": p, "s a run": s} for s, p in zip(self.seconds, self.products)], "images (Table 18)")
-    def __repr__(self): return f"Stability({len(self.sizes)} batches of {', '.join(map(str, self.sizes))} images, {self.values.shape[1]} eigenpairs each)"
+        return self._frame(
+            [
+                {"s a product": s / p, "products": p, "s a run": s}
+                for s, p in zip(self.seconds, self.products)
+            ],
+            "images (Table 18)",
+        )
+
+    def __repr__(self):
+        return f"Stability({len(self.sizes)} batches of {', '.join(map(str, self.sizes))} images, {self.values.shape[1]} eigenpairs each)"
+
 
 # %% ../nbs/03_spike_validation.ipynb #3176500f
 @plainly()
 def stability(
-    model: nn.Module, loss_fn, data, # as for HessianOperator; data a pair of tensors (X, y)
+    model: nn.Module,
+    loss_fn,
+    data,  # as for HessianOperator; data a pair of tensors (X, y)
     *,
-    sizes=(64, 128, 256, 512), # the paper's
-    k: int = 9, # eigenpairs
-    subspaces=(3, 5, 9), # sizes of the leading spaces that are compared (choice)
-    params=None, forward=None, tol: float = 1e-3, seed: int = 0, # also of the order of images
+    sizes=(64, 128, 256, 512),  # the paper's
+    k: int = 9,  # eigenpairs
+    subspaces=(3, 5, 9),  # sizes of the leading spaces that are compared (choice)
+    params=None,
+    forward=None,
+    tol: float = 1e-3,
+    seed: int = 0,  # also of the order of images
     progress: bool = False,
 ) -> Stability:
     "Appendix A on nested batches: how far eigenvalues, vectors and spaces of a small batch are from those of a large one, and what they cost."
     from tqdm.auto import tqdm
+
     X, y = split_batch(data)
-    sizes, k, seed = sorted(whole("sizes", size, 1) for size in sizes), whole("k", k, 1), seed_of(seed)
-    if not torch.is_tensor(X) or sizes[-1] > len(y): raise InputError(f"nested batches are cut from one pair of tensors with at least {sizes[-1]} images. Got {len(y)}; ask for smaller sizes.")
-    if max(subspaces) > k: raise InputError(f"subspaces must not exceed k = {k}. Got {max(subspaces)}.")
-    order, rows, reference = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)), [], None
+    sizes, k, seed = (
+        sorted(whole("sizes", size, 1) for size in sizes),
+        whole("k", k, 1),
+        seed_of(seed),
+    )
+    if not torch.is_tensor(X) or sizes[-1] > len(y):
+        raise InputError(
+            f"nested batches are cut from one pair of tensors with at least {sizes[-1]} images. Got {len(y)}; ask for smaller sizes."
+        )
+    if max(subspaces) > k:
+        raise InputError(f"subspaces must not exceed k = {k}. Got {max(subspaces)}.")
+    order, rows, reference = (
+        torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)),
+        [],
+        None,
+    )
     for size in tqdm(sizes[::-1], desc="batches", leave=False, disable=not progress):
         i, start = order[:size], time.perf_counter()
         op = HessianOperator(model, loss_fn, (X[i], y[i]), params=params, forward=forward)
@@ -159,27 +294,38 @@ def stability(
         took, V = time.perf_counter() - start, pairs.vectors
         reference = V if reference is None else reference
         angles = {j: spike_agreement(V[:, :j], reference[:, :j]).angles for j in subspaces}
-        rows.insert(0, (pairs.values, spike_agreement(V, reference), angles, pairs.num_matvecs, took))
+        rows.insert(
+            0, (pairs.values, spike_agreement(V, reference), angles, pairs.num_matvecs, took)
+        )
     values, agreement, angles, products, seconds = zip(*rows)
-    return Stability(tuple(sizes), torch.stack(values), agreement, {j: tuple(a[j] for a in angles) for j in subspaces}, products, seconds)
+    return Stability(
+        tuple(sizes),
+        torch.stack(values),
+        agreement,
+        {j: tuple(a[j] for a in angles) for j in subspaces},
+        products,
+        seconds,
+    )
+
 
 # %% ../nbs/03_spike_validation.ipynb #307843e0
 @dataclass(frozen=True)
 class Walk:
     "What was measured along a walk; row 0 is the start."
-    within: str # "bulk", "spikes" or "anywhere"
-    displacement: tuple[float, ...] # path length so far
-    loss: tuple[float, ...] # on the Hessian batch
-    accuracy: torch.Tensor # (steps + 1, C) in [0, 1]
-    counts: torch.Tensor # (C,) images behind each accuracy
+
+    within: str  # "bulk", "spikes" or "anywhere"
+    displacement: tuple[float, ...]  # path length so far
+    loss: tuple[float, ...]  # on the Hessian batch
+    accuracy: torch.Tensor  # (steps + 1, C) in [0, 1]
+    counts: torch.Tensor  # (C,) images behind each accuracy
     lambda_1: tuple[float, ...]
-    overlap: tuple[float, ...] # max |V'd|: 0 in the bulk
-    cosine: tuple[float, ...] # with the first direction
-    walls: int # how often a new direction had to be drawn
+    overlap: tuple[float, ...]  # max |V'd|: 0 in the bulk
+    cosine: tuple[float, ...]  # with the first direction
+    walls: int  # how often a new direction had to be drawn
     names: tuple[str, ...]
 
     @property
-    def largest_change(self) -> float: # in [0, 1]
+    def largest_change(self) -> float:  # in [0, 1]
         "The largest change of any class from start to end."
         return (self.accuracy[-1] - self.accuracy[0]).abs().max().item()
 
@@ -187,79 +333,167 @@ class Walk:
     def change_in_noise(self) -> float:
         "That change in units of its own sampling noise: 2 or less cannot be told from chance."
         p, n = self.accuracy[0], self.counts
-        return ((self.accuracy[-1] - p).abs() / ((p * (1 - p)).clamp(min=.25 / n) / n).sqrt()).max().item()
+        return (
+            ((self.accuracy[-1] - p).abs() / ((p * (1 - p)).clamp(min=0.25 / n) / n).sqrt())
+            .max()
+            .item()
+        )
 
     def __repr__(self):
-        return (f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
-                f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)")
+        return (
+            f"Walk({self.within}, length {self.displacement[-1]:.3g}: loss {self.loss[0]:.4f} -> {self.loss[-1]:.4f}, largest "
+            f"class change {100 * self.largest_change:.1f} pp = {self.change_in_noise:.1f} standard errors)"
+        )
+
 
 # %% ../nbs/03_spike_validation.ipynb #46340154
 def _new_direction(g, V, archive, within, like):
     "A unit vector in the wanted space."
     d = torch.randn(V.shape[0], generator=g, dtype=torch.float32).to(like)
-    part = _along(d, V) if within == "spikes" else d if within == "anywhere" else _bulk_part(d, V, archive)
+    part = (
+        _along(d, V)
+        if within == "spikes"
+        else d
+        if within == "anywhere"
+        else _bulk_part(d, V, archive)
+    )
     if not part.norm() > 1e-4 * d.norm():
-        raise InputError(f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
-                         f"{len(archive)} archived directions; use fewer spikes.")
-    return part / length(part).to(part)
+        raise InputError(
+            f"a walk needs room. Hardly anything of {V.shape[0]} dimensions is left beside {V.shape[1]} spikes and "
+            f"{len(archive)} archived directions; use fewer spikes."
+        )
+    return part / vector_norm(part).to(part)
 
-def _along(d, V): return V @ inner(V, d).to(V)
+
+def _along(d, V):
+    return V @ inner(V, d).to(V)
+
 
 def _bulk_part(d, V, archive):
     "What of d lies outside the spikes and the archived directions."
     for _ in range(2):
         d = d - _along(d, V)
-        for a in archive: d = d - a * inner(a, d).to(a)
+        for a in archive:
+            d = d - a * inner(a, d).to(a)
     return d
+
 
 # %% ../nbs/03_spike_validation.ipynb #3aa78051
 @plainly()
 def bulk_walk(
-    model: nn.Module, loss_fn, hessian_data, # as for HessianOperator; the model is left as it is
-    data, # where classes are measured
+    model: nn.Module,
+    loss_fn,
+    hessian_data,  # as for HessianOperator; the model is left as it is
+    data,  # where classes are measured
     *,
-    num_spikes: int, # K, the space that is avoided
-    steps: int = 20, step: float = .1, # the paper's: a path of length 2
-    within: str = "bulk", # "bulk", the controls "spikes" and "anywhere"
-    wall: float = .5, # draw a new direction when less than this survives the projection (choice)
-    params=None, forward=None, names=None, tol: float = 1e-2, seed: int = 0, progress: bool = False,
+    num_spikes: int,  # K, the space that is avoided
+    steps: int = 20,
+    step: float = 0.1,  # the paper's: a path of length 2
+    within: str = "bulk",  # "bulk", the controls "spikes" and "anywhere"
+    wall: float = 0.5,  # draw a new direction when less than this survives the projection (choice)
+    params=None,
+    forward=None,
+    names=None,
+    tol: float = 1e-2,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Walk:
     "The walk of section 7.3, eq. (8), or its controls."
     from tqdm.auto import trange
-    if within not in ("bulk", "spikes", "anywhere"): raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
-    if steps < 1 or not step > 0: raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
+
+    if within not in ("bulk", "spikes", "anywhere"):
+        raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
+    if steps < 1 or not step > 0:
+        raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
     num_spikes, seed = whole("num_spikes", num_spikes, 1), seed_of(seed)
-    walker, g, archive, rows, walls, d, first, spikes = copy_model(model), torch.Generator().manual_seed(seed), [], [], 0, None, None, None
+    walker, g, archive, rows, walls, d, first, spikes = (
+        copy_model(model),
+        torch.Generator().manual_seed(seed),
+        [],
+        [],
+        0,
+        None,
+        None,
+        None,
+    )
     chosen = select_params(walker, params)
     for t in trange(steps + 1, desc=f"walk ({within})", leave=False, disable=not progress):
         op = HessianOperator(walker, loss_fn, hessian_data, params=params, forward=forward)
-        spikes = top_eigenpairs(op, num_spikes, tol=tol, seed=seed, v0=spikes) # from those of the step before, a third fewer products
+        spikes = top_eigenpairs(
+            op, num_spikes, tol=tol, seed=seed, v0=spikes
+        )  # from those of the step before, a third fewer products
         V = spikes.vectors
         if d is not None and within != "anywhere":
             kept = _along(d, V) if within == "spikes" else _bulk_part(d, V, archive)
-            if kept.norm() < wall: archive, d, walls = [*archive, d], None, walls + 1
-            else: d = kept / length(kept).to(kept)
-        if d is None: d = _new_direction(g, V, archive, within, V)
+            if kept.norm() < wall:
+                archive, d, walls = [*archive, d], None, walls + 1
+            else:
+                d = kept / vector_norm(kept).to(kept)
+        if d is None:
+            d = _new_direction(g, V, archive, within, V)
         first = d if first is None else first
         report = class_report(walker, data, names=names, measured_on="walk", forward=forward)
-        rows.append((t * step, op.gradient()[0], report, spikes.values[0].item(), inner(V, d).abs().max().item(), inner(first, d).item()))
-        if t == steps: break
+        rows.append(
+            (
+                t * step,
+                op.gradient()[0],
+                report,
+                spikes.values[0].item(),
+                inner(V, d).abs().max().item(),
+                inner(first, d).item(),
+            )
+        )
+        if t == steps:
+            break
         with torch.no_grad():
-            for p, part in zip(chosen.values(), unflatten(step * d, chosen.values())): p.add_(part)
+            for p, part in zip(chosen.values(), unflatten(step * d, chosen.values())):
+                p.add_(part)
     dist, loss, reports, lam, overlap, cosine = zip(*rows)
-    return Walk(within, dist, loss, torch.stack([r.accuracy for r in reports]), reports[0].counts, lam, overlap, cosine, walls, reports[0].names)
+    return Walk(
+        within,
+        dist,
+        loss,
+        torch.stack([r.accuracy for r in reports]),
+        reports[0].counts,
+        lam,
+        overlap,
+        cosine,
+        walls,
+        reports[0].names,
+    )
+
 
 # %% ../nbs/03_spike_validation.ipynb #184905a0
 def plot_walks(
-    walks, # Walk objects
+    walks,  # Walk objects
     ax=None,
 ):
     "Largest change of any class along each walk, with the noise band of two standard errors."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    ax = new_axes(ax, title="Along the bulk nothing happens to any class", xlabel="path length", ylabel="largest class change (pp)")
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    ax = new_axes(
+        ax,
+        title="Along the bulk nothing happens to any class",
+        xlabel="path length",
+        ylabel="largest class change (pp)",
+    )
     for w, colour in zip(walks, ("blue", "red", "grey")):
-        ax.plot(w.displacement, 100 * (w.accuracy - w.accuracy[0]).abs().amax(1), "o-", ms=4, color=COLOURS[colour], label=w.within)
+        ax.plot(
+            w.displacement,
+            100 * (w.accuracy - w.accuracy[0]).abs().amax(1),
+            "o-",
+            ms=4,
+            color=COLOURS[colour],
+            label=w.within,
+        )
     p, n = walks[0].accuracy[0], walks[0].counts
-    ax.axhspan(0, 200 * ((p * (1 - p)).clamp(min=.25 / n) / n).sqrt().max().item(), color=COLOURS["grey"], alpha=.15, lw=0, label="2 standard errors")
+    ax.axhspan(
+        0,
+        200 * ((p * (1 - p)).clamp(min=0.25 / n) / n).sqrt().max().item(),
+        color=COLOURS["grey"],
+        alpha=0.15,
+        lw=0,
+        label="2 standard errors",
+    )
     ax.legend(frameon=False, fontsize=8)
     return ax

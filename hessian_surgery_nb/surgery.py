@@ -20,32 +20,53 @@ from fastcore.basics import patch
 from torch import nn
 
 from .class_structure import class_subspace
-from .data import check_disjoint
-from hessian_surgery_nb.fingerprints import (
+from .foundations.batches import as_batches, split_batch
+from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
     data_fingerprint,
     fingerprint,
     model_fingerprint,
 )
-from .guards import ChangingFunction, plainly
-from hessian_surgery_nb.hvp import (
-    HessianOperator,
-    InputError,
-    as_batches,
-    select_params,
-    split_batch,
-)
+from .foundations.guards import ChangingFunction, InputError, plainly
+from .foundations.images import check_disjoint
+from .foundations.weights import select_params
+from .hvp import HessianOperator
 from .lanczos import Eigenpairs, top_eigenpairs
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'LOG', 'class_weights', 'choose_exponent', 'solve_coefficients', 'spike_box', 'GammaDecay',
-           'AdamControl', 'SurgeryConfig', 'check_config', 'paper_amplitude', 'choose_amplitude', 'judge',
-           'change_errors', 'amplitude_control', 'StepRecord', 'SurgeryResult', 'SurgeryOperation', 'operate',
-           'with_reduction', 'as_steps', 'request_of', 'answers', 'check_answers', 'plot_before_after', 'plot_history',
-           'report_dict', 'report_dicts']
+__all__ = [
+    "DIRECTIONS",
+    "LOG",
+    "class_weights",
+    "choose_exponent",
+    "solve_coefficients",
+    "spike_box",
+    "GammaDecay",
+    "AdamControl",
+    "SurgeryConfig",
+    "check_config",
+    "paper_amplitude",
+    "choose_amplitude",
+    "accept_step",
+    "change_errors",
+    "amplitude_control",
+    "StepRecord",
+    "SurgeryResult",
+    "SurgeryOperation",
+    "operate",
+    "with_reduction",
+    "as_steps",
+    "request_of",
+    "logit_moments",
+    "check_logit_moments",
+    "plot_before_after",
+    "plot_history",
+    "report_dict",
+    "report_dicts",
+]
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
-from hessian_surgery_nb.models import (
+from hessian_surgery_nb.foundations.networks import (
     check_storable,
     copy_model,
     named_part,
@@ -56,191 +77,295 @@ from hessian_surgery_nb.models import (
     write_atomic,
     write_tensors,
 )
-from .ranks import team
-from .runs import check_out, json_bytes, out_dir
-from .sensitivity import Sensitivity, moved_state, paired_noise, sensitivity_matrix
-from .train import ClassReport, check_order, class_report_of, error_ratio, predict, wilson_interval
+from .foundations.distributed import team
+from .foundations.runs import check_out, json_bytes, out_dir
+from hessian_surgery_nb.sensitivity import (
+    Sensitivity,
+    moved_state,
+    paired_noise,
+    sensitivity_matrix,
+)
+from hessian_surgery_nb.foundations.training import (
+    ClassReport,
+    check_order,
+    class_report_of,
+    error_ratio,
+    predict,
+    wilson_interval,
+)
+
 
 # %% ../nbs/05_surgery.ipynb #43e108db
 def class_weights(
-    accuracy, # (C,) in [0, 1]
-    p: float, # exponent: 0 homogeneous, 1/2 sqrt, 1 linear, 2 square
-) -> torch.Tensor: # (C,) float64, sums to 1
+    accuracy,  # (C,) in [0, 1]
+    p: float,  # exponent: 0 homogeneous, 1/2 sqrt, 1 linear, 2 square
+) -> torch.Tensor:  # (C,) float64, sums to 1
     "Eq. (6): w_c = e_c^p / sum e^p with e_c = 1 - a_c. Equal weights when no class errs."
-    if not p >= 0: raise InputError(f"the exponent p must be 0 or positive. Got {p}.")
+    if not p >= 0:
+        raise InputError(f"the exponent p must be 0 or positive. Got {p}.")
     e = (1 - torch.as_tensor(accuracy, dtype=torch.float64)).clamp(min=0)
-    w = e ** p if e.max() > 0 else torch.ones_like(e)
+    w = e**p if e.max() > 0 else torch.ones_like(e)
     return w / w.sum()
+
 
 # %% ../nbs/05_surgery.ipynb #52e375a1
 def choose_exponent(
-    accuracy, # (C,) in [0, 1]
+    accuracy,  # (C,) in [0, 1]
     *,
-    goal: str = "sigma", # "sigma": smallest spread; "worst": best worst class
-    threshold: float = 5., # error ratio between mild and severe; choice: between the paper's 3.4 and 6.3
-) -> float: # 0, 1/2, 1 or 2
+    goal: str = "sigma",  # "sigma": smallest spread; "worst": best worst class
+    threshold: float = 5.0,  # error ratio between mild and severe; choice: between the paper's 3.4 and 6.3
+) -> float:  # 0, 1/2, 1 or 2
     "Table 3: mild imbalance, square (sigma) or linear (worst); severe, sqrt or homogeneous."
-    if goal not in ("sigma", "worst"): raise InputError(f"goal must be 'sigma' or 'worst'. Got {goal!r}.")
+    if goal not in ("sigma", "worst"):
+        raise InputError(f"goal must be 'sigma' or 'worst'. Got {goal!r}.")
     mild = error_ratio(accuracy) < threshold
-    return {("sigma", True): 2., ("sigma", False): .5, ("worst", True): 1., ("worst", False): 0.}[goal, mild]
+    return {
+        ("sigma", True): 2.0,
+        ("sigma", False): 0.5,
+        ("worst", True): 1.0,
+        ("worst", False): 0.0,
+    }[goal, mild]
+
 
 # %% ../nbs/05_surgery.ipynb #d8ba29ee
 def solve_coefficients(
-    S, # (C, K) sensitivity, or a Sensitivity
-    accuracy, # (C,) in [0, 1], at the centre
-    eps: float, # bound on |alpha|
+    S,  # (C, K) sensitivity, or a Sensitivity
+    accuracy,  # (C,) in [0, 1], at the centre
+    eps: float,  # bound on |alpha|
     *,
-    p: float = 1., # exponent of the class weights; the paper's default is 1
-    tau: float | None = None, # classes at least this accurate are protected; None: the mean accuracy (choice)
-    max_drop: float = .01, # predicted loss allowed to a protected class; the paper's 1 pp
-    box=None, # (K,) bounds on |alpha_k| in place of the ball, eq. (11)
-) -> torch.Tensor: # alpha (K,) float64
+    p: float = 1.0,  # exponent of the class weights; the paper's default is 1
+    tau: float
+    | None = None,  # classes at least this accurate are protected; None: the mean accuracy (choice)
+    max_drop: float = 0.01,  # predicted loss allowed to a protected class; the paper's 1 pp
+    box=None,  # (K,) bounds on |alpha_k| in place of the ball, eq. (11)
+) -> torch.Tensor:  # alpha (K,) float64
     "Eq. (5): maximise w'S alpha subject to |alpha| <= eps (or the box) and S alpha >= -max_drop on strong classes. SLSQP with exact Jacobians."
     from scipy.optimize import minimize
+
     S = np.asarray(getattr(S, "matrix", S), dtype=np.float64)
     a = np.asarray(accuracy, dtype=np.float64)
     _check_problem(S, a, eps, max_drop, box)
     strong = S[a >= (a.mean() if tau is None else tau) - 1e-9]
     radius = np.full(S.shape[1], eps) if box is None else np.asarray(box, dtype=np.float64)
-    A = strong * radius # in units of the bound, x = alpha / radius
+    A = strong * radius  # in units of the bound, x = alpha / radius
     c = class_weights(a, p).numpy() @ S * radius
-    if not np.abs(c).max() > 0: return torch.zeros(S.shape[1], dtype=torch.float64)
+    if not np.abs(c).max() > 0:
+        return torch.zeros(S.shape[1], dtype=torch.float64)
     c = c / np.abs(c).max()
     cons = [dict(type="ineq", fun=lambda x: A @ x + max_drop, jac=lambda x: A)] if len(A) else []
-    if box is None: cons.append(dict(type="ineq", fun=lambda x: 1 - x @ x, jac=lambda x: -2 * x))
-    res = minimize(lambda x: -c @ x, _shrink(c / np.linalg.norm(c), A, max_drop, box), jac=lambda x: -c, method="SLSQP",
-                   bounds=[(-1, 1)] * len(c) if box is not None else None, constraints=cons, options=dict(maxiter=500, ftol=1e-14))
+    if box is None:
+        cons.append(dict(type="ineq", fun=lambda x: 1 - x @ x, jac=lambda x: -2 * x))
+    res = minimize(
+        lambda x: -c @ x,
+        _shrink(c / np.linalg.norm(c), A, max_drop, box),
+        jac=lambda x: -c,
+        method="SLSQP",
+        bounds=[(-1, 1)] * len(c) if box is not None else None,
+        constraints=cons,
+        options=dict(maxiter=500, ftol=1e-14),
+    )
     x = res.x if np.isfinite(res.x).all() else np.zeros_like(c)
     return torch.as_tensor(_shrink(x, A, max_drop, box) * radius)
+
 
 def _shrink(x, A, max_drop, box):
     "Pull x towards 0, which is feasible, until it is feasible too (to 1e-9, so that rounding does not cost the whole step when max_drop is 0)."
     size = np.abs(x).max() if box is not None else np.linalg.norm(x)
-    worst = (-(A @ x)).max() if len(A) else 0.
-    return x * min(1., 1 / size if size > 0 else 1., max_drop / worst if worst > max_drop + 1e-9 else 1.)
+    worst = (-(A @ x)).max() if len(A) else 0.0
+    return x * min(
+        1.0, 1 / size if size > 0 else 1.0, max_drop / worst if worst > max_drop + 1e-9 else 1.0
+    )
+
 
 # %% ../nbs/05_surgery.ipynb #7569c800
 def _check_problem(S, a, eps, max_drop, box):
-    if not (eps > 0 and math.isfinite(eps)): raise InputError(f"eps must be positive and finite. Got {eps}.")
-    if not max_drop >= 0: raise InputError(f"max_drop must be 0 or positive: no step is always allowed. Got {max_drop}.")
-    if S.ndim != 2 or len(S) != len(a): raise InputError(f"S must have a row for each of the {len(a)} accuracies. Got shape {S.shape}.")
-    if not np.isfinite(S).all() or not np.isfinite(a).all(): raise InputError("S and the accuracies must be finite. Got NaN or infinity.")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise InputError(f"eps must be positive and finite. Got {eps}.")
+    if not max_drop >= 0:
+        raise InputError(
+            f"max_drop must be 0 or positive: no step is always allowed. Got {max_drop}."
+        )
+    if S.ndim != 2 or len(S) != len(a):
+        raise InputError(
+            f"S must have a row for each of the {len(a)} accuracies. Got shape {S.shape}."
+        )
+    if not np.isfinite(S).all() or not np.isfinite(a).all():
+        raise InputError("S and the accuracies must be finite. Got NaN or infinity.")
     if box is not None and (len(box) != S.shape[1] or not (np.asarray(box) > 0).all()):
         raise InputError(f"box must hold {S.shape[1]} positive bounds. Got {box}.")
 
+
 # %% ../nbs/05_surgery.ipynb #84281232
 def spike_box(
-    eigenvalues, # (K,) of the spikes
+    eigenvalues,  # (K,) of the spikes
     eps: float,
-) -> torch.Tensor: # (K,) bounds on |alpha_k|
+) -> torch.Tensor:  # (K,) bounds on |alpha_k|
     "Eq. (11): eps sqrt(mean / lambda_k), the same second-order cost for every spike. The mean is our choice: the paper's was lost."
     lam = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    if not (lam > 0).all(): raise InputError(f"boxes need positive eigenvalues. Got {lam.min().item():.3g}; ask for fewer spikes.")
+    if not (lam > 0).all():
+        raise InputError(
+            f"boxes need positive eigenvalues. Got {lam.min().item():.3g}; ask for fewer spikes."
+        )
     return eps * (lam.mean() / lam).sqrt()
+
 
 # %% ../nbs/05_surgery.ipynb #957a21e4
 @dataclass
 class GammaDecay:
     "The schedule of Table 5: eps shrinks by gamma when the running mean of sigma did not fall, and on a rollback."
-    eps: float # amplitude now
-    gamma: float = .7
-    memory: float = .7 # weight of the past in the running mean
-    stall: float = 1e-3 # a relative fall of the mean below this counts as none (choice)
-    ema: float | None = None # running mean of sigma; set by the first value
 
-    def start(self, sigma: float): self.ema = sigma
+    eps: float  # amplitude now
+    gamma: float = 0.7
+    memory: float = 0.7  # weight of the past in the running mean
+    stall: float = 1e-3  # a relative fall of the mean below this counts as none (choice)
+    ema: float | None = None  # running mean of sigma; set by the first value
 
-    def update(self, sigma: float, change: float, accepted: bool): # change: sigma's relative fall, or -(largest drop) on a rollback
+    def start(self, sigma: float):
+        self.ema = sigma
+
+    def update(
+        self, sigma: float, change: float, accepted: bool
+    ):  # change: sigma's relative fall, or -(largest drop) on a rollback
         if accepted:
             before, self.ema = self.ema, self.memory * self.ema + (1 - self.memory) * sigma
-        if not accepted or self.ema > (1 - self.stall) * before: self.eps *= self.gamma
+        if not accepted or self.ema > (1 - self.stall) * before:
+            self.eps *= self.gamma
+
 
 # %% ../nbs/05_surgery.ipynb #23ae91d0
 @dataclass
 class AdamControl:
     "Eqs. (7), (13), (14): amplitude follows the signal-to-noise ratio of the improvements, and can recover."
-    eps: float # amplitude now
-    budget: int # T, iterations of the whole run
-    kappa: float = -math.log(.7) # choice: a constant failure then shrinks eps by 0.7, the other schedule's factor
-    beta1: float | None = None # None: 1 - 2/T, a window of T/2
-    beta2: float | None = None # None: 1 - 1/T, a window of T
-    eps_max: float | None = None # None: the first eps
-    m: float = 0.
-    v: float = 0.
+
+    eps: float  # amplitude now
+    budget: int  # T, iterations of the whole run
+    kappa: float = -math.log(
+        0.7
+    )  # choice: a constant failure then shrinks eps by 0.7, the other schedule's factor
+    beta1: float | None = None  # None: 1 - 2/T, a window of T/2
+    beta2: float | None = None  # None: 1 - 1/T, a window of T
+    eps_max: float | None = None  # None: the first eps
+    m: float = 0.0
+    v: float = 0.0
     t: int = 0
 
     def __post_init__(self):
         self.eps_max = self.eps if self.eps_max is None else self.eps_max
-        self.beta1 = max(0., 1 - 2 / self.budget) if self.beta1 is None else self.beta1
+        self.beta1 = max(0.0, 1 - 2 / self.budget) if self.beta1 is None else self.beta1
         self.beta2 = 1 - 1 / self.budget if self.beta2 is None else self.beta2
 
-    def start(self, sigma: float): pass
+    def start(self, sigma: float):
+        pass
 
     def update(self, sigma: float, change: float, accepted: bool):
         self.t += 1
         self.m = self.beta1 * self.m + (1 - self.beta1) * change
-        self.v = self.beta2 * self.v + (1 - self.beta2) * change ** 2
-        snr = self.m / (1 - self.beta1 ** self.t) / (math.sqrt(self.v / (1 - self.beta2 ** self.t)) + 1e-8)
-        factor = math.exp(self.kappa * snr) if accepted else min(math.exp(self.kappa * snr), math.exp(-self.kappa)) # choice: never repeat a rejected step
-        self.eps = min(max(self.eps * factor, self.eps_max / 10), self.eps_max) # eps_min = eps_0 / 10 (choice)
+        self.v = self.beta2 * self.v + (1 - self.beta2) * change**2
+        snr = (
+            self.m
+            / (1 - self.beta1**self.t)
+            / (math.sqrt(self.v / (1 - self.beta2**self.t)) + 1e-8)
+        )
+        factor = (
+            math.exp(self.kappa * snr)
+            if accepted
+            else min(math.exp(self.kappa * snr), math.exp(-self.kappa))
+        )  # choice: never repeat a rejected step
+        self.eps = min(
+            max(self.eps * factor, self.eps_max / 10), self.eps_max
+        )  # eps_min = eps_0 / 10 (choice)
+
 
 # %% ../nbs/05_surgery.ipynb #c662295e
 DIRECTIONS = "spikes", "class_means", "gradients", "random"
 
+
 @dataclass(frozen=True)
 class SurgeryConfig:
     "All settings of `operate`, with the paper's values where it gives them."
-    iterations: int = 15 # T
-    num_spikes: int | None = None # K; None: C - 1
-    eps: float | None = None # first amplitude; None: `choose_amplitude`; the paper's CIFAR-10 value is 0.02
-    probe_eps: float | None = None # step of the first sensitivity matrix; None: eps. Later ones are tied to the amplitude
-    p: float | str = 1. # exponent of the class weights, or "auto": the rule of Table 3
-    tau: float | None = None # protected classes are at least this accurate; None: the mean (choice); the paper's CIFAR-10 preset is 0.85
-    max_drop: float = .01 # predicted loss allowed to them
-    box: bool = False # per-spike bounds, eq. (11), in place of the ball
-    schedule: str = "gamma" # amplitude: "gamma" (Table 5, the paper's main run) or "adam" (eq. 7)
-    rollback_sigma: float = .005 # turn back when sigma rose by more: 0.5 pp
-    rollback_drop: float = .07 # or when a class fell by more: 7 pp
-    rollback_errors: float = 0. # and by so many standard errors more (choice); 2 suits a few dozen images a class
-    scheme: str = "central" # of the sensitivity matrix
-    metric: str = "accuracy" # or "probability"
-    directions: str = "spikes" # or "class_means": averaged gradients in their place, no Lanczos run; the sceptic's controls: "gradients" of the loss over single classes, "random": a subspace of the same dimension
-    params: str | tuple | None = None # which parameters may move; None: all trainable
-    tol: float = 1e-2 # residual of the eigenpairs over the largest
-    precision: str | None = None # of Hessian-vector products: None, or "bf16"
-    micro_batch: int | None = None # images at a time in them; None: as many as memory allows
-    reduction: str | None = None # "mean" or "sum", for a loss of your own that cannot be asked what it divides by
+
+    iterations: int = 15  # T
+    num_spikes: int | None = None  # K; None: C - 1
+    eps: float | None = (
+        None  # first amplitude; None: `choose_amplitude`; the paper's CIFAR-10 value is 0.02
+    )
+    probe_eps: float | None = (
+        None  # step of the first sensitivity matrix; None: eps. Later ones are tied to the amplitude
+    )
+    p: float | str = 1.0  # exponent of the class weights, or "auto": the rule of Table 3
+    tau: float | None = (
+        None  # protected classes are at least this accurate; None: the mean (choice); the paper's CIFAR-10 preset is 0.85
+    )
+    max_drop: float = 0.01  # predicted loss allowed to them
+    box: bool = False  # per-spike bounds, eq. (11), in place of the ball
+    schedule: str = "gamma"  # amplitude: "gamma" (Table 5, the paper's main run) or "adam" (eq. 7)
+    rollback_sigma: float = 0.005  # turn back when sigma rose by more: 0.5 pp
+    rollback_drop: float = 0.07  # or when a class fell by more: 7 pp
+    rollback_errors: float = (
+        0.0  # and by so many standard errors more (choice); 2 suits a few dozen images a class
+    )
+    scheme: str = "central"  # of the sensitivity matrix
+    metric: str = "accuracy"  # or "probability"
+    directions: str = "spikes"  # or "class_means": averaged gradients in their place, no Lanczos run; the sceptic's controls: "gradients" of the loss over single classes, "random": a subspace of the same dimension
+    params: str | tuple | None = None  # which parameters may move; None: all trainable
+    tol: float = 1e-2  # residual of the eigenpairs over the largest
+    precision: str | None = None  # of Hessian-vector products: None, or "bf16"
+    micro_batch: int | None = None  # images at a time in them; None: as many as memory allows
+    reduction: str | None = (
+        None  # "mean" or "sum", for a loss of your own that cannot be asked what it divides by
+    )
     seed: int = 0
 
     # NumPy's numbers become Python's, a list of names a tuple: settings are compared, and stored
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, np.generic): object.__setattr__(self, f.name, v.item())
+            if isinstance(v, np.generic):
+                object.__setattr__(self, f.name, v.item())
             if isinstance(v, (list, np.ndarray)) and f.name == "params":
                 object.__setattr__(self, "params", tuple(map(str, v)))
 
     @property
-    def product_options(self) -> dict: return dict(precision=self.precision, micro_batch=self.micro_batch, reduction=self.reduction)
+    def product_options(self) -> dict:
+        return dict(
+            precision=self.precision, micro_batch=self.micro_batch, reduction=self.reduction
+        )
+
 
 # %% ../nbs/05_surgery.ipynb #681b2e3c
 _WHOLE = "iterations", "num_spikes", "micro_batch", "seed"
-_REAL = "eps", "probe_eps", "p", "tau", "max_drop", "rollback_sigma", "rollback_drop", "rollback_errors", "tol"
+_REAL = (
+    "eps",
+    "probe_eps",
+    "p",
+    "tau",
+    "max_drop",
+    "rollback_sigma",
+    "rollback_drop",
+    "rollback_errors",
+    "tol",
+)
 _MAY_BE_NONE = "num_spikes", "micro_batch", "eps", "probe_eps", "tau"
+
 
 def _check_kinds(c: SurgeryConfig):
     "Refuse settings that are no numbers, or no names."
     for name in (*_WHOLE, *_REAL):
         v = getattr(c, name)
-        if v is None and name in _MAY_BE_NONE: continue
-        if name == "p" and isinstance(v, str) and v == "auto": continue
+        if v is None and name in _MAY_BE_NONE:
+            continue
+        if name == "p" and isinstance(v, str) and v == "auto":
+            continue
         kind = numbers.Integral if name in _WHOLE else numbers.Real
-        if isinstance(v, kind) and not isinstance(v, bool): continue
+        if isinstance(v, kind) and not isinstance(v, bool):
+            continue
         rule = "a whole number" if name in _WHOLE else "a number"
         raise InputError(f"{name} must be {rule}{', or auto' if name == 'p' else ''}. Got {v!r}.")
-    if c.params is None or isinstance(c.params, str): return
+    if c.params is None or isinstance(c.params, str):
+        return
     if not isinstance(c.params, tuple) or not all(isinstance(k, str) for k in c.params):
         raise InputError(f"params must be a name, a pattern or a tuple of them. Got {c.params!r}.")
+
 
 # %% ../nbs/05_surgery.ipynb #e90d3a48
 def check_config(c: SurgeryConfig):
@@ -269,48 +394,72 @@ def check_config(c: SurgeryConfig):
         ("metric", c.metric in ("accuracy", "probability"), "'accuracy' or 'probability'"),
     ]
     for name, ok, rule in rules:
-        if not ok: raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
+        if not ok:
+            raise InputError(f"{name} must be {rule}. Got {getattr(c, name)!r}.")
+
 
 # %% ../nbs/05_surgery.ipynb #ec47bdf9
 def paper_amplitude(
-    largest: float, # the largest eigenvalue
+    largest: float,  # the largest eigenvalue
 ) -> float:
     "0.6 over its root: the product is 0.61 in all three phases of Table 10, 0.58 on CIFAR-10. 1 without curvature (choice)."
-    return .6 / math.sqrt(largest) if largest > 0 else 1.
+    return 0.6 / math.sqrt(largest) if largest > 0 else 1.0
+
 
 @plainly()
 def choose_amplitude(
-    model: nn.Module, spikes: Eigenpairs, data, # as for `sensitivity_matrix`
+    model: nn.Module,
+    spikes: Eigenpairs,
+    data,  # as for `sensitivity_matrix`
     *,
-    limit: float = .2, # how far the accuracy of a class may move along one spike
-    start: float | None = None, # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
-    **how, # scheme, centre, params, forward, names: as for `sensitivity_matrix`
-) -> tuple[Sensitivity, int]: # the sensitivity matrix at the amplitude found (its `eps`), and passes over the data that it took
+    limit: float = 0.2,  # how far the accuracy of a class may move along one spike
+    start: float | None = None,  # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
+    **how,  # scheme, centre, params, forward, names: as for `sensitivity_matrix`
+) -> tuple[
+    Sensitivity, int
+]:  # the sensitivity matrix at the amplitude found (its `eps`), and passes over the data that it took
     "A first amplitude inside the linear regime (choice): go down from `start` until no class moves by more than `limit` along any spike."
     eps = start if start is not None else paper_amplitude(spikes.values.abs().max().item())
     for tries in range(1, 13):
         S = sensitivity_matrix(model, spikes, data, eps=eps, **how)
         moved = S.matrix.abs().max().item() * eps
-        if moved <= max(limit, 1 / S.counts.min().item()) + 1e-9: return S, tries * S.num_passes # one image may always move; a tie is none to be decided by rounding
-        eps *= .8 * limit / moved
-    raise InputError(f"a first amplitude must move no class by more than {100 * limit:g} pp. None found down to {eps:.3g}; pass eps.")
+        if moved <= max(limit, 1 / S.counts.min().item()) + 1e-9:
+            return (
+                S,
+                tries * S.num_passes,
+            )  # one image may always move; a tie is none to be decided by rounding
+        eps *= 0.8 * limit / moved
+    raise InputError(
+        f"a first amplitude must move no class by more than {100 * limit:g} pp. None found down to {eps:.3g}; pass eps."
+    )
+
 
 # %% ../nbs/05_surgery.ipynb #e1f50bf6
-def judge(
-    before, after, # (C,) accuracies in [0, 1], on the sensitivity set
+def accept_step(
+    before,
+    after,  # (C,) accuracies in [0, 1], on the sensitivity set
     c: SurgeryConfig,
-    errors: torch.Tensor | float = 0., # (C,) standard errors of the changes, for `rollback_errors`
-) -> tuple[bool, float, float]: # accepted; eq. (13): relative fall of sigma, or minus the damage; the largest drop of a class
+    errors: torch.Tensor
+    | float = 0.0,  # (C,) standard errors of the changes, for `rollback_errors`
+) -> tuple[
+    bool, float, float
+]:  # accepted; eq. (13): relative fall of sigma, or minus the damage; the largest drop of a class
     "A step is taken back when sigma rose by more than 0.5 pp or a class fell by more than 7 pp."
     s, t, fell = before.std(correction=0).item(), after.std(correction=0).item(), before - after
-    drop, surely = max(0., fell.max().item()), (fell - c.rollback_errors * errors).max().item()
+    drop, surely = max(0.0, fell.max().item()), (fell - c.rollback_errors * errors).max().item()
     accepted = t <= s + c.rollback_sigma + 1e-9 and surely <= c.rollback_drop + 1e-9
     return accepted, (s - t) / max(s, 1e-12) if accepted else -max(drop, t - s), drop
 
-def change_errors(before, after) -> torch.Tensor: # each (logits (N, C), labels (N,)), of the same images -> (C,)
+
+def change_errors(
+    before, after
+) -> torch.Tensor:  # each (logits (N, C), labels (N,)), of the same images -> (C,)
     "Standard error of the change of each class's accuracy, image by image."
     (z, y), (moved, _) = before, after
-    return paired_noise(((moved.argmax(1) == y).double() - (z.argmax(1) == y).double())[:, None], y, z.shape[1])[:, 0].cpu()
+    return paired_noise(
+        ((moved.argmax(1) == y).double() - (z.argmax(1) == y).double())[:, None], y, z.shape[1]
+    )[:, 0].cpu()
+
 
 def amplitude_control(c: SurgeryConfig, eps: float, sigma: float):
     "The schedule that the settings name, at its start."
@@ -318,95 +467,150 @@ def amplitude_control(c: SurgeryConfig, eps: float, sigma: float):
     control.start(sigma)
     return control
 
+
 # %% ../nbs/05_surgery.ipynb #b7e2ce07
 @dataclass(frozen=True)
 class StepRecord:
     "One iteration of Algorithm 2. Fractions, measured on the sensitivity set."
+
     iteration: int
     accepted: bool
-    eps: float # amplitude of this step
-    eps_next: float # amplitude after the schedule has seen it
-    sigma: float # after the step, whether kept or not
-    overall: float # global accuracy, likewise
+    eps: float  # amplitude of this step
+    eps_next: float  # amplitude after the schedule has seen it
+    sigma: float  # after the step, whether kept or not
+    overall: float  # global accuracy, likewise
     balanced: float
     worst: float
-    largest_drop: float # of any class, by this step
-    predicted_sigma: float # what the linear model promised
-    moved: float # |alpha|
+    largest_drop: float  # of any class, by this step
+    predicted_sigma: float  # what the linear model promised
+    moved: float  # |alpha|
     alpha: tuple[float, ...]
     eigenvalues: tuple[float, ...]
-    certified: bool # every spike's residual was within tol
-    matvecs: int # products of this iteration
-    passes: int # passes over the sensitivity set
-    accuracy: tuple[float, ...] # (C,) of each class, after the step
+    certified: bool  # every spike's residual was within tol
+    matvecs: int  # products of this iteration
+    passes: int  # passes over the sensitivity set
+    accuracy: tuple[float, ...]  # (C,) of each class, after the step
     seconds: float
+
     def __str__(self):
-        return (f"step {self.iteration} {'kept' if self.accepted else 'turned back'}: sigma {100 * self.sigma:.2f} pp (promised {100 * self.predicted_sigma:.2f}), global {100 * self.overall:.2f} %, worst {100 * self.worst:.1f} %, "
-                f"eps {self.eps:.3g} -> {self.eps_next:.3g}; {self.matvecs} products, {self.passes} passes, {self.seconds:.1f} s")
+        return (
+            f"step {self.iteration} {'kept' if self.accepted else 'turned back'}: sigma {100 * self.sigma:.2f} pp (promised {100 * self.predicted_sigma:.2f}), global {100 * self.overall:.2f} %, worst {100 * self.worst:.1f} %, "
+            f"eps {self.eps:.3g} -> {self.eps_next:.3g}; {self.matvecs} products, {self.passes} passes, {self.seconds:.1f} s"
+        )
+
 
 # %% ../nbs/05_surgery.ipynb #5d6a1172
 @dataclass(frozen=True)
 class SurgeryResult:
     "What surgery did: a new model, what changed, and how it went."
+
     model: nn.Module = field(repr=False)
-    before: ClassReport # on the held-out set when there is one
+    before: ClassReport  # on the held-out set when there is one
     after: ClassReport
-    sensitivity_before: ClassReport # on the set that was tuned on
+    sensitivity_before: ClassReport  # on the set that was tuned on
     sensitivity_after: ClassReport
     history: list[StepRecord] = field(repr=False)
     config: SurgeryConfig = field(repr=False)
-    best: int # iteration whose weights were kept; 0: none was better than the start
-    spikes: Eigenpairs = field(repr=False) # at the start
-    sensitivity: Sensitivity = field(repr=False) # at the start
-    labels: torch.Tensor = field(repr=False) # (N,) of the images that `before` and `after` were measured on
-    correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False) # (N,) bool each: which of them were right before and after
+    best: int  # iteration whose weights were kept; 0: none was better than the start
+    spikes: Eigenpairs = field(repr=False)  # at the start
+    sensitivity: Sensitivity = field(repr=False)  # at the start
+    labels: torch.Tensor = field(
+        repr=False
+    )  # (N,) of the images that `before` and `after` were measured on
+    correct: tuple[torch.Tensor, torch.Tensor] = field(
+        repr=False
+    )  # (N,) bool each: which of them were right before and after
+
     def __repr__(self):
         b, a = self.before, self.after
-        return (f"SurgeryResult({a.measured_on}: sigma {100 * b.sigma:.1f} -> {100 * a.sigma:.1f} pp, balanced "
-                f"{100 * b.balanced:.1f} -> {100 * a.balanced:.1f} %, worst {100 * b.worst:.1f} -> {100 * a.worst:.1f} %; step "
-                f"{self.best} of {len(self.history)})")
+        return (
+            f"SurgeryResult({a.measured_on}: sigma {100 * b.sigma:.1f} -> {100 * a.sigma:.1f} pp, balanced "
+            f"{100 * b.balanced:.1f} -> {100 * a.balanced:.1f} %, worst {100 * b.worst:.1f} -> {100 * a.worst:.1f} %; step "
+            f"{self.best} of {len(self.history)})"
+        )
+
 
 # %% ../nbs/05_surgery.ipynb #07bf455a
-def _directions(model, loss_fn, data, config: SurgeryConfig, K: int, iteration: int, forward) -> Eigenpairs:
+def _directions(
+    model, loss_fn, data, config: SurgeryConfig, K: int, iteration: int, forward
+) -> Eigenpairs:
     if config.directions == "spikes":
-        op = HessianOperator(model, loss_fn, data, params=config.params, forward=forward, **config.product_options)
+        op = HessianOperator(
+            model, loss_fn, data, params=config.params, forward=forward, **config.product_options
+        )
         return top_eigenpairs(op, K, tol=config.tol, seed=config.seed)
-    if config.directions in ("class_means", "gradients"): return class_subspace(model, data, K, loss_fn=loss_fn if config.directions == "gradients" else None, params=config.params, forward=forward, reduction=config.reduction)
+    if config.directions in ("class_means", "gradients"):
+        return class_subspace(
+            model,
+            data,
+            K,
+            loss_fn=loss_fn if config.directions == "gradients" else None,
+            params=config.params,
+            forward=forward,
+            reduction=config.reduction,
+        )
     chosen = select_params(model, config.params)
     n, like = sum(p.numel() for p in chosen.values()), next(iter(chosen.values()))
-    if K > n: raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
+    if K > n:
+        raise InputError(f"num_spikes must lie in 1..n, n = {n} parameters. Got {K}.")
     g = torch.Generator().manual_seed((1_000_003 * config.seed + iteration) % 2**63)
     V, _ = torch.linalg.qr(torch.randn(n, K, generator=g, dtype=torch.float32))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
-    return Eigenpairs(nothing, team().mine(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool))
+    return Eigenpairs(
+        nothing, team().shard(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool)
+    )
+
 
 # %% ../nbs/05_surgery.ipynb #889e1434
 class SurgeryOperation:
     "Algorithm 2 between two iterations. The caller's model is copied and never touched."
+
     def __init__(self, model, loss_fn, hessian_data, data, config: SurgeryConfig, names, forward):
         self.model, self.loss_fn = copy_model(model), loss_fn
-        self.hessian_data, self.data, self.config, self.forward = hessian_data, data, config, forward
+        self.hessian_data, self.data, self.config, self.forward = (
+            hessian_data,
+            data,
+            config,
+            forward,
+        )
         self.names = None if names is None else tuple(map(str, names))
         self.now, self.seen = self.measure(data)
         check_order(data, self.seen[1], "the sensitivity set")
         self.start, self.source, self.best_seen = self.now, None, self.seen
         C = len(self.now.accuracy)
-        if C < 2: raise InputError("rebalancing needs at least two classes. The network has one output.")
+        if C < 2:
+            raise InputError("rebalancing needs at least two classes. The network has one output.")
         self.num_spikes = config.num_spikes or C - 1
         self.p = choose_exponent(self.now.accuracy) if config.p == "auto" else config.p
-        self.control = self.pairs = self.first = self.looks = None
-        self.fixed, self.over, self.drawn = False, False, 0 # keep the directions after a step; nothing is left to try; when directions were drawn
+        self.control = self.pairs = self.first = self.cache = None
+        self.fixed, self.over, self.drawn = (
+            False,
+            False,
+            0,
+        )  # keep the directions after a step; nothing is left to try; when directions were drawn
         self.best, self.history = (self.now.sigma, self.weights(), 0), []
 
-    def params(self): return select_params(self.model, self.config.params)
-    def weights(self): return copy.deepcopy(self.model.state_dict())
-    def measure(self, data, on: str = "sensitivity") -> tuple[ClassReport, tuple]: # and what it was read from: logits, labels
+    def params(self):
+        return select_params(self.model, self.config.params)
+
+    def weights(self):
+        return copy.deepcopy(self.model.state_dict())
+
+    def measure(
+        self, data, on: str = "sensitivity"
+    ) -> tuple[ClassReport, tuple]:  # and what it was read from: logits, labels
         seen = predict(self.model, data, forward=self.forward)
         return class_report_of(*seen, self.names, on), seen
-    def reported(self, held_out) -> tuple[ClassReport, torch.Tensor, torch.Tensor]: # report, labels, which images are right
+
+    def reported(
+        self, held_out
+    ) -> tuple[ClassReport, torch.Tensor, torch.Tensor]:  # report, labels, which images are right
         "As the model is now: on the held-out set where there is one, else on the sensitivity set."
-        report, (z, y) = (self.now, self.seen) if held_out is None else self.measure(held_out, "held_out")
-        if held_out is not None and self.now is self.start: check_order(held_out, y, "the held-out set")
+        report, (z, y) = (
+            (self.now, self.seen) if held_out is None else self.measure(held_out, "held_out")
+        )
+        if held_out is not None and self.now is self.start:
+            check_order(held_out, y, "the held-out set")
         return report, y.cpu(), (z.argmax(1) == y).cpu()
 
     def begin(self):
@@ -414,18 +618,31 @@ class SurgeryOperation:
         c, chosen = self.config, self.params()
         S, passes, eps = None, 0, c.eps
         if eps is None:
-            size = math.sqrt(sum(p.detach().double().square().sum().item() for p in chosen.values()))
-            S, passes = choose_amplitude(self.model, self.pairs, self.data, start=.1 * size if c.directions == "random" else None,
-                                         params=c.params, forward=self.forward, names=self.names)
+            size = math.sqrt(
+                sum(p.detach().double().square().sum().item() for p in chosen.values())
+            )
+            S, passes = choose_amplitude(
+                self.model,
+                self.pairs,
+                self.data,
+                start=0.1 * size if c.directions == "random" else None,
+                params=c.params,
+                forward=self.forward,
+                names=self.names,
+            )
             eps = S.eps
         self.control = amplitude_control(c, eps, self.now.sigma)
         return S, passes
 
+
 # %% ../nbs/05_surgery.ipynb #a222c12a
 @patch
-def made_from(self: SurgeryOperation) -> dict[str, str]: # asked for before anything has moved
+def made_from(self: SurgeryOperation) -> dict[str, str]:  # asked for before anything has moved
     "Fingerprints of what the result depends on besides the settings."
-    def content(data): return data_fingerprint(map(split_batch, as_batches(data)))
+
+    def content(data):
+        return data_fingerprint(map(split_batch, as_batches(data)))
+
     if self.source is None:
         self.source = {
             "loss": fingerprint(self.loss_fn),
@@ -436,10 +653,14 @@ def made_from(self: SurgeryOperation) -> dict[str, str]: # asked for before anyt
         }
     return self.source
 
+
 @patch
-def once(self: SurgeryOperation, make, *what): # what: tells it from other things that are made along the same directions
-    "Make something, unless an operation that shares `looks` made it at the same start."
-    if self.looks is None or self.now is not self.start: return make()
+def cached(
+    self: SurgeryOperation, make, *what
+):  # what: tells it from other things that are made along the same directions
+    "Make something, unless an operation that shares `cache` made it at the same start."
+    if self.cache is None or self.now is not self.start:
+        return make()
     c = self.config
     key = (
         *self.made_from().values(),
@@ -452,134 +673,251 @@ def once(self: SurgeryOperation, make, *what): # what: tells it from other thing
         *c.product_options.values(),
         *what,
     )
-    if key not in self.looks: self.looks[key] = make()
-    return self.looks[key]
+    if key not in self.cache:
+        self.cache[key] = make()
+    return self.cache[key]
+
 
 @patch
 def draw(self: SurgeryOperation, when: int):
-    def found(): return _directions(self.model, self.loss_fn, self.hessian_data, self.config, self.num_spikes, when, self.forward)
-    self.pairs, self.drawn = self.once(found, "directions", when), when
+    def found():
+        return _directions(
+            self.model,
+            self.loss_fn,
+            self.hessian_data,
+            self.config,
+            self.num_spikes,
+            when,
+            self.forward,
+        )
+
+    self.pairs, self.drawn = self.cached(found, "directions", when), when
+
 
 # %% ../nbs/05_surgery.ipynb #9ca34187
 @patch
-def look(self: SurgeryOperation) -> tuple[Sensitivity, int, int]: # sensitivity, Hessian products, passes over the data
+def look(
+    self: SurgeryOperation,
+) -> tuple[Sensitivity, int, int]:  # sensitivity, Hessian products, passes over the data
     c, matvecs, passes, S = self.config, 0, 0, None
     if self.pairs is None:
         self.draw(len(self.history))
         matvecs = self.pairs.num_matvecs
-    if self.control is None: S, passes = self.begin()
+    if self.control is None:
+        S, passes = self.begin()
     probe = c.probe_eps if c.probe_eps and not self.history else self.control.eps
     if S is None or (S.eps, S.scheme, S.metric) != (probe, c.scheme, c.metric):
-        def measured(): return sensitivity_matrix(self.model, self.pairs, self.data, eps=probe, scheme=c.scheme, metric=c.metric, centre=self.seen, params=c.params, forward=self.forward, names=self.names)
-        S = self.once(measured, "sensitivity", probe, c.scheme, c.metric)
+
+        def measured():
+            return sensitivity_matrix(
+                self.model,
+                self.pairs,
+                self.data,
+                eps=probe,
+                scheme=c.scheme,
+                metric=c.metric,
+                centre=self.seen,
+                params=c.params,
+                forward=self.forward,
+                names=self.names,
+            )
+
+        S = self.cached(measured, "sensitivity", probe, c.scheme, c.metric)
         passes += S.num_passes
     self.first = self.first or (self.pairs, S)
     return S, matvecs, passes
 
+
 # %% ../nbs/05_surgery.ipynb #72dbec55
 @patch
-def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor: # alpha (K,)
+def decide(self: SurgeryOperation, S: Sensitivity) -> torch.Tensor:  # alpha (K,)
     c, box = self.config, None
-    if c.box and c.directions not in ("gradients", "random"): # these have no eigenvalues: the ball for them
+    if c.box and c.directions not in (
+        "gradients",
+        "random",
+    ):  # these have no eigenvalues: the ball for them
         lam = self.pairs.values
         box = spike_box(lam.clamp(min=1e-3 * lam.abs().max().item()), self.control.eps)
-    return solve_coefficients(S, self.now.accuracy, self.control.eps, p=self.p, tau=c.tau, max_drop=c.max_drop, box=box)
+    return solve_coefficients(
+        S, self.now.accuracy, self.control.eps, p=self.p, tau=c.tau, max_drop=c.max_drop, box=box
+    )
+
 
 # %% ../nbs/05_surgery.ipynb #876f51ab
 @patch
-def iterate(self: SurgeryOperation) -> bool: # whether anything is left to try
+def iterate(self: SurgeryOperation) -> bool:  # whether anything is left to try
     clock, now = time.perf_counter(), self.now
     S, matvecs, passes = self.look()
-    alpha, pairs, eps, saved = team().same(self.decide(S)), self.pairs, self.control.eps, self.weights()
+    alpha, pairs, eps, saved = (
+        team().broadcast(self.decide(S)),
+        self.pairs,
+        self.control.eps,
+        self.weights(),
+    )
     self.move(pairs.vectors @ alpha.to(pairs.vectors))
     after, seen = self.measure(self.data)
-    accepted, gain, drop = judge(now.accuracy, after.accuracy, self.config, change_errors(self.seen, seen))
+    accepted, gain, drop = accept_step(
+        now.accuracy, after.accuracy, self.config, change_errors(self.seen, seen)
+    )
     self.control.update(after.sigma, gain, accepted)
-    self.history.append(StepRecord(
-        len(self.history) + 1, accepted, eps, self.control.eps, after.sigma, after.overall, after.balanced, after.worst, drop,
-        (now.accuracy + S.matrix @ alpha).std(correction=0).item(), alpha.norm().item(), tuple(alpha.tolist()), tuple(pairs.values.tolist()),
-        bool(pairs.converged.all()), matvecs, passes + 1, tuple(after.accuracy.tolist()), time.perf_counter() - clock))
+    self.history.append(
+        StepRecord(
+            len(self.history) + 1,
+            accepted,
+            eps,
+            self.control.eps,
+            after.sigma,
+            after.overall,
+            after.balanced,
+            after.worst,
+            drop,
+            (now.accuracy + S.matrix @ alpha).std(correction=0).item(),
+            alpha.norm().item(),
+            tuple(alpha.tolist()),
+            tuple(pairs.values.tolist()),
+            bool(pairs.converged.all()),
+            matvecs,
+            passes + 1,
+            tuple(after.accuracy.tolist()),
+            time.perf_counter() - clock,
+        )
+    )
     if not accepted:
         self.model.load_state_dict(saved)
-        return self.control.eps != eps # the smallest amplitude was rejected: the same step would be rejected again
+        return (
+            self.control.eps != eps
+        )  # the smallest amplitude was rejected: the same step would be rejected again
     self.now, self.seen = after, seen
-    if alpha.norm() > 0 and not self.fixed: self.pairs = None # elsewhere now
-    if after.sigma < self.best[0]: self.best, self.best_seen = (after.sigma, self.weights(), len(self.history)), seen
+    if alpha.norm() > 0 and not self.fixed:
+        self.pairs = None  # elsewhere now
+    if after.sigma < self.best[0]:
+        self.best, self.best_seen = (after.sigma, self.weights(), len(self.history)), seen
     return True
+
 
 @patch
 @torch.no_grad()
-def move(self: SurgeryOperation, step: torch.Tensor): # (n,)
-    for k, p in moved_state(self.params(), step).items(): self.model.get_parameter(k).copy_(p)
+def move(self: SurgeryOperation, step: torch.Tensor):  # (n,)
+    for k, p in moved_state(self.params(), step).items():
+        self.model.get_parameter(k).copy_(p)
+
 
 # %% ../nbs/05_surgery.ipynb #c6cc2dfd
 LOG = logging.getLogger("hessian_surgery_nb")
 
+
 @plainly()
 def operate(
-    model: nn.Module, # in evaluation mode; left as it is
-    loss_fn, # the loss it was trained with
-    hessian_data, # (X, y), a list of pairs or a loader: where the curvature is measured
-    sensitivity_data, # likewise: where classes are measured and decisions made; every class must occur
+    model: nn.Module,  # in evaluation mode; left as it is
+    loss_fn,  # the loss it was trained with
+    hessian_data,  # (X, y), a list of pairs or a loader: where the curvature is measured
+    sensitivity_data,  # likewise: where classes are measured and decisions made; every class must occur
     *,
-    held_out=None, # likewise: for the report only
+    held_out=None,  # likewise: for the report only
     config: SurgeryConfig = SurgeryConfig(),
-    names=None, # C class names
-    forward=None, # forward(model, X) -> logits, for unusual networks
-    check_overlap: bool = True, # compare the sets' images first
-    reduction: str | None = None, # as in `SurgeryConfig`
-    run_dir=None, # keep the state there after every step; an interrupted run goes on
-    stop=None, # called after every step; true ends the run there
-    looks: dict | None = None, # {}, the same for several: what one finds at the start, others share
-    progress: bool = True, # a bar
+    names=None,  # C class names
+    forward=None,  # forward(model, X) -> logits, for unusual networks
+    check_overlap: bool = True,  # compare the sets' images first
+    reduction: str | None = None,  # as in `SurgeryConfig`
+    run_dir=None,  # keep the state there after every step; an interrupted run goes on
+    stop=None,  # called after every step; true ends the run there
+    cache: dict
+    | None = None,  # {}, the same for several: what one finds at the start, others share
+    progress: bool = True,  # a bar
 ) -> SurgeryResult:
     "Algorithm 2: find spikes, measure, solve, move, keep or roll back; T times. Returns a new model."
     from tqdm.auto import trange
+
     config = with_reduction(config, reduction)
     check_config(config)
-    select_params(model, config.params) # refuses damaged weights and unknown names first of all
-    if check_overlap: check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
+    select_params(model, config.params)  # refuses damaged weights and unknown names first of all
+    if check_overlap:
+        check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     op = SurgeryOperation(model, loss_fn, hessian_data, sensitivity_data, config, names, forward)
-    op.looks = looks
+    op.cache = cache
     (before, labels, was), kept = op.reported(held_out), _State(op, run_dir, held_out)
     kept.take_up()
-    for _ in (bar := trange(len(op.history), config.iterations, desc="surgery", leave=False, disable=not progress or team().rank > 0)):
-        if op.over: break
+    for _ in (
+        bar := trange(
+            len(op.history),
+            config.iterations,
+            desc="surgery",
+            leave=False,
+            disable=not progress or team().rank > 0,
+        )
+    ):
+        if op.over:
+            break
         op.over = not op.iterate()
         kept.keep()
         LOG.info("%s", op.history[-1])
-        bar.set_postfix_str(f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}")
-        if stop and team().any(stop()): break
+        bar.set_postfix_str(
+            f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}"
+        )
+        if stop and team().any(stop()):
+            break
     op.return_to_best()
     after, _, now = op.reported(held_out)
-    return SurgeryResult(op.model, before, after, op.start, op.now, op.history, config, op.best[2], *op.first, labels, (was, now))
+    return SurgeryResult(
+        op.model,
+        before,
+        after,
+        op.start,
+        op.now,
+        op.history,
+        config,
+        op.best[2],
+        *op.first,
+        labels,
+        (was, now),
+    )
+
 
 @patch
 def return_to_best(self: SurgeryOperation):
     "The best weights, measured once more: they must fare as they did, or nothing that was measured on the way is certified."
     self.model.load_state_dict(self.best[1])
     self.now, self.seen = self.measure(self.data)
-    if self.best_seen is None: return
+    if self.best_seen is None:
+        return
     then, now = self.best_seen[0], self.seen[0]
-    if then.shape == now.shape and (then - now).norm() <= torch.finfo(now.dtype).eps ** .5 * then.norm(): return
-    warnings.warn("accuracies need a network and images that stay what they are. The best weights, measured again on the sensitivity set, gave "
-                  "other logits: random augmentation, dropout, a hidden state? No step of this run is certified.", ChangingFunction, stacklevel=3)
+    if (
+        then.shape == now.shape
+        and (then - now).norm() <= torch.finfo(now.dtype).eps ** 0.5 * then.norm()
+    ):
+        return
+    warnings.warn(
+        "accuracies need a network and images that stay what they are. The best weights, measured again on the sensitivity set, gave "
+        "other logits: random augmentation, dropout, a hidden state? No step of this run is certified.",
+        ChangingFunction,
+        stacklevel=3,
+    )
     self.history = [replace(h, certified=False) for h in self.history]
-    self.first = (replace(self.first[0], converged=torch.zeros_like(self.first[0].converged)), self.first[1])
+    self.first = (
+        replace(self.first[0], converged=torch.zeros_like(self.first[0].converged)),
+        self.first[1],
+    )
+
 
 def with_reduction(config: SurgeryConfig, reduction: str | None) -> SurgeryConfig:
     "Settings with the reduction that was given beside them, if one was."
     return config if reduction is None else replace(config, reduction=reduction)
 
+
 # %% ../nbs/05_surgery.ipynb #ae4a8a80
 def as_steps(records: list[dict]) -> list[StepRecord]:
     "Steps from JSON."
-    return [StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records]
+    return [
+        StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()})
+        for r in records
+    ]
+
 
 def request_of(
-    op: SurgeryOperation, held_out, # as it is at its start
-    **more, # what else was asked for
-) -> dict: # for `write_tensors`
+    op: SurgeryOperation,
+    held_out,  # as it is at its start
+    **more,  # what else was asked for
+) -> dict:  # for `write_tensors`
     "Settings, fingerprints, and how the classes fare at the start."
     of_held_out = (
         {}
@@ -595,52 +933,79 @@ def request_of(
         | more
     )
 
-def answers(op: SurgeryOperation) -> list[list[float]]: # of each output: mean, root mean square
+
+def logit_moments(
+    op: SurgeryOperation,
+) -> list[list[float]]:  # of each output: mean, root mean square
     "What tells the logits on the sensitivity set from those of another function."
     z = op.seen[0].double()
     return torch.stack([z.mean(0), z.square().mean(0).sqrt()]).tolist()
 
+
 # %% ../nbs/05_surgery.ipynb #31b17b4f
-def check_answers(then: list, op: SurgeryOperation, path):
+def check_logit_moments(then: list, op: SurgeryOperation, path):
     "Refuse to go on with a network that computes something else, though its weights are the same."
     was, now = (
         torch.tensor(then, dtype=torch.float64),
-        torch.tensor(answers(op), dtype=torch.float64),
+        torch.tensor(logit_moments(op), dtype=torch.float64),
     )
     if was.shape == now.shape and torch.allclose(
         was, now, rtol=1e-3, atol=1e-3 * was.abs().max().item()
     ):
-        return # another number of threads, another machine: rounding
-    raise InputError(f"a run goes on with what it began with. {path} has another forward "
-                     "function, or another network with these weights: its logits at the start "
-                     "differ; remove it, or name another run_dir.")
+        return  # another number of threads, another machine: rounding
+    raise InputError(
+        f"a run goes on with what it began with. {path} has another forward "
+        "function, or another network with these weights: its logits at the start "
+        "differ; remove it, or name another run_dir."
+    )
+
 
 # %% ../nbs/05_surgery.ipynb #4a0b8351
 class _State:
     "An operation between two steps, in a directory."
+
     def __init__(self, op: SurgeryOperation, run_dir, held_out):
         # made when there is something to keep
         self.op, self.dir, t = op, None if run_dir is None else check_out(run_dir), team()
-        if self.dir is None: return
+        if self.dir is None:
+            return
         check_storable(op.model)
         self.request, self.answers = (
             request_of(op, held_out, **(dict(processes=t.size) if t.size > 1 else {})),
-            answers(op),
+            logit_moments(op),
         )
-        self.first = "start.safetensors" if t.size == 1 else f"start-{t.rank + 1}of{t.size}.safetensors" # of the spikes each process keeps its rows
+        self.first = (
+            "start.safetensors" if t.size == 1 else f"start-{t.rank + 1}of{t.size}.safetensors"
+        )  # of the spikes each process keeps its rows
+
 
 # %% ../nbs/05_surgery.ipynb #4cfbad86
 @patch
 def keep(self: _State):
-    if self.dir is None: return
+    if self.dir is None:
+        return
     op, (pairs, S) = self.op, self.op.first
     out_dir(self.dir)
     if len(op.history) == 1:
-        write_tensors(self.dir/self.first, dict(rows=pairs.vectors.T, **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
-                      **{f"S.{k}": getattr(S, k) for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")}),
-                      dict(request=self.request, products=pairs.num_matvecs, S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")}))
-    team().wait() # until all have written theirs
-    if team().rank: return
+        write_tensors(
+            self.dir / self.first,
+            dict(
+                rows=pairs.vectors.T,
+                **{f"pairs.{k}": getattr(pairs, k) for k in ("values", "residuals", "converged")},
+                **{
+                    f"S.{k}": getattr(S, k)
+                    for k in ("matrix", "noise", "accuracy", "counts", "per_image", "labels")
+                },
+            ),
+            dict(
+                request=self.request,
+                products=pairs.num_matvecs,
+                S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")},
+            ),
+        )
+    team().wait()  # until all have written theirs
+    if team().rank:
+        return
     best = {k: v for k, v in op.best[1].items() if torch.is_tensor(v)}
     write_tensors(
         self.dir / "surgery.safetensors",
@@ -658,107 +1023,189 @@ def keep(self: _State):
         ),
     )
 
+
 # %% ../nbs/05_surgery.ipynb #a53a8134
 @patch
 def take_up(self: _State):
-    if self.dir is None or not (self.dir/"surgery.safetensors").exists(): return
-    op, (t, facts), (s, first) = self.op, read_tensors(self.dir/"surgery.safetensors", self.request), read_tensors(self.dir/self.first, self.request)
-    check_answers(facts["answers"], op, self.dir)
+    if self.dir is None or not (self.dir / "surgery.safetensors").exists():
+        return
+    op, (t, facts), (s, first) = (
+        self.op,
+        read_tensors(self.dir / "surgery.safetensors", self.request),
+        read_tensors(self.dir / self.first, self.request),
+    )
+    check_logit_moments(facts["answers"], op, self.dir)
     set_tensors(op.model, named_part(t, "model"))
     op.now, op.seen = op.measure(op.data)
-    op.best_seen = None # not kept: measured once more at the end
+    op.best_seen = None  # not kept: measured once more at the end
     op.history, op.over, op.best = (
         as_steps(facts["history"]),
         facts["over"],
         (facts["best"][0], op.model.state_dict() | named_part(t, "best"), facts["best"][1]),
     )
-    op.control = type(amplitude_control(op.config, 1., op.start.sigma))(**facts["control"])
-    op.first = Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **named_part(s, "pairs")), Sensitivity(**first["S"], **named_part(s, "S"))
-    if facts["same"] and not op.over: op.draw(facts["drawn"])
+    op.control = type(amplitude_control(op.config, 1.0, op.start.sigma))(**facts["control"])
+    op.first = (
+        Eigenpairs(vectors=s["rows"].T, num_matvecs=first["products"], **named_part(s, "pairs")),
+        Sensitivity(**first["S"], **named_part(s, "S")),
+    )
+    if facts["same"] and not op.over:
+        op.draw(facts["drawn"])
+
 
 # %% ../nbs/05_surgery.ipynb #b3dc1f8e
 @patch
 def to_frame(self: SurgeryResult):
     "Each class before and after, in percent, with its change in pp."
     import pandas as pd
+
     b, a = 100 * self.before.accuracy, 100 * self.after.accuracy
-    columns = {"images": self.before.counts.tolist(), "before (%)": b.tolist(), "after (%)": a.tolist(), "change (pp)": (a - b).tolist()}
+    columns = {
+        "images": self.before.counts.tolist(),
+        "before (%)": b.tolist(),
+        "after (%)": a.tolist(),
+        "change (pp)": (a - b).tolist(),
+    }
     return pd.DataFrame(columns, index=pd.Index(self.before.names, name="class"))
+
 
 @patch
 def history_frame(self: SurgeryResult):
     "One row an iteration; accuracies and sigma in percent and pp, on the sensitivity set."
     import pandas as pd
-    percent = {"sigma (pp)": "sigma", "predicted sigma (pp)": "predicted_sigma", "global (%)": "overall", "balanced (%)": "balanced",
-               "worst (%)": "worst", "largest drop (pp)": "largest_drop"}
+
+    percent = {
+        "sigma (pp)": "sigma",
+        "predicted sigma (pp)": "predicted_sigma",
+        "global (%)": "overall",
+        "balanced (%)": "balanced",
+        "worst (%)": "worst",
+        "largest drop (pp)": "largest_drop",
+    }
     plain = ("iteration", "accepted", "eps", "moved", "certified", "matvecs", "passes", "seconds")
-    rows = [{**{k: getattr(h, k) for k in plain[:3]}, **{k: 100 * getattr(h, v) for k, v in percent.items()}, **{k: getattr(h, k) for k in plain[3:]}}
-            for h in self.history]
+    rows = [
+        {
+            **{k: getattr(h, k) for k in plain[:3]},
+            **{k: 100 * getattr(h, v) for k, v in percent.items()},
+            **{k: getattr(h, k) for k in plain[3:]},
+        }
+        for h in self.history
+    ]
     return pd.DataFrame(rows).set_index("iteration")
+
 
 # %% ../nbs/05_surgery.ipynb #3145fc82
 def plot_before_after(
-    before: ClassReport, after: ClassReport,
+    before: ClassReport,
+    after: ClassReport,
     ax=None,
 ):
     "Each class as an arrow from before to after, weakest first; bars are 95 % Wilson intervals of the accuracy after."
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
     order = torch.argsort(before.accuracy).tolist()
-    ax = new_axes(ax, height=max(2.4, .27 * len(order) + .9), title=f"Class accuracy before and after ({after.measured_on.replace('_', '-')})", xlabel="accuracy (%)", ylabel="class")
+    ax = new_axes(
+        ax,
+        height=max(2.4, 0.27 * len(order) + 0.9),
+        title=f"Class accuracy before and after ({after.measured_on.replace('_', '-')})",
+        xlabel="accuracy (%)",
+        ylabel="class",
+    )
     lo, hi = zip(*map(wilson_interval, after.accuracy.tolist(), after.counts.tolist()))
     for row, c in enumerate(order):
         b, a = 100 * before.accuracy[c].item(), 100 * after.accuracy[c].item()
         colour = COLOURS["green"] if a > b else COLOURS["red"] if a < b else COLOURS["grey"]
-        ax.plot([lo[c], hi[c]], [row, row], color=colour, lw=6, alpha=.18, solid_capstyle="butt")
+        ax.plot([lo[c], hi[c]], [row, row], color=colour, lw=6, alpha=0.18, solid_capstyle="butt")
         ax.plot([b, a], [row, row], color=colour, lw=1.6)
         ax.plot(b, row, "o", color="white", mec=colour, ms=6)
         ax.plot(a, row, "o", color=colour, ms=6)
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
 
+
 # %% ../nbs/05_surgery.ipynb #b148853d
 def plot_history(
     result: SurgeryResult,
-    axes=None, # two axes: sigma, amplitude
+    axes=None,  # two axes: sigma, amplitude
 ):
     "Sigma (predicted and measured) and amplitude over the iterations; crosses were rolled back."
     import matplotlib.pyplot as plt
-    from hessian_surgery_nb.testbed import COLOURS, new_axes
-    axes = plt.subplots(2, 1, figsize=(6, 4.2), sharex=True, layout="constrained", height_ratios=(2, 1))[1] if axes is None else axes
+    from hessian_surgery_nb.foundations.testbed import COLOURS, new_axes
+
+    axes = (
+        plt.subplots(
+            2, 1, figsize=(6, 4.2), sharex=True, layout="constrained", height_ratios=(2, 1)
+        )[1]
+        if axes is None
+        else axes
+    )
     h = result.history
     t = [r.iteration for r in h]
     new_axes(axes[0], title="Sigma falls, step by step (sensitivity set)", ylabel="sigma (pp)")
     new_axes(axes[1], xlabel="iteration", ylabel="amplitude")
-    kept = [(0, 100 * result.sensitivity_before.sigma)] + [(r.iteration, 100 * r.sigma) for r in h if r.accepted]
+    kept = [(0, 100 * result.sensitivity_before.sigma)] + [
+        (r.iteration, 100 * r.sigma) for r in h if r.accepted
+    ]
     axes[0].plot(*zip(*kept), "o-", ms=4, color=COLOURS["blue"], label="measured")
-    axes[0].plot(t, [100 * r.predicted_sigma for r in h], "_", ms=9, color=COLOURS["orange"], label="predicted by S")
+    axes[0].plot(
+        t,
+        [100 * r.predicted_sigma for r in h],
+        "_",
+        ms=9,
+        color=COLOURS["orange"],
+        label="predicted by S",
+    )
     back = [(r.iteration, 100 * r.sigma) for r in h if not r.accepted]
-    if back: axes[0].plot(*zip(*back), "x", color=COLOURS["red"], label="rolled back")
+    if back:
+        axes[0].plot(*zip(*back), "x", color=COLOURS["red"], label="rolled back")
     axes[0].axvline(result.best, color=COLOURS["green"], ls=":", label="returned")
     axes[0].legend(frameon=False, fontsize=8, ncols=4)
-    axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"]); axes[1].set_ylim(bottom=0)
+    axes[1].step(t, [r.eps for r in h], where="mid", color=COLOURS["grey"])
+    axes[1].set_ylim(bottom=0)
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return axes
+
 
 # %% ../nbs/05_surgery.ipynb #7ad0962d
 def report_dict(r: ClassReport) -> dict:
     "A `ClassReport` for JSON; in percent and percentage points."
-    return dict(measured_on=r.measured_on, sigma_pp=100 * r.sigma, balanced_percent=100 * r.balanced, global_percent=100 * r.overall, worst_percent=100 * r.worst,
-                classes=[dict(name=n, images=int(c), accuracy_percent=100 * a) for n, c, a in zip(r.names, r.counts, r.accuracy.tolist())])
+    return dict(
+        measured_on=r.measured_on,
+        sigma_pp=100 * r.sigma,
+        balanced_percent=100 * r.balanced,
+        global_percent=100 * r.overall,
+        worst_percent=100 * r.worst,
+        classes=[
+            dict(name=n, images=int(c), accuracy_percent=100 * a)
+            for n, c, a in zip(r.names, r.counts, r.accuracy.tolist())
+        ],
+    )
 
-def report_dicts(result) -> dict: # of anything that has the four
+
+def report_dicts(result) -> dict:  # of anything that has the four
     "The reports of a result, for JSON."
-    return {k: report_dict(getattr(result, k)) for k in ("before", "after", "sensitivity_before", "sensitivity_after")}
+    return {
+        k: report_dict(getattr(result, k))
+        for k in ("before", "after", "sensitivity_before", "sensitivity_after")
+    }
+
 
 @patch
 def to_dict(self: SurgeryResult) -> dict:
     "All numbers, for JSON. Only what stands under `timing` differs from run to run."
-    return dict(**report_dicts(self),
-                config=asdict(self.config), returned_iteration=self.best, history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
-                spikes=self.spikes.values.tolist(), timing=dict(iteration_seconds=[h.seconds for h in self.history]))
+    return dict(
+        **report_dicts(self),
+        config=asdict(self.config),
+        returned_iteration=self.best,
+        history=[{k: v for k, v in asdict(h).items() if k != "seconds"} for h in self.history],
+        spikes=self.spikes.values.tolist(),
+        timing=dict(iteration_seconds=[h.seconds for h in self.history]),
+    )
+
 
 @patch
-def save(self: SurgeryResult, directory, *, weights: str = "weights.safetensors", **more) -> Path: # the directory; more: goes into result.json
+def save(
+    self: SurgeryResult, directory, *, weights: str = "weights.safetensors", **more
+) -> Path:  # the directory; more: goes into result.json
     "Write weights, result.json and history.csv."
     out = out_dir(directory)
     write_atomic(out / weights, weights_bytes(self.model))

@@ -1,34 +1,50 @@
 "What several tests begin with."
+
 import pytest
 
-from hessian_surgery_nb.data import load_digits, long_tail_splits, write_toy_images
-from hessian_surgery_nb.models import digits_net, resnet20, weights_bytes, write_atomic
-from hessian_surgery_nb.train import train
+from hessian_surgery_nb.foundations.images import (
+    load_digits,
+    long_tail_splits,
+    write_toy_images,
+)
+from hessian_surgery_nb.foundations.networks import (
+    digits_net,
+    resnet20,
+    weights_bytes,
+    write_atomic,
+)
+from hessian_surgery_nb.foundations.training import train
 
-FACTORY = "from hessian_surgery_nb.models import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n"
+FACTORY = "from hessian_surgery_nb.foundations.networks import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n"
 
 
-def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run tests marked slow too")
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run tests marked slow too")
 
 
-def pytest_configure(config): config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"): return
+    if config.getoption("--slow"):
+        return
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
 
 
 @pytest.fixture(scope="session")
 def lay_out(tmp_path_factory):
     "A function: images in folders, a file with `net` and whatever else, and weights for `net`, in a new directory."
+
     def make(name, factory="", **images):
         d = tmp_path_factory.mktemp(name)
-        write_toy_images(d/"toys", **images)
-        (d/"mine.py").write_text(FACTORY + factory)
-        write_atomic(d/"w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
+        write_toy_images(d / "toys", **images)
+        (d / "mine.py").write_text(FACTORY + factory)
+        write_atomic(d / "w.safetensors", weights_bytes(resnet20(classes=3, width=4, blocks=1)))
         return d
+
     return make
 
 

@@ -1,4 +1,5 @@
 "Kinds of layers, losses and networks made of them, and their Hessians by PyTorch alone."
+
 import functools
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from hessian_surgery_nb.train import FocalLoss
+from hessian_surgery_nb.foundations.training import FocalLoss
 
 WIDTH = 16  # every block takes (N, 16) and gives (N, 16)
 CLASSES = 3
@@ -20,16 +21,20 @@ WORDS = 7  # that inputs of whole numbers are drawn from
 
 # Blocks -------------------------------------------------------------------------------------------
 
+
 class Block(nn.Module):
     "(N, 16) in the shape of a layer; what the layer gives, projected to (N, 16) again."
+
     def __init__(self, shape, layer):
         super().__init__()
         self.shape, self.layer = shape, layer
 
     def forward(self, x):
         out = self.layer(x.reshape(len(x), *self.shape))
-        if torch.is_tensor(out): flat = out.reshape(len(x), -1)
-        else: flat = out[0].reshape(len(x), -1)  # recurrent layers and attention give a tuple
+        if torch.is_tensor(out):
+            flat = out.reshape(len(x), -1)
+        else:
+            flat = out[0].reshape(len(x), -1)  # recurrent layers and attention give a tuple
         return project(flat, WIDTH)
 
 
@@ -37,34 +42,41 @@ class Block(nn.Module):
 def projection(rows, columns):
     "A fixed matrix (rows, columns) that keeps lengths about as they are."
     g = torch.Generator().manual_seed(rows * 1000 + columns)
-    return torch.randn(rows, columns, generator=g, dtype=torch.float64) / rows ** .5
+    return torch.randn(rows, columns, generator=g, dtype=torch.float64) / rows**0.5
 
 
-def project(x, width): return x if x.shape[1] == width else x @ projection(x.shape[1], width)
+def project(x, width):
+    return x if x.shape[1] == width else x @ projection(x.shape[1], width)
 
 
 class Call(nn.Module):
     "A function as a layer; its parameters are handed to it after the input."
+
     def __init__(self, f, *weights):
         super().__init__()
         self.f = f
         self.weights = nn.ParameterList([nn.Parameter(torch.randn(s) / 2) for s in weights])
 
-    def forward(self, x): return self.f(x, *self.weights)
+    def forward(self, x):
+        return self.f(x, *self.weights)
 
 
 class Residual(nn.Module):
     def __init__(self, *layers):
         super().__init__()
         self.body = nn.Sequential(*layers)
-    def forward(self, x): return x + self.body(x)
+
+    def forward(self, x):
+        return x + self.body(x)
 
 
 class Dense(nn.Module):
     "Each layer sees all that came before it."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 2), nn.Linear(6, 2)
+
     def forward(self, x):
         x = torch.cat([x, torch.tanh(self.a(x))], -1)
         return torch.cat([x, torch.tanh(self.b(x))], -1)
@@ -74,6 +86,7 @@ class Highway(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate, self.body = nn.Linear(4, 4), nn.Linear(4, 4)
+
     def forward(self, x):
         t = torch.sigmoid(self.gate(x))
         return t * torch.tanh(self.body(x)) + (1 - t) * x
@@ -83,34 +96,42 @@ class SqueezeExcite(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+
     def forward(self, x):
         return x * torch.sigmoid(self.b(F.silu(self.a(F.adaptive_avg_pool2d(x, 1)))))
 
 
 class Experts(nn.Module):
     "A soft mixture of two."
+
     def __init__(self):
         super().__init__()
         self.gate, self.experts = nn.Linear(4, 2), nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
     def forward(self, x):
         w = self.gate(x).softmax(-1)
-        return sum(w[..., i:i + 1] * torch.tanh(e(x)) for i, e in enumerate(self.experts))
+        return sum(w[..., i : i + 1] * torch.tanh(e(x)) for i, e in enumerate(self.experts))
 
 
 class Adapter(nn.Module):
     "A frozen linear layer and a learned correction of rank one."
+
     def __init__(self):
         super().__init__()
         self.base = nn.Linear(4, 4).requires_grad_(False)
         self.down, self.up = nn.Linear(4, 1, bias=False), nn.Linear(1, 4, bias=False)
-    def forward(self, x): return torch.tanh(self.base(x) + self.up(self.down(x)))
+
+    def forward(self, x):
+        return torch.tanh(self.base(x) + self.up(self.down(x)))
 
 
 class Attended(nn.Module):
     "Pooling by attention, with a weight that is a vector."
+
     def __init__(self):
         super().__init__()
         self.a, self.v = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+
     def forward(self, x):
         h = torch.tanh(self.a(x))
         return (F.linear(h, self.v).softmax(1)[..., None] * h).sum(1)
@@ -118,15 +139,17 @@ class Attended(nn.Module):
 
 class Standardised(nn.Conv2d):
     "A convolution whose weight is brought to mean 0 and spread 1 on every call."
+
     def forward(self, x):
         w = self.weight
         axes = (1, 2, 3)
-        w = (w - w.mean(axes, keepdim=True)) / (w.std(axes, keepdim=True) + .1)
+        w = (w - w.mean(axes, keepdim=True)) / (w.std(axes, keepdim=True) + 0.1)
         return F.conv2d(x, w, self.bias, self.stride, self.padding)
 
 
 class Buffered(nn.Module):
     "Scale and shift, by parameters and by buffers."
+
     def __init__(self):
         super().__init__()
         self.scale, self.shift = (
@@ -134,17 +157,20 @@ class Buffered(nn.Module):
             nn.Parameter(torch.randn(WIDTH) / 3),
         )
         self.register_buffer("mean", torch.randn(WIDTH))
-        self.register_buffer("spread", torch.rand(WIDTH) + .5)
+        self.register_buffer("spread", torch.rand(WIDTH) + 0.5)
         self.register_buffer("count", torch.tensor(3))
+
     def forward(self, x):
         return torch.tanh((x - self.mean) / self.spread * self.scale + self.shift / self.count)
 
 
 class Positions(nn.Module):
     "Attention written out, with learned places."
+
     def __init__(self):
         super().__init__()
         self.place, self.qkv = nn.Parameter(torch.randn(4, 4) / 2), nn.Linear(4, 12)
+
     def forward(self, x):
         q, k, v = self.qkv(x + self.place).chunk(3, -1)
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[
@@ -154,49 +180,65 @@ class Positions(nn.Module):
 
 class Checkpointed(nn.Module):
     "Its inner part is computed a second time in the backward pass; `mode` None: it is not."
+
     def __init__(self, layers, mode):
         super().__init__()
         self.body, self.mode = layers, mode
+
     def forward(self, x):
-        if self.mode is None: return self.body(x)
+        if self.mode is None:
+            return self.body(x)
         return checkpoint(self.body, x, use_reentrant=self.mode == "reentrant")
 
 
 class Swish(torch.autograd.Function):
     "x sigmoid(x), right in both derivatives; written the old way."
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         return x * torch.sigmoid(x)
+
     @staticmethod
     def backward(ctx, g):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         s = torch.sigmoid(x)
         return g * s * (1 + x * (1 - s))
 
 
 class Cube(torch.autograd.Function):
     "x^3, right in both derivatives; written the new way."
+
     @staticmethod
-    def forward(x): return x ** 3
+    def forward(x):
+        return x**3
+
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
     @staticmethod
-    def backward(ctx, g): return 3 * g * ctx.saved_tensors[0] ** 2
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0] ** 2
 
 
 class Scaled(torch.autograd.Function):
     "x w for a vector w, the new way, with a derivative in forward mode."
+
     @staticmethod
-    def forward(x, w): return x * w
+    def forward(x, w):
+        return x * w
+
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         return g * w, (g * x).sum(0)
+
     @staticmethod
     def jvp(ctx, dx, dw):
         x, w = ctx.saved_tensors
@@ -205,37 +247,48 @@ class Scaled(torch.autograd.Function):
 
 class Once(torch.autograd.Function):
     "tanh, with a backward pass that says it cannot be differentiated."
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         return x.tanh()
+
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
 
 
 class Symmetric(nn.Module):
     "A parametrisation: the upper triangle, twice."
-    def forward(self, w): return w.triu() + w.triu(1).T
+
+    def forward(self, w):
+        return w.triu() + w.triu(1).T
 
 
 class Tied(nn.Module):
     "One matrix in two places, once turned around."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         self.b.weight = self.a.weight
-    def forward(self, x): return torch.tanh(self.b(torch.tanh(self.a(x)))) @ self.a.weight
+
+    def forward(self, x):
+        return torch.tanh(self.b(torch.tanh(self.a(x)))) @ self.a.weight
 
 
 class PerDirection(nn.Module):
     "Cells of recurrent networks, unrolled by hand."
+
     def __init__(self, cell):
         super().__init__()
         self.cell = cell
+
     def forward(self, x):
         state = None
-        for t in range(x.shape[1]): state = self.cell(x[:, t], state)
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
         return state[0] if isinstance(state, tuple) else state
 
 
@@ -244,6 +297,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.mask = mask
         self.body = nn.MultiheadAttention(4, 2, batch_first=True, **how)
+
     def forward(self, x):
         mask = torch.ones(4, 4, dtype=torch.bool).triu(1) if self.mask else None
         return self.body(x, x, x, attn_mask=mask, need_weights=not self.mask)[0]
@@ -252,61 +306,80 @@ class SelfAttention(nn.Module):
 class Decoded(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.TransformerDecoderLayer(4, 1, 3, 0., batch_first=True)
-    def forward(self, x): return self.body(x, x.flip(1))
+        self.body = nn.TransformerDecoderLayer(4, 1, 3, 0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.body(x, x.flip(1))
 
 
 class Quadratic(nn.Module):
     "A function transform inside a network: the gradient of an energy with respect to the input."
+
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.randn(WIDTH) / 2)
+
     def forward(self, x):
-        def energy(t): return (torch.tanh(t * self.w) ** 2).sum()
+        def energy(t):
+            return (torch.tanh(t * self.w) ** 2).sum()
+
         return torch.func.grad(energy)(x)
 
 
 class QuadraticByHand(Quadratic):
     def forward(self, x):
         t = torch.tanh(x * self.w)
-        return 2 * t * (1 - t ** 2) * self.w
+        return 2 * t * (1 - t**2) * self.w
 
 
 class Ensemble(nn.Module):
     "Three linear layers at once by `vmap`, or one after the other."
+
     def __init__(self, at_once):
         super().__init__()
         self.at_once, self.W = at_once, nn.Parameter(torch.randn(3, 4, 4) / 2)
+
     def forward(self, x):
-        def one(w): return torch.tanh(F.linear(x, w))
-        if self.at_once: return torch.vmap(one)(self.W).mean(0)
+        def one(w):
+            return torch.tanh(F.linear(x, w))
+
+        if self.at_once:
+            return torch.vmap(one)(self.W).mean(0)
         return torch.stack([one(w) for w in self.W]).mean(0)
 
 
 class Pushed(nn.Module):
     "A directional derivative inside a network."
+
     def __init__(self, by_hand=False):
         super().__init__()
         self.w, self.by_hand = nn.Parameter(torch.randn(WIDTH) / 2), by_hand
+
     def forward(self, x):
-        if self.by_hand: return (1 - torch.tanh(x * self.w) ** 2) * self.w
+        if self.by_hand:
+            return (1 - torch.tanh(x * self.w) ** 2) * self.w
         return torch.func.jvp(lambda t: torch.tanh(t * self.w), (x,), (torch.ones_like(x),))[1]
 
 
 class HookedOut(nn.Module):
     "A forward hook that changes what a layer returns."
+
     def __init__(self):
         super().__init__()
         self.body = nn.Linear(4, 4)
         self.body.register_forward_hook(lambda m, args, out: torch.tanh(out) + args[0])
-    def forward(self, x): return self.body(x)
+
+    def forward(self, x):
+        return self.body(x)
 
 
 class InPlace(nn.Module):
     "Changes what it made itself, never its input."
+
     def __init__(self):
         super().__init__()
         self.a = nn.Linear(4, 4)
+
     def forward(self, x):
         h = self.a(x)
         h += x
@@ -317,19 +390,23 @@ class InPlace(nn.Module):
 
 class Fixed(nn.Module):
     "Fractional pooling with its random numbers given."
+
     def forward(self, x):
-        samples = torch.full((len(x), x.shape[1], 2), .3, dtype=x.dtype)
+        samples = torch.full((len(x), x.shape[1], 2), 0.3, dtype=x.dtype)
         return F.fractional_max_pool2d(x, 2, output_size=2, _random_samples=samples)
 
 
-def hard_sigmoid(x): return F.relu6(x + 3) / 6
+def hard_sigmoid(x):
+    return F.relu6(x + 3) / 6
 
 
 def norm_with_statistics(norm):
     "Statistics of a layer that has seen data: neither 0 nor 1."
     for name, b in norm.named_buffers():
-        if name == "running_mean": b.copy_(torch.randn(b.shape) / 3)
-        if name == "running_var": b.copy_(torch.rand(b.shape) + .5)
+        if name == "running_mean":
+            b.copy_(torch.randn(b.shape) / 3)
+        if name == "running_var":
+            b.copy_(torch.rand(b.shape) + 0.5)
     return norm
 
 
@@ -338,6 +415,7 @@ def pruned(how, **options):
         layer = nn.Linear(4, 4)
         how(layer, name="weight", **options)
         return layer
+
     return build
 
 
@@ -357,31 +435,86 @@ def masked_linear():
     return layer
 
 
-def fft_layer(x, w): return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(w[0], w[1]), n=WIDTH)
-def phases(x, w): return (torch.exp(1j * x * w)).real + torch.abs(torch.complex(x, x * w + 2))
+def fft_layer(x, w):
+    return torch.fft.irfft(torch.fft.rfft(x) * torch.complex(w[0], w[1]), n=WIDTH)
+
+
+def phases(x, w):
+    return (torch.exp(1j * x * w)).real + torch.abs(torch.complex(x, x * w + 2))
+
+
 def solved(x, A):
     return torch.linalg.solve(A @ A.T + torch.eye(4, dtype=x.dtype), x.transpose(1, 2)).transpose(
         1, 2
     )
-def inverted(x, A): return x @ torch.linalg.inv(A @ A.T + torch.eye(4, dtype=x.dtype))
-def cholesky(x, A): return x @ torch.linalg.cholesky(A @ A.T + torch.eye(4, dtype=x.dtype))
-def exponential(x, A): return x @ torch.linalg.matrix_exp(A / 2)
-def determinant(x, A): return x * torch.linalg.slogdet(A @ A.T + torch.eye(4, dtype=x.dtype))[1]
-def eigenvalues(x, A): return x * torch.linalg.eigvalsh(A + A.T)
-def q_of(x, A): return x @ torch.linalg.qr(A)[0]
-def gathered(x, w): return (x * w).gather(1, torch.arange(WIDTH - 1, -1, -1).expand(len(x), -1)) * x
-def sorted_(x, w): return (x * w).sort(1).values * torch.linspace(-1, 1, WIDTH, dtype=x.dtype)
-def best(x, w): return (x * w).topk(5, 1).values
-def picked(x, w): return (x * w)[:, torch.tensor([3, 3, 0, 7, 15])] * w[:5]
-def added(x, w): return torch.zeros_like(x).index_add(1, torch.arange(WIDTH) % 5, torch.tanh(x * w))
+
+
+def inverted(x, A):
+    return x @ torch.linalg.inv(A @ A.T + torch.eye(4, dtype=x.dtype))
+
+
+def cholesky(x, A):
+    return x @ torch.linalg.cholesky(A @ A.T + torch.eye(4, dtype=x.dtype))
+
+
+def exponential(x, A):
+    return x @ torch.linalg.matrix_exp(A / 2)
+
+
+def determinant(x, A):
+    return x * torch.linalg.slogdet(A @ A.T + torch.eye(4, dtype=x.dtype))[1]
+
+
+def eigenvalues(x, A):
+    return x * torch.linalg.eigvalsh(A + A.T)
+
+
+def q_of(x, A):
+    return x @ torch.linalg.qr(A)[0]
+
+
+def gathered(x, w):
+    return (x * w).gather(1, torch.arange(WIDTH - 1, -1, -1).expand(len(x), -1)) * x
+
+
+def sorted_(x, w):
+    return (x * w).sort(1).values * torch.linspace(-1, 1, WIDTH, dtype=x.dtype)
+
+
+def best(x, w):
+    return (x * w).topk(5, 1).values
+
+
+def picked(x, w):
+    return (x * w)[:, torch.tensor([3, 3, 0, 7, 15])] * w[:5]
+
+
+def added(x, w):
+    return torch.zeros_like(x).index_add(1, torch.arange(WIDTH) % 5, torch.tanh(x * w))
+
+
 def scattered(x, w):
     return torch.zeros_like(x).scatter_add(
         1, (torch.arange(WIDTH) % 7).expand(len(x), -1), torch.tanh(x * w)
     )
-def chosen(x, w): return torch.where(x * w > 0, torch.exp(-x * w), 1 + torch.sin(x * w))
-def summed(x, w): return torch.tanh(x * w).cumsum(1)
-def multiplied(x, w): return (1 + torch.tanh(x * w) / 4).cumprod(1)
-def log_sums(x, w): return torch.logcumsumexp(x * w, 1)
+
+
+def chosen(x, w):
+    return torch.where(x * w > 0, torch.exp(-x * w), 1 + torch.sin(x * w))
+
+
+def summed(x, w):
+    return torch.tanh(x * w).cumsum(1)
+
+
+def multiplied(x, w):
+    return (1 + torch.tanh(x * w) / 4).cumprod(1)
+
+
+def log_sums(x, w):
+    return torch.logcumsumexp(x * w, 1)
+
+
 def reduced(x, w):
     h = x * w
     return torch.stack(
@@ -396,30 +529,64 @@ def reduced(x, w):
         ],
         1,
     )
-def turned(x, w): return torch.roll(x * w, 3, 1) * x.flip(1) + torch.tanh(x * w)
-def contracted(x, A): return torch.einsum("nij,jk,nlk->nil", x, A, x) / 4
+
+
+def turned(x, w):
+    return torch.roll(x * w, 3, 1) * x.flip(1) + torch.tanh(x * w)
+
+
+def contracted(x, A):
+    return torch.einsum("nij,jk,nlk->nil", x, A, x) / 4
+
+
 def special(x, w):
     return (
         torch.erf(x * w)
         + torch.special.expit(x) * torch.log1p((x * w) ** 2)
         + torch.atan2(x * w, 1 + x**2)
     )
-def batched(x, A): return torch.baddbmm(x, x, A.expand(len(x), 4, 4))
-def nearest(x, A): return torch.cdist(x, A.expand(len(x), 4, 4))
-def nearest_by_hand(x, A): return (x[:, :, None] - A).norm(dim=-1)
+
+
+def batched(x, A):
+    return torch.baddbmm(x, x, A.expand(len(x), 4, 4))
+
+
+def nearest(x, A):
+    return torch.cdist(x, A.expand(len(x), 4, 4))
+
+
+def nearest_by_hand(x, A):
+    return (x[:, :, None] - A).norm(dim=-1)
+
+
 def pair_distance(x, w):
     return F.pairwise_distance(x.view(len(x), 4, 4), w) * x.view(len(x), 4, 4).mean(2)
-def alike(x, A): return F.cosine_similarity(x[:, None, :], A[None], dim=2)
-def normalised(x, w): return F.normalize(x * w, dim=1) * 2
+
+
+def alike(x, A):
+    return F.cosine_similarity(x[:, None, :], A[None], dim=2)
+
+
+def normalised(x, w):
+    return F.normalize(x * w, dim=1) * 2
+
+
 def strided(x, w):
     return torch.as_strided((x * w).contiguous(), (len(x), 5, 3), (WIDTH, 2, 1)).tanh()
-def unfolded(x, w): return (x * w).unfold(1, 4, 2).tanh()
+
+
+def unfolded(x, w):
+    return (x * w).unfold(1, 4, 2).tanh()
+
+
 def sampled(x, w):
     grid = torch.stack(
         torch.meshgrid(torch.linspace(-0.7, 0.8, 3), torch.linspace(-0.6, 0.9, 3), indexing="ij"),
         -1,
     ).to(x)
     return F.grid_sample(torch.tanh(x * w), grid.expand(len(x), 3, 3, 2), align_corners=False)
+
+
 def sampled_by_hand(x, w):
     "Bilinear interpolation at the same places: pixel = ((place + 1) * 4 - 1) / 2, zeros outside."
     h, out = torch.tanh(x * w), 0
@@ -434,22 +601,43 @@ def sampled_by_hand(x, w):
             inside = (ix >= 0) & (ix < 4) & (iy >= 0) & (iy < 4)
             out = out + h[:, :, iy.clamp(0, 3).long(), ix.clamp(0, 3).long()] * weight * inside
     return out
-def mask_filled(x, w): return (x * w).masked_fill(torch.arange(WIDTH) % 3 == 0, -1.).softmax(1) * x
+
+
+def mask_filled(x, w):
+    return (x * w).masked_fill(torch.arange(WIDTH) % 3 == 0, -1.0).softmax(1) * x
+
+
 def complex_linear(x, A):
     x = x.view(len(x), 8, 2)
     return torch.view_as_real(
         torch.complex(x[..., 0], x[..., 1]) @ torch.complex(A[..., 0], A[..., 1])
     ).tanh()
+
+
 def attention(x, A):
     q = (x @ A)[:, None]
     return F.scaled_dot_product_attention(q, x[:, None], torch.tanh(x)[:, None])
+
+
 def attention_by_hand(x, A):
     q = x @ A
     return (q @ x.transpose(1, 2) / 2).softmax(-1) @ torch.tanh(x)
-def weighted_conv(x, W): return F.conv2d(x, torch.tanh(W), padding=1)
-def text_linear(x, w): return F.linear(x, w)
-def through(function): return lambda x, w: function.apply(x * w)
-def scaled(x, w): return torch.tanh(Scaled.apply(x, w)) * w
+
+
+def weighted_conv(x, W):
+    return F.conv2d(x, torch.tanh(W), padding=1)
+
+
+def text_linear(x, w):
+    return F.linear(x, w)
+
+
+def through(function):
+    return lambda x, w: function.apply(x * w)
+
+
+def scaled(x, w):
+    return torch.tanh(Scaled.apply(x, w)) * w
 
 
 def checkpoints(body, mode):
@@ -813,21 +1001,27 @@ BLOCKS = {
 
 class Pair(nn.Module):
     "A layer of two inputs, given neighbouring rows."
+
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-    def forward(self, x): return self.layer(x, x.roll(1, 1).contiguous())
+
+    def forward(self, x):
+        return self.layer(x, x.roll(1, 1).contiguous())
 
 
 class Turn(nn.Module):
-    def forward(self, x): return x.transpose(1, 2)
+    def forward(self, x):
+        return x.transpose(1, 2)
 
 
 class Turned(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-    def forward(self, x): return self.layer(x.transpose(1, 2))[0]
+
+    def forward(self, x):
+        return self.layer(x.transpose(1, 2))[0]
 
 
 class Unpooled(nn.Module):
@@ -893,8 +1087,15 @@ BLOCKS["dropout of channels"] = entry(
 
 # Fronts: from what a batch holds to (N, 16) -------------------------------------------------------
 
-def vectors(n, g): return torch.randn(n, FEATURES, generator=g, dtype=torch.float64)
-def words(n, g): return torch.randint(1, WORDS, (n, 4), generator=g)
+
+def vectors(n, g):
+    return torch.randn(n, FEATURES, generator=g, dtype=torch.float64)
+
+
+def words(n, g):
+    return torch.randint(1, WORDS, (n, 4), generator=g)
+
+
 def padded_words(n, g):
     w = words(n, g)
     return w.masked_fill(torch.arange(4) >= torch.randint(2, 5, (n, 1), generator=g), 0)
@@ -904,14 +1105,18 @@ class Front(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-    def forward(self, x): return project(torch.tanh(self.layer(x)).flatten(1), WIDTH)
+
+    def forward(self, x):
+        return project(torch.tanh(self.layer(x)).flatten(1), WIDTH)
 
 
 class Padded(nn.Module):
     "Padding is set to zero: its row of the embedding plays no part."
+
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(WORDS, 3, padding_idx=0)
+
     def forward(self, x):
         return project(
             torch.tanh(self.words(x).masked_fill((x == 0)[..., None], 0.0)).flatten(1), WIDTH
@@ -925,24 +1130,30 @@ class PaddedEncoder(nn.Module):
         self.body = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(4, 2, 2, 0.0, F.gelu, batch_first=True), 1
         )
+
     def forward(self, x):
         out = self.body(self.words(x), src_key_padding_mask=x == 0)
-        return project(out.masked_fill((x == 0)[..., None], 0.).flatten(1), WIDTH)
+        return project(out.masked_fill((x == 0)[..., None], 0.0).flatten(1), WIDTH)
 
 
 class ByName(nn.Module):
     "Two inputs, given by name."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
-    def forward(self, left, right): return project(torch.tanh(self.a(left) * self.b(right)), WIDTH)
+
+    def forward(self, left, right):
+        return project(torch.tanh(self.a(left) * self.b(right)), WIDTH)
 
 
 class WrittenBag(nn.Module):
     "An embedding bag by plain indexing."
+
     def __init__(self, mode):
         super().__init__()
         self.weight, self.mode = nn.Parameter(torch.randn(WORDS, 4)), mode
+
     def forward(self, x):
         rows = self.weight[x]
         return rows.amax(1) if self.mode == "max" else getattr(rows, self.mode)(1)
@@ -960,7 +1171,10 @@ def front(build, inputs, twin=None, *, smooth=True, refusable=False):
     )
 
 
-def embedded(**how): return lambda: Front(nn.Embedding(WORDS, 3, **how))
+def embedded(**how):
+    return lambda: Front(nn.Embedding(WORDS, 3, **how))
+
+
 def bagged(mode, sparse=False):
     bag = functools.partial(nn.EmbeddingBag, WORDS, 4, mode=mode, sparse=sparse)
     return front(
@@ -1006,6 +1220,7 @@ FRONTS = {
 
 # Heads: from (N, 16) to logits (N, 3) -------------------------------------------------------------
 
+
 class Cosine(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1013,6 +1228,7 @@ class Cosine(nn.Module):
             nn.Parameter(torch.randn(CLASSES, 4)),
             nn.Parameter(torch.tensor(3.0)),
         )
+
     def forward(self, x):
         return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
@@ -1021,7 +1237,9 @@ class Prototypes(nn.Module):
     def __init__(self):
         super().__init__()
         self.centres, self.distance = nn.Parameter(torch.randn(CLASSES, 4)), nn.PairwiseDistance()
-    def forward(self, x): return -self.distance(x[:, None], self.centres[None])
+
+    def forward(self, x):
+        return -self.distance(x[:, None], self.centres[None])
 
 
 class Alike(nn.Module):
@@ -1031,20 +1249,27 @@ class Alike(nn.Module):
             nn.Parameter(torch.randn(CLASSES, 4)),
             nn.CosineSimilarity(dim=2),
         )
-    def forward(self, x): return 4 * self.likeness(x[:, None], self.centres[None])
+
+    def forward(self, x):
+        return 4 * self.likeness(x[:, None], self.centres[None])
 
 
 class ByPixel(nn.Module):
     "A convolution whose mean over the image is the logits."
+
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, CLASSES, 1)
-    def forward(self, x): return self.conv(x.view(len(x), 1, 2, 2).sin()).mean((2, 3))
+
+    def forward(self, x):
+        return self.conv(x.view(len(x), 1, 2, 2).sin()).mean((2, 3))
 
 
 class Named(nn.Linear):
     "Returns an object whose logits are what counts."
-    def forward(self, x): return SimpleNamespace(logits=super().forward(x), other=None)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x), other=None)
 
 
 HEADS = {
@@ -1062,6 +1287,7 @@ HEADS = {
 
 class Network(nn.Module):
     "A front, blocks and a head; `twin`: the same function by other operations."
+
     def __init__(self, front_name, block_names, head_name, after=None, twin=False):
         super().__init__()
         which = "twin" if twin else "build"
@@ -1073,9 +1299,11 @@ class Network(nn.Module):
 
     def forward(self, *inputs, **named):
         x = self.front(*inputs, **named)
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         out = self.head(project(x, 4))
-        if self.after is None: return out
+        if self.after is None:
+            return out
         return self.after(getattr(out, "logits", out))
 
 
@@ -1088,35 +1316,62 @@ def network(*parts, seed=0, twin=False, **more):
 
 # Losses -------------------------------------------------------------------------------------------
 
-def labels(y, g): return y
-def some_ignored(y, g): return y.masked_fill(torch.rand(len(y), generator=g) < .4, -100)
-def soft(y, g): return torch.rand(len(y), CLASSES, generator=g, dtype=torch.float64).softmax(1)
+
+def labels(y, g):
+    return y
+
+
+def some_ignored(y, g):
+    return y.masked_fill(torch.rand(len(y), generator=g) < 0.4, -100)
+
+
+def soft(y, g):
+    return torch.rand(len(y), CLASSES, generator=g, dtype=torch.float64).softmax(1)
+
+
 def real(y, g):
     return (
         F.one_hot(y, CLASSES).double()
         + torch.randn(len(y), CLASSES, generator=g, dtype=torch.float64) / 2
     )
+
+
 def several(y, g):
     return ((F.one_hot(y, CLASSES) + (torch.rand(len(y), CLASSES, generator=g) < 0.3)) > 0).double()
-def signs(y, g): return several(y, g) * 2 - 1
-def log_softmax(z): return z.log_softmax(1)
 
 
-WEIGHT = torch.tensor([1., 4., 10.], dtype=torch.float64)
-POSITIVE = torch.tensor([.5, 2., 3.], dtype=torch.float64)
+def signs(y, g):
+    return several(y, g) * 2 - 1
+
+
+def log_softmax(z):
+    return z.log_softmax(1)
+
+
+WEIGHT = torch.tensor([1.0, 4.0, 10.0], dtype=torch.float64)
+POSITIVE = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
 
 
 def focal(z, y):
     ce = F.cross_entropy(z, y, reduction="none")
     return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
 
-def weighted(z, y): return F.cross_entropy(z, y, weight=WEIGHT)
-def ignoring(z, y): return F.cross_entropy(z, y)
-def summed_up(z, y): return F.cross_entropy(z, y, reduction="sum")
+
+def weighted(z, y):
+    return F.cross_entropy(z, y, weight=WEIGHT)
+
+
+def ignoring(z, y):
+    return F.cross_entropy(z, y)
+
+
+def summed_up(z, y):
+    return F.cross_entropy(z, y, reduction="sum")
 
 
 class OwnFocal(nn.CrossEntropyLoss):
     "Each image weighs by how wrong it is; the mean over images."
+
     def forward(self, z, y):
         ce = F.cross_entropy(z, y, reduction="none")
         return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
@@ -1124,26 +1379,32 @@ class OwnFocal(nn.CrossEntropyLoss):
 
 class OwnWeighted(nn.CrossEntropyLoss):
     "Divides by the number of images, not by the sum of their weights."
+
     def forward(self, z, y):
         return F.cross_entropy(z, y, weight=self.weight, reduction="sum") / len(y)
 
 
 class OwnSum(nn.CrossEntropyLoss):
     "Adds, although its reduction says mean."
-    def forward(self, z, y): return F.cross_entropy(z, y, reduction="sum")
+
+    def forward(self, z, y):
+        return F.cross_entropy(z, y, reduction="sum")
 
 
 class OwnNothing(nn.CrossEntropyLoss):
     "A subclass that changes nothing."
 
 
-def written_margin(p=1, margin=1., weight=None, reduction="mean"):
+def written_margin(p=1, margin=1.0, weight=None, reduction="mean"):
     "nn.MultiMarginLoss by plain operations."
+
     def f(z, y):
         gaps = (margin - z.gather(1, y[:, None]) + z).clamp(min=0) ** p
-        if weight is not None: gaps = gaps * weight[y][:, None]
+        if weight is not None:
+            gaps = gaps * weight[y][:, None]
         each = (gaps * (1 - F.one_hot(y, z.shape[1]))).sum(1) / z.shape[1]
         return each.mean() if reduction == "mean" else each.sum()
+
     return f
 
 
@@ -1248,9 +1509,12 @@ LOSSES = {
 
 # The truth ----------------------------------------------------------------------------------------
 
+
 def call(net, state, X):
-    if isinstance(X, dict): out = torch.func.functional_call(net, state, (), X)
-    else: out = torch.func.functional_call(net, state, tuple(X) if isinstance(X, tuple) else (X,))
+    if isinstance(X, dict):
+        out = torch.func.functional_call(net, state, (), X)
+    else:
+        out = torch.func.functional_call(net, state, tuple(X) if isinstance(X, tuple) else (X,))
     return getattr(out, "logits", out)
 
 
@@ -1260,9 +1524,12 @@ class Written(TorchFunctionMode):
     That of the fused weight norm is not symmetric; that of instance norm is wrong for one image whose
     gradient lies with its channels last.
     """
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch._weight_norm: return weight_norm_written(*args)
-        if func is torch.instance_norm: return instance_norm_written(*args)
+        if func is torch._weight_norm:
+            return weight_norm_written(*args)
+        if func is torch.instance_norm:
+            return instance_norm_written(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -1276,14 +1543,17 @@ def instance_norm_written(x, weight, bias, mean, var, use_input_stats, momentum,
     if use_input_stats:
         m = x.mean(axes, keepdim=True)
         s = (x - m).square().mean(axes, keepdim=True)
-    else: m, s = mean.view(shape), var.view(shape)
+    else:
+        m, s = mean.view(shape), var.view(shape)
     out = (x - m) / (s + eps).sqrt()
-    if weight is not None: out = out * weight.view(shape)
+    if weight is not None:
+        out = out * weight.view(shape)
     return out if bias is None else out + bias.view(shape)
 
 
 class Truth:
     "Of all data as one batch, by PyTorch's double backward and nothing of ours."
+
     def __init__(self, net, loss_fn, X, y):
         self.net, self.loss_fn, self.X, self.y = net, loss_fn, X, y
         named = {k: p for k, p in net.named_parameters() if p.requires_grad}
@@ -1292,27 +1562,32 @@ class Truth:
 
     def logits(self, theta):
         parts = theta.split([s.numel() for s in self.shapes])
-        with sdpa_kernel(SDPBackend.MATH), Written(): # the fused kernels have no second derivative
+        with sdpa_kernel(SDPBackend.MATH), Written():  # the fused kernels have no second derivative
             return call(
                 self.net, {k: p.view(s) for k, p, s in zip(self.names, parts, self.shapes)}, self.X
             )
 
-    def loss(self, theta): return self.loss_fn(self.logits(theta), self.y)
+    def loss(self, theta):
+        return self.loss_fn(self.logits(theta), self.y)
 
     def gradient(self, theta=None):
         t = (self.theta if theta is None else theta).clone().requires_grad_()
         value = self.loss(t)
-        if not value.requires_grad: return torch.zeros_like(t)
+        if not value.requires_grad:
+            return torch.zeros_like(t)
         return torch.autograd.grad(value, t)[0]
 
     def hessian(self):
         t = self.theta.clone().requires_grad_()
-        g, = torch.autograd.grad(self.loss(t), t, create_graph=True)
-        if not g.requires_grad: return torch.zeros(len(t), len(t), dtype=t.dtype)
+        (g,) = torch.autograd.grad(self.loss(t), t, create_graph=True)
+        if not g.requires_grad:
+            return torch.zeros(len(t), len(t), dtype=t.dtype)
+
         def row(x):
             return torch.autograd.grad(
                 x, t, retain_graph=True, allow_unused=True, materialize_grads=True
             )[0]
+
         return torch.stack([row(x) for x in g])
 
     def gauss_newton(self):

@@ -3,6 +3,7 @@
 What comes out is right, or refused, or said not to be certified; and what the caller passed is as
 it was.
 """
+
 import copy
 import random
 import warnings
@@ -26,12 +27,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hessian_surgery_nb.hvp import HessianOperator, InputError, as_batches
+from hessian_surgery_nb.foundations.batches import as_batches
+from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.spike_validation import count_spikes
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
-from hessian_surgery_nb.train import class_report, predict
+from hessian_surgery_nb.foundations.training import class_report, predict
 
 CE = nn.CrossEntropyLoss()
 F64 = torch.float64
@@ -48,7 +51,7 @@ def same_chance_every_time():
         yield
 
 
-def images(n=24, seed=0, shift=0.):
+def images(n=24, seed=0, shift=0.0):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 3
     return torch.randn(n, 6, generator=g, dtype=F64) + shift * F.one_hot(y, 6), y
@@ -62,17 +65,33 @@ def made(build, seed=1):
 
 class Plain(nn.Module):
     "What the others are variations of: 53 weights."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
-    def forward(self, x): return self.b(torch.tanh(self.a(x)))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
 
 
-def directions(n): return torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
-def products(op): return op @ directions(op.shape[0])
-def off(a, b): return ((a - b).norm() / (b.norm() + 1e-12)).item()
-def apart(found, H): return off(found, H @ directions(len(H)))
-def dense(net, X, y, loss=CE): return kinds.Truth(net, loss, X, y).hessian()
+def directions(n):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+def products(op):
+    return op @ directions(op.shape[0])
+
+
+def off(a, b):
+    return ((a - b).norm() / (b.norm() + 1e-12)).item()
+
+
+def apart(found, H):
+    return off(found, H @ directions(len(H)))
+
+
+def dense(net, X, y, loss=CE):
+    return kinds.Truth(net, loss, X, y).hessian()
 
 
 def attributes(net):
@@ -105,7 +124,8 @@ def quietly(f):
     "The result and the warnings; None where it is refused."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        try: return f(), said
+        try:
+            return f(), said
         except InputError as e:
             assert len(str(e).split()) > 8, e
             return None, said
@@ -116,19 +136,24 @@ def nothing_certified(*given, **options):
     pairs, said = quietly(
         lambda: top_eigenpairs(HessianOperator(*given, **options), 2, max_matvecs=60)
     )
-    if pairs is None: return True
+    if pairs is None:
+        return True
     return not pairs.converged.any() and len(said) > 0
 
 
 # No fixed function at all -------------------------------------------------------------------------
 
+
 class Drops(Plain):
     "F.dropout drops in evaluation mode too."
-    def forward(self, x): return self.b(F.dropout(torch.tanh(self.a(x)), .5))
+
+    def forward(self, x):
+        return self.b(F.dropout(torch.tanh(self.a(x)), 0.5))
 
 
 class Noisy(Plain):
-    def forward(self, x): return self.b(torch.tanh(self.a(x)) + .3 * torch.randn(5, dtype=F64))
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) + 0.3 * torch.randn(5, dtype=F64))
 
 
 class NoisyWeights(Plain):
@@ -142,35 +167,45 @@ class NoisyWeights(Plain):
 
 class ScaledByChance(Plain):
     "By Python's own generator."
-    def forward(self, x): return self.b(torch.tanh(self.a(x)) * (1 + random.random()))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) * (1 + random.random()))
 
 
 class ByNumPy(Plain):
-    def forward(self, x): return self.b(torch.tanh(self.a(x)) * float(np.random.rand()))
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)) * float(np.random.rand()))
 
 
 class TrainsItsDropout(Plain):
     "A dropout layer that is switched on within forward."
+
     def __init__(self):
         super().__init__()
-        self.drop = nn.Dropout(.5)
-    def forward(self, x): return self.b(self.drop.train()(torch.tanh(self.a(x))))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.b(self.drop.train()(torch.tanh(self.a(x))))
 
 
 class OwnGenerator(Plain):
     "Random numbers of a generator that the network keeps."
+
     def __init__(self):
         super().__init__()
         self.g = torch.Generator().manual_seed(0)
+
     def forward(self, x):
         return self.b(torch.tanh(self.a(x)) + 0.3 * torch.randn(5, generator=self.g, dtype=F64))
 
 
 class RandomPool(Plain):
     "Fractional pooling draws its windows anew on every call."
+
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(16, 3)
+
     def forward(self, x):
         wide = x.repeat(1, 8).view(-1, 1, 6, 8)
         return self.b(
@@ -183,9 +218,10 @@ CALLS = []
 
 class CountsElsewhere(Plain):
     "A counter that lies outside of the network."
+
     def forward(self, x):
         CALLS.append(1)
-        return self.b(torch.tanh(self.a(x)) * (1 + .1 * len(CALLS)))
+        return self.b(torch.tanh(self.a(x)) * (1 + 0.1 * len(CALLS)))
 
 
 RANDOM_NETS = [
@@ -211,7 +247,7 @@ def test_nothing_is_certified_of_a_random_network(build, batches):
     assert same(before, state(net, X, y))
 
 
-@pytest.mark.parametrize("mode", ["kept", "rebuilt", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["cached", "recomputed", "forward", "difference"])
 def test_nothing_is_certified_in_any_mode(mode):
     X, y = images()
     assert nothing_certified(made(Noisy), CE, [(X[:9], y[:9]), (X[9:], y[9:])], mode=mode)
@@ -220,7 +256,7 @@ def test_nothing_is_certified_in_any_mode(mode):
 
 @pytest.mark.parametrize("build", [Drops, Noisy, ScaledByChance, OwnGenerator])
 def test_surgery_on_a_random_network_says_so(build):
-    S = images(60, 1, 1.)
+    S = images(60, 1, 1.0)
     r, said = quietly(
         lambda: operate(
             made(build), CE, images(), S, config=SurgeryConfig(iterations=1), progress=False
@@ -239,9 +275,15 @@ def test_surgery_on_a_random_network_says_so(build):
 
 class Loud(Dataset):
     "Images with noise that is new each time."
-    def __init__(self, X, y): self.X, self.y = X, y
-    def __len__(self): return len(self.y)
-    def __getitem__(self, i): return self.X[i] + torch.randn(6, dtype=F64), self.y[i]
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.X[i] + torch.randn(6, dtype=F64), self.y[i]
 
 
 class Mirrored(Loud):
@@ -251,17 +293,22 @@ class Mirrored(Loud):
 
 class Relabelled(Loud):
     "The images stay, some labels are drawn anew."
+
     def __getitem__(self, i):
         return self.X[i], self.y[i] if random.random() < 0.7 else torch.tensor(random.randrange(3))
 
 
 class LoudStream(IterableDataset):
-    def __init__(self, X, y): self.X, self.y = X, y
-    def __iter__(self): return ((x + torch.randn(6, dtype=F64), t) for x, t in zip(self.X, self.y))
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __iter__(self):
+        return ((x + torch.randn(6, dtype=F64), t) for x, t in zip(self.X, self.y))
 
 
 class OtherImages(Loud):
     "As many images of the same classes, but others."
+
     def __getitem__(self, i):
         j = random.choice(torch.nonzero(self.y == self.y[i]).flatten().tolist())
         return self.X[j], self.y[i]
@@ -269,7 +316,10 @@ class OtherImages(Loud):
 
 class Batches:
     "Batches by a function of the number of the pass."
-    def __init__(self, make): self.make, self.passes = make, 0
+
+    def __init__(self, make):
+        self.make, self.passes = make, 0
+
     def __iter__(self):
         self.passes += 1
         return iter(self.make(self.passes))
@@ -339,21 +389,31 @@ def test_what_a_sampler_draws_is_drawn_once(name):
 
 # The same images in another order on every pass ---------------------------------------------------
 
+
 class OwnSampler(Sampler):
-    def __init__(self, y): self.n = len(y)
-    def __len__(self): return self.n
-    def __iter__(self): return iter(random.sample(range(self.n), self.n))
+    def __init__(self, y):
+        self.n = len(y)
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        return iter(random.sample(range(self.n), self.n))
 
 
 class OwnBatches(OwnSampler):
-    def __len__(self): return -(-self.n // 16)
+    def __len__(self):
+        return -(-self.n // 16)
+
     def __iter__(self):
         order = random.sample(range(self.n), self.n)
-        return (order[i:i + 16] for i in range(0, self.n, 16))
+        return (order[i : i + 16] for i in range(0, self.n, 16))
 
 
 class ShuffledStream(IterableDataset):
-    def __init__(self, X, y): self.X, self.y = X, y
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
     def __iter__(self):
         return ((self.X[i], self.y[i]) for i in random.sample(range(len(self.y)), len(self.y)))
 
@@ -391,7 +451,8 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_labels_and_answers_of_one_pass_stay_together(name):
     X, y = images()
-    S, O = images(60, 1, 1.), images(60, 2, 1.)
+    S, O = images(60, 1, 1.0), images(60, 2, 1.0)
+
     def run(held):
         return operate(
             made(Plain),
@@ -402,6 +463,7 @@ def test_labels_and_answers_of_one_pass_stay_together(name):
             config=SurgeryConfig(iterations=2, eps=0.3),
             progress=False,
         )
+
     r, _ = quietly(lambda: run(ORDERS[name](TensorDataset(*O))))
     if r is None:
         assert name != "in order"
@@ -428,7 +490,10 @@ def test_sensitive_sets_in_any_order(name):
             0
         ],
     )
-    def run(data): return sensitivity_matrix(made(Plain), V, data, eps=.3, metric="probability")
+
+    def run(data):
+        return sensitivity_matrix(made(Plain), V, data, eps=0.3, metric="probability")
+
     s, _ = quietly(lambda: run(ORDERS[name](TensorDataset(*S))))
     if s is None:
         assert name != "in order"
@@ -449,7 +514,7 @@ def test_products_in_any_order(name):
 
 
 def test_predictions_and_labels_come_from_one_pass():
-    X, y = images(60, 1, 1.)
+    X, y = images(60, 1, 1.0)
     net = made(Plain)
     z, labels = predict(
         net,
@@ -461,11 +526,14 @@ def test_predictions_and_labels_come_from_one_pass():
 
 # Networks and data that forward writes to ---------------------------------------------------------
 
+
 class Counts(Plain):
     "A buffer that counts calls, and is part of the function."
+
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=F64))
+
     def forward(self, x):
         out = super().forward(x) * (1 + self.calls)
         self.calls += 1
@@ -476,6 +544,7 @@ class CountsInPython(Plain):
     def __init__(self):
         super().__init__()
         self.calls = 0
+
     def forward(self, x):
         self.calls += 1
         return super().forward(x) * self.calls
@@ -483,9 +552,11 @@ class CountsInPython(Plain):
 
 class Remembers(Plain):
     "A list that grows."
+
     def __init__(self):
         super().__init__()
         self.seen = []
+
     def forward(self, x):
         self.seen.append(x.detach().mean().item())
         return super().forward(x) * len(self.seen)
@@ -493,9 +564,11 @@ class Remembers(Plain):
 
 class RemembersByName(Plain):
     "A dictionary within a dictionary."
+
     def __init__(self):
         super().__init__()
         self.seen = dict(calls=dict(n=0))
+
     def forward(self, x):
         self.seen["calls"]["n"] += 1
         return super().forward(x) * self.seen["calls"]["n"]
@@ -503,9 +576,11 @@ class RemembersByName(Plain):
 
 class Carries(Plain):
     "A hidden state that goes from call to call."
+
     def __init__(self):
         super().__init__()
         self.state = torch.zeros(5, dtype=F64)
+
     def forward(self, x):
         h = torch.tanh(self.a(x) + self.state)
         self.state = h.detach().mean(0)
@@ -521,9 +596,11 @@ class CarriesInPlace(Carries):
 
 class CarriesInItself(Carries):
     "The state is an entry of a list."
+
     def __init__(self):
         super().__init__()
         self.states = [torch.zeros(5, dtype=F64)]
+
     def forward(self, x):
         h = torch.tanh(self.a(x) + self.states[0])
         self.states[0] += h.detach().mean(0)
@@ -532,13 +609,15 @@ class CarriesInItself(Carries):
 
 class Statistics(Plain):
     "Running statistics that go on in evaluation mode."
+
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(5, dtype=F64))
+
     def forward(self, x):
         h = self.a(x)
         out = self.b(torch.tanh(h - self.mean))
-        self.mean.mul_(.5).add_(h.detach().mean(0), alpha=.5)
+        self.mean.mul_(0.5).add_(h.detach().mean(0), alpha=0.5)
         return out
 
 
@@ -546,7 +625,7 @@ class StatisticsByData(Statistics):
     def forward(self, x):
         h = self.a(x)
         out = self.b(torch.tanh(h - self.mean))
-        self.mean.data = self.mean.data * .5 + h.detach().mean(0) * .5
+        self.mean.data = self.mean.data * 0.5 + h.detach().mean(0) * 0.5
         return out
 
 
@@ -554,15 +633,17 @@ class StatisticsExchanged(Statistics):
     def forward(self, x):
         h = self.a(x)
         out = self.b(torch.tanh(h - self.mean))
-        self.mean = self.mean * .5 + h.detach().mean(0) * .5
+        self.mean = self.mean * 0.5 + h.detach().mean(0) * 0.5
         return out
 
 
 class Toggles(Plain):
     "One function on every second call."
+
     def __init__(self):
         super().__init__()
         self.odd = False
+
     def forward(self, x):
         self.odd = not self.odd
         return super().forward(x) if self.odd else super().forward(x) * 3
@@ -570,9 +651,11 @@ class Toggles(Plain):
 
 class Grows(Plain):
     "Exchanges a layer of its own."
+
     def __init__(self):
         super().__init__()
         self.act = nn.Tanh()
+
     def forward(self, x):
         h = self.b(self.act(self.a(x)))
         self.act = nn.ReLU()
@@ -581,12 +664,13 @@ class Grows(Plain):
 
 class InputMoved(Plain):
     def forward(self, x):
-        x -= .1
+        x -= 0.1
         return super().forward(x)
 
 
 class InputRectified(Plain):
-    def forward(self, x): return super().forward(x.relu_())
+    def forward(self, x):
+        return super().forward(x.relu_())
 
 
 class InputRows(Plain):
@@ -603,6 +687,7 @@ class InputByData(Plain):
 
 class InputByNumPy(Plain):
     "A write that PyTorch does not count."
+
     def forward(self, x):
         x.detach().numpy()[:] *= 1.5
         return super().forward(x)
@@ -610,21 +695,31 @@ class InputByNumPy(Plain):
 
 class InputViewed(Plain):
     def forward(self, x):
-        x.view(-1, 2, 3)[:, 1].add_(.5)
+        x.view(-1, 2, 3)[:, 1].add_(0.5)
         return super().forward(x)
 
 
 class Of(Plain):
     "The function that the others are when they are called for the first time."
+
     def __init__(self, f):
         super().__init__()
         self.f = f
-    def forward(self, x): return self.f(self, x)
+
+    def forward(self, x):
+        return self.f(self, x)
 
 
-def shifted(net, x, by=0., factor=1.): return Plain.forward(net, x * factor + by)
-def first_row(net, x): return Plain.forward(net, torch.cat([x[:, :1] * 2, x[:, 1:]], 1))
-def viewed(net, x): return Plain.forward(net, x + .5 * (torch.arange(6) >= 3))
+def shifted(net, x, by=0.0, factor=1.0):
+    return Plain.forward(net, x * factor + by)
+
+
+def first_row(net, x):
+    return Plain.forward(net, torch.cat([x[:, :1] * 2, x[:, 1:]], 1))
+
+
+def viewed(net, x):
+    return Plain.forward(net, x + 0.5 * (torch.arange(6) >= 3))
 
 
 WRITERS = {
@@ -649,7 +744,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["auto", "cached", "recomputed", "forward", "difference"])
 @pytest.mark.parametrize("build", WRITERS)
 def test_what_forward_writes(build, mode):
     "Every call is like the first, or nothing is certified. Nothing stays written."
@@ -658,30 +753,34 @@ def test_what_forward_writes(build, mode):
     net = made(build)
     for data in ((X, y), [(X[:10], y[:10]), (X[10:], y[10:])]):
         before = state(net, X, y)
+
         def run():
             op = HessianOperator(net, CE, data, mode=mode)
             return products(op), top_eigenpairs(op, 2), op.gradient()
+
         got, said = quietly(run)
         assert same(before, state(net, X, y)), (
             "weights, buffers, attributes and images are as they were"
         )
-        if got is None: continue
+        if got is None:
+            continue
         right = apart(got[0], H) < (1e-5 if mode == "difference" else EXACT)
         assert right or (not got[1].converged.any() and said)
 
 
 @pytest.mark.parametrize("build", WRITERS)
 def test_measurements_leave_no_trace(build):
-    net, (X, y) = made(build), images(60, 1, 1.)
+    net, (X, y) = made(build), images(60, 1, 1.0)
     twin = made(lambda: Of(WRITERS[build]))
     before = state(net, X, y)
     z, _ = quietly(lambda: predict(net, (X, y)))
     assert same(before, state(net, X, y))
-    if z is not None: assert torch.allclose(z[0], twin(X.clone()), rtol=1e-10, atol=1e-12)
+    if z is not None:
+        assert torch.allclose(z[0], twin(X.clone()), rtol=1e-10, atol=1e-12)
     again, _ = quietly(lambda: predict(net, (X, y)))
     assert (z is None and again is None) or torch.equal(z[0], again[0])
     report, _ = quietly(lambda: class_report(net, (X, y)))
-    s, _ = quietly(lambda: sensitivity_matrix(net, torch.eye(53, 2, dtype=F64), (X, y), eps=.1))
+    s, _ = quietly(lambda: sensitivity_matrix(net, torch.eye(53, 2, dtype=F64), (X, y), eps=0.1))
     assert same(before, state(net, X, y))
     if report is not None:
         accuracy = torch.stack(
@@ -700,7 +799,7 @@ def test_measurements_leave_no_trace(build):
 
 @pytest.mark.parametrize("build", [Counts, Remembers, Statistics, InputMoved, InputByNumPy])
 def test_surgery_leaves_no_trace(build):
-    net, (X, y), S, O = made(build), images(), images(60, 1, 1.), images(60, 2, 1.)
+    net, (X, y), S, O = made(build), images(), images(60, 1, 1.0), images(60, 2, 1.0)
     before = state(net, X, y, *S, *O)
     r, _ = quietly(
         lambda: operate(
@@ -730,6 +829,7 @@ def test_surgery_leaves_no_trace(build):
 
 # Inputs in containers -----------------------------------------------------------------------------
 
+
 class FromDict(Plain):
     def forward(self, x, scale):
         x *= scale[:, None]
@@ -738,6 +838,7 @@ class FromDict(Plain):
 
 class FromDictItself(Plain):
     "Writes into the dictionary that it is given."
+
     def forward(self, d):
         d["x"] = d["x"] * 2
         return super().forward(d["x"])
@@ -745,7 +846,7 @@ class FromDictItself(Plain):
 
 def test_inputs_in_containers_are_left_as_they_were():
     X, y = images()
-    scale = torch.linspace(.5, 2, len(y), dtype=F64)
+    scale = torch.linspace(0.5, 2, len(y), dtype=F64)
     H = dense(made(Plain), X * scale[:, None], y)
     for inputs in (dict(x=X, scale=scale), (X, scale), [X, scale]):
         before = X.clone()
@@ -766,28 +867,32 @@ def test_inputs_in_containers_are_left_as_they_were():
 
 # Weights that forward writes ----------------------------------------------------------------------
 
+
 class Clips(Plain):
     def forward(self, x):
-        self.a.weight.data.clamp_(-.2, .2)
+        self.a.weight.data.clamp_(-0.2, 0.2)
         return super().forward(x)
 
 
 class Decays(Plain):
     "Each call makes a weight smaller."
+
     def forward(self, x):
-        with torch.no_grad(): self.a.weight.mul_(.9)
+        with torch.no_grad():
+            self.a.weight.mul_(0.9)
         return super().forward(x)
 
 
 class Renormalises(Plain):
     def forward(self, x):
-        with torch.no_grad(): self.a.weight.div_(self.a.weight.norm(dim=1, keepdim=True))
+        with torch.no_grad():
+            self.a.weight.div_(self.a.weight.norm(dim=1, keepdim=True))
         return super().forward(x)
 
 
 class ExchangesData(Plain):
     def forward(self, x):
-        self.a.weight.data = self.a.weight.data.sign() * .3
+        self.a.weight.data = self.a.weight.data.sign() * 0.3
         return super().forward(x)
 
 
@@ -801,7 +906,9 @@ class Words(nn.Module):
     def __init__(self, max_norm=None):
         super().__init__()
         self.e, self.b = nn.Embedding(7, 4, max_norm=max_norm), nn.Linear(16, 3)
-    def forward(self, x): return self.b(torch.tanh(self.e(x)).flatten(1))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.e(x)).flatten(1))
 
 
 class BagOfWords(Words):
@@ -830,7 +937,7 @@ def words_or_images(net, n=24):
     )
 
 
-@pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["auto", "cached", "recomputed", "forward", "difference"])
 @pytest.mark.parametrize("name", WEIGHT_WRITERS)
 def test_weights_that_forward_writes(name, mode):
     build, plain = WEIGHT_WRITERS[name]
@@ -838,16 +945,21 @@ def test_weights_that_forward_writes(name, mode):
     X, y = words_or_images(net)
     written(X)
     twin.load_state_dict(written.state_dict())  # what the first call makes of the weights
-    if isinstance(net, BagOfWords): H = dense(made_of_bag(twin), X, y)
-    else: H = dense(twin, X, y)
+    if isinstance(net, BagOfWords):
+        H = dense(made_of_bag(twin), X, y)
+    else:
+        H = dense(twin, X, y)
     before = state(net, X, y)
+
     def run():
         op = HessianOperator(net, CE, (X, y), mode=mode)
         return products(op), top_eigenpairs(op, 2)
+
     got, said = quietly(run)
     assert same(before, state(net, X, y)), "the caller's weights are as they were"
     # forward mode and differences see through what is written: another derivative
-    if got is None or mode in ("forward", "difference"): return
+    if got is None or mode in ("forward", "difference"):
+        return
     right = apart(got[0], H) < (1e-5 if "bag" in name else EXACT)
     assert right or (not got[1].converged.any() and said)
 
@@ -871,9 +983,10 @@ def test_measurements_leave_weights_as_they_were(name):
     before = state(net, X, y)
     z, _ = quietly(lambda: predict(net, (X, y)))
     assert same(before, state(net, X, y))
-    if z is not None: assert torch.allclose(z[0], written(X), rtol=1e-10, atol=1e-12)
+    if z is not None:
+        assert torch.allclose(z[0], written(X), rtol=1e-10, atol=1e-12)
     n = sum(p.numel() for p in net.parameters())
-    quietly(lambda: sensitivity_matrix(net, torch.eye(n, 2, dtype=F64), (X, y), eps=.1))
+    quietly(lambda: sensitivity_matrix(net, torch.eye(n, 2, dtype=F64), (X, y), eps=0.1))
     quietly(
         lambda: operate(
             net,
@@ -889,11 +1002,13 @@ def test_measurements_leave_weights_as_they_were(name):
 
 # What is random in name only ----------------------------------------------------------------------
 
+
 class Seeded(Plain):
     "Random numbers that are the same on every call: a fixed function."
+
     def forward(self, x):
         g = torch.Generator().manual_seed(7)
-        return self.b(torch.tanh(self.a(x)) + .3 * torch.randn(5, generator=g, dtype=F64))
+        return self.b(torch.tanh(self.a(x)) + 0.3 * torch.randn(5, generator=g, dtype=F64))
 
 
 def test_a_fixed_function_is_not_refused():
@@ -911,6 +1026,7 @@ def test_a_fixed_function_is_not_refused():
 
 # Changes between two products ---------------------------------------------------------------------
 
+
 class Adjustable(Plain):
     def __init__(self):
         super().__init__()
@@ -922,6 +1038,7 @@ class Adjustable(Plain):
             torch.ones(5, dtype=F64),
         )
         self.register_buffer("mean", torch.zeros(6, dtype=F64))
+
     def forward(self, x):
         h = self.act(self.a(x - self.mean)) * self.scale
         return self.b(torch.tanh(self.c(h)) * self.mask * self.parts[0])
@@ -929,13 +1046,14 @@ class Adjustable(Plain):
 
 class Situation:
     "A network, a loss and data, of which something will change."
+
     def __init__(self, mode="auto"):
         self.net = made(Adjustable)
         self.array = np.random.default_rng(0).normal(size=(24, 6))
         self.X, self.y = torch.from_numpy(self.array), torch.arange(24) % 3
-        self.weight = torch.tensor([1., 2., 3.], dtype=F64)
+        self.weight = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
         self.loss = nn.CrossEntropyLoss(weight=self.weight)
-        self.data, self.factor = [(self.X[:10], self.y[:10]), (self.X[10:], self.y[10:])], 1.
+        self.data, self.factor = [(self.X[:10], self.y[:10]), (self.X[10:], self.y[10:])], 1.0
         self.op = HessianOperator(
             self.net,
             self.loss,
@@ -953,24 +1071,46 @@ class Scaled(nn.Module):
     def __init__(self, net, factor):
         super().__init__()
         self.net, self.factor = net, factor
-    def forward(self, x): return self.net(x) * self.factor
+
+    def forward(self, x):
+        return self.net(x) * self.factor
 
 
-def rows_swapped(w): w.data = w.data[torch.arange(len(w)).roll(1)]
-def rows_swapped_in_place(w): w.data.copy_(w.data.roll(1, 0))
+def rows_swapped(w):
+    w.data = w.data[torch.arange(len(w)).roll(1)]
+
+
+def rows_swapped_in_place(w):
+    w.data.copy_(w.data.roll(1, 0))
+
+
 def tensors_swapped(s):
     s.net.a.weight.data, s.net.a.weight.data[:5, :5] = (
         s.net.a.weight.data.flip(1),
         s.net.c.weight.data.clone(),
     )
-def set_attribute(thing, name, value): setattr(thing, name, value)
-def entry(w, i, by): w.data.view(-1)[i] += by
-def numpy_write(w): w.detach().numpy()[0] *= -1
-def tensor_set(s): s.net.a.weight.data = torch.linspace(-1, 1, 30, dtype=F64).view(5, 6)
+
+
+def set_attribute(thing, name, value):
+    setattr(thing, name, value)
+
+
+def entry(w, i, by):
+    w.data.view(-1)[i] += by
+
+
+def numpy_write(w):
+    w.detach().numpy()[0] *= -1
+
+
+def tensor_set(s):
+    s.net.a.weight.data = torch.linspace(-1, 1, 30, dtype=F64).view(5, 6)
 
 
 def other_forward(s):
-    def forward(x): return s.net.b(torch.sigmoid(s.net.a(x)))
+    def forward(x):
+        return s.net.b(torch.sigmoid(s.net.a(x)))
+
     s.net.forward = forward
 
 
@@ -1026,7 +1166,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["auto", "kept", "rebuilt", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["auto", "cached", "recomputed", "forward", "difference"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_between_two_products(name, mode):
     s = Situation(mode)
@@ -1079,7 +1219,7 @@ def test_a_network_that_learns_between_products():
     "The ordinary case: an optimiser's step."
     s = Situation()
     products(s.op)
-    opt = torch.optim.SGD(s.net.parameters(), lr=.1)
+    opt = torch.optim.SGD(s.net.parameters(), lr=0.1)
     s.loss(s.net(s.X), s.y).backward()
     opt.step()
     assert apart(products(s.op), s.truth()) < EXACT
@@ -1087,8 +1227,10 @@ def test_a_network_that_learns_between_products():
 
 # One function for measuring and for differentiating -----------------------------------------------
 
+
 class Padded(nn.Module):
     "Without gradients PyTorch's fast path of this encoder cuts padding off."
+
     def __init__(self, layers=1, norm_first=False, activation="relu"):
         super().__init__()
         layer = nn.TransformerEncoderLayer(
@@ -1099,19 +1241,22 @@ class Padded(nn.Module):
             nn.TransformerEncoder(layer, layers, enable_nested_tensor=not norm_first),
             nn.Linear(4, 3),
         )
-    def forward(self, i): return self.h(self.t(self.e(i), src_key_padding_mask=i == 0).mean(1))
+
+    def forward(self, i):
+        return self.h(self.t(self.e(i), src_key_padding_mask=i == 0).mean(1))
 
 
 class OneLayer(Padded):
     def __init__(self):
         super().__init__()
-        self.t = nn.TransformerEncoderLayer(4, 2, 6, 0., batch_first=True)
+        self.t = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
 
 
 class OnlyAttention(Padded):
     def __init__(self):
         super().__init__()
         self.t = nn.MultiheadAttention(4, 2, batch_first=True)
+
     def forward(self, i):
         x = self.e(i)
         return self.h(self.t(x, x, x, key_padding_mask=i == 0)[0].mean(1))
@@ -1119,7 +1264,9 @@ class OnlyAttention(Padded):
 
 class ByGradMode(Plain):
     "Another function where gradients are off."
-    def forward(self, x): return super().forward(x) * (1. if torch.is_grad_enabled() else 2.)
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 if torch.is_grad_enabled() else 2.0)
 
 
 def padded_words():

@@ -2,6 +2,7 @@
 
 It returns the same bits as when called plainly, or refuses; and it leaves everything as it was.
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -25,20 +26,23 @@ from hessian_surgery_nb import (
     comparison,
     deflation,
     effective_rank,
-    fingerprints,
     hvp,
     lanczos,
     linearised,
-    losses,
-    models,
     sensitivity,
     slq,
     spectrum_type,
     spike_validation,
     surgery,
-    train,
 )
-from hessian_surgery_nb.hvp import HessianOperator, InputError
+from hessian_surgery_nb.foundations import (
+    fingerprints,
+    losses,
+    networks as models,
+    training as train,
+)
+from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.hvp import HessianOperator
 
 CE = nn.CrossEntropyLoss()
 CLASSES = 3
@@ -52,12 +56,14 @@ def problem():
             nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)
         ).eval()
         net[1].running_mean.normal_()
-        net[1].running_var.uniform_(.5, 2.)
+        net[1].running_var.uniform_(0.5, 2.0)
+
     def some(n, seed):
         g = torch.Generator().manual_seed(seed)
         y = torch.arange(n) % CLASSES
-        centres = torch.tensor([[2., 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 0, 2, 0, 0, 0]])
+        centres = torch.tensor([[2.0, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 0, 2, 0, 0, 0]])
         return torch.randn(n, 6, generator=g) + centres[y], y
+
     return SimpleNamespace(net=net, hessian=some(24, 1), sensitive=some(60, 2), held=some(45, 3))
 
 
@@ -76,8 +82,12 @@ def given():
     )
 
 
-def operator(p, **options): return HessianOperator(p.net, CE, p.hessian, **options)
-def directions(): return given().pairs.vectors
+def operator(p, **options):
+    return HessianOperator(p.net, CE, p.hessian, **options)
+
+
+def directions():
+    return given().pairs.vectors
 
 
 def product(p, **options):
@@ -88,7 +98,8 @@ def product(p, **options):
 
 def steadily(p):
     op = operator(p)
-    with hvp.steady(op): return op @ given().v, op @ given().v
+    with hvp.steady(op):
+        return op @ given().v, op @ given().v
 
 
 def trained(p):
@@ -96,7 +107,8 @@ def trained(p):
     return log, p.net.state_dict()
 
 
-def leaves(p): return [q.detach().clone().requires_grad_() for q in p.net.parameters()]
+def leaves(p):
+    return [q.detach().clone().requires_grad_() for q in p.net.parameters()]
 
 
 def batch_loss(p, ts):
@@ -108,11 +120,16 @@ def by_hand(p, how):
     "The functions that a `HessianOperator` is made of."
     ts = leaves(p)
     v = hvp.unflatten(given().v, ts)
-    if how == "forward": return hvp.forward_over_reverse(lambda t: batch_loss(p, t), ts, v)
+    if how == "forward":
+        return hvp.forward_over_reverse(lambda t: batch_loss(p, t), ts, v)
     state = [k for k, _ in p.net.named_parameters()]
     net, (X, y) = hvp.Forward(p.net), p.hessian
-    def logits_of(t): return hvp.functional_logits(net, dict(zip(state, t)), X)
-    if how == "logits": return hvp.logits_and_change(logits_of, ts, v)
+
+    def logits_of(t):
+        return hvp.functional_logits(net, dict(zip(state, t)), X)
+
+    if how == "logits":
+        return hvp.logits_and_change(logits_of, ts, v)
     return hvp.gauss_newton(logits_of, lambda z: CE(z, y), ts, v)
 
 
@@ -123,7 +140,8 @@ def graph_and_back(p):
     )
 
 
-def surgery_config(**more): return surgery.SurgeryConfig(iterations=2, num_spikes=2, eps=.3, **more)
+def surgery_config(**more):
+    return surgery.SurgeryConfig(iterations=2, num_spikes=2, eps=0.3, **more)
 
 
 def deflated(p):
@@ -158,8 +176,8 @@ ENTRIES = {
     **{
         f"product, {kind}, {mode}": functools.partial(product, kind=kind, mode=mode)
         for kind in ("hessian", "gauss_newton")
-        for mode in ("auto", "kept", "rebuilt", "forward", "difference")
-        if kind == "hessian" or mode in ("auto", "rebuilt")
+        for mode in ("auto", "cached", "recomputed", "forward", "difference")
+        if kind == "hessian" or mode in ("auto", "recomputed")
     },
     "product in pieces": functools.partial(
         product, micro_batch=8
@@ -327,7 +345,8 @@ PARTS_OF_COMMANDS = {
 def test_every_entry_point_is_tried():
     tried = " ".join(ENTRIES) + " " + inspect.getsource(inspect.getmodule(problem))
     for info in pkgutil.iter_modules(hessian_surgery_nb.__path__):
-        if info.name.startswith("_") or info.name in PARTS_OF_COMMANDS: continue
+        if info.name.startswith("_") or info.name in PARTS_OF_COMMANDS:
+            continue
         module = importlib.import_module(f"hessian_surgery_nb.{info.name}")
         for name in module.__all__:
             thing = getattr(module, name)
@@ -348,18 +367,26 @@ def test_every_entry_point_is_tried():
 
 # What a result is made of -------------------------------------------------------------------------
 
+
 def bits(x):
     "A result as nested tuples of plain things that are equal only if every bit is."
     if torch.is_tensor(x):
         x = x.detach().cpu().contiguous()
         return "tensor", str(x.dtype), tuple(x.shape), x.numpy().tobytes()
-    if isinstance(x, np.ndarray): return "array", str(x.dtype), x.shape, x.tobytes()
-    if isinstance(x, pd.DataFrame): return bits({k: x[k].tolist() for k in x if k != "seconds"})
-    if isinstance(x, nn.Module): return bits(x.state_dict())
-    if isinstance(x, float): return "float", np.float64(x).tobytes()
-    if isinstance(x, dict): return tuple((str(k), bits(v)) for k, v in x.items())
-    if isinstance(x, (list, tuple)): return tuple(bits(v) for v in x)
-    if isinstance(x, (str, bytes, int, type(None), np.generic, torch.dtype)): return x
+    if isinstance(x, np.ndarray):
+        return "array", str(x.dtype), x.shape, x.tobytes()
+    if isinstance(x, pd.DataFrame):
+        return bits({k: x[k].tolist() for k in x if k != "seconds"})
+    if isinstance(x, nn.Module):
+        return bits(x.state_dict())
+    if isinstance(x, float):
+        return "float", np.float64(x).tobytes()
+    if isinstance(x, dict):
+        return tuple((str(k), bits(v)) for k, v in x.items())
+    if isinstance(x, (list, tuple)):
+        return tuple(bits(v) for v in x)
+    if isinstance(x, (str, bytes, int, type(None), np.generic, torch.dtype)):
+        return x
     if dataclasses.is_dataclass(x) or hasattr(x, "__dict__"):
         return type(x).__name__, bits(
             {k: v for k, v in vars(x).items() if "seconds" not in k and "time" not in k}
@@ -412,31 +439,39 @@ def called(name, p):
 
 
 @functools.cache
-def plainly(name): return called(name, problem())
+def plainly(name):
+    return called(name, problem())
 
 
 # Contexts -----------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def grad_off():
     "As one who calls torch.set_grad_enabled(False) at the top of a script."
     torch.set_grad_enabled(False)
-    try: yield
-    finally: torch.set_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(True)
 
 
 @contextlib.contextmanager
 def default_double():
     torch.set_default_dtype(torch.float64)
-    try: yield
-    finally: torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @contextlib.contextmanager
 def deterministic():
     torch.use_deterministic_algorithms(True)
-    try: yield
-    finally: torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 CONTEXTS = {
@@ -465,7 +500,8 @@ CONTEXTS = {
 
 @contextlib.contextmanager
 def both(a, b):
-    with a, b: yield
+    with a, b:
+        yield
 
 
 def same_or_refused(name, p, context=contextlib.nullcontext, leaves_weights=True):
@@ -478,7 +514,8 @@ def same_or_refused(name, p, context=contextlib.nullcontext, leaves_weights=True
                 got = called(name, p)
             finally:
                 assert surroundings(p) == inside or name == "train", "what was around is as it was"
-    except InputError: got = None
+    except InputError:
+        got = None
     assert surroundings(p) == before or name == "train"
     assert got is None or got == plainly(name), f"{name} returned something else"
     return "refused" if got is None else "same"
@@ -486,10 +523,12 @@ def same_or_refused(name, p, context=contextlib.nullcontext, leaves_weights=True
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_inside_a_context(name, context): same_or_refused(name, problem(), CONTEXTS[context])
+def test_inside_a_context(name, context):
+    same_or_refused(name, problem(), CONTEXTS[context])
 
 
 # Data, gradients and hooks that were there before -------------------------------------------------
+
 
 def of_inference(p):
     with torch.inference_mode():
@@ -499,34 +538,42 @@ def of_inference(p):
 
 
 def wanting_gradients(p):
-    for X, _ in (p.hessian, p.sensitive, p.held): X.requires_grad_()
+    for X, _ in (p.hessian, p.sensitive, p.held):
+        X.requires_grad_()
 
 
 def gradients_there(p):
-    for q in p.net.parameters(): q.grad = torch.ones_like(q)
+    for q in p.net.parameters():
+        q.grad = torch.ones_like(q)
 
 
-def doubled(gradients): return tuple(None if g is None else 2 * g for g in gradients)
+def doubled(gradients):
+    return tuple(None if g is None else 2 * g for g in gradients)
 
 
 def backward_hooks(p):
-    for m in p.net: m.register_full_backward_hook(lambda m, gi, go: doubled(gi))
+    for m in p.net:
+        m.register_full_backward_hook(lambda m, gi, go: doubled(gi))
 
 
 def backward_pre_hooks(p):
-    for m in p.net: m.register_full_backward_pre_hook(lambda m, go: doubled(go))
+    for m in p.net:
+        m.register_full_backward_pre_hook(lambda m, go: doubled(go))
 
 
 def parameter_hooks(p):
-    for q in p.net.parameters(): q.register_hook(lambda g: 2 * g)
+    for q in p.net.parameters():
+        q.register_hook(lambda g: 2 * g)
 
 
 def accumulation_hooks(p):
-    for q in p.net.parameters(): q.register_post_accumulate_grad_hook(lambda q: q.grad.mul_(2))
+    for q in p.net.parameters():
+        q.register_post_accumulate_grad_hook(lambda q: q.grad.mul_(2))
 
 
 def forward_hooks(p):
-    for m in p.net: m.register_forward_hook(lambda m, x, out: out)
+    for m in p.net:
+        m.register_forward_hook(lambda m, x, out: out)
 
 
 def hooks_on_the_output(p):
@@ -577,13 +624,19 @@ def test_with_something_set_up_before(name, prepare):
 def in_threads(*calls):
     "The outcomes of calls that start at the same moment."
     start, out = threading.Barrier(len(calls)), [None] * len(calls)
+
     def one(i):
         start.wait()
-        try: out[i] = calls[i]()
-        except Exception as e: out[i] = e
+        try:
+            out[i] = calls[i]()
+        except Exception as e:
+            out[i] = e
+
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(calls))]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     return out
 
 
@@ -591,7 +644,7 @@ def in_threads(*calls):
 def test_from_a_second_thread(name):
     p = problem()
     before = surroundings(p)
-    got, = in_threads(lambda: called(name, p))
+    (got,) = in_threads(lambda: called(name, p))
     assert isinstance(got, InputError) or got == plainly(name)
     assert surroundings(p) == before or name == "train"
 
@@ -603,6 +656,8 @@ def test_from_two_threads_at_once(name):
     ps = [problem(), problem()]
     before = surroundings(ps[0])
     for got in in_threads(*(functools.partial(called, name, p) for p in ps)):
-        if isinstance(got, Exception) and not isinstance(got, InputError): raise got
+        if isinstance(got, Exception) and not isinstance(got, InputError):
+            raise got
         assert isinstance(got, InputError) or got == plainly(name)
-    for p in ps: assert surroundings(p) == before or name == "train"
+    for p in ps:
+        assert surroundings(p) == before or name == "train"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import (
+from hessian_surgery_nb.app.cli import main
+from hessian_surgery_nb.foundations.images import (
     class_files,
     check_disjoint,
     image_folder,
@@ -24,16 +24,22 @@ from hessian_surgery_nb.data import (
     torchvision_part,
     write_toy_images,
 )
-from hessian_surgery_nb.hvp import InputError
+from hessian_surgery_nb.foundations.guards import InputError
 from hessian_surgery_nb.isic import is_isic, read_isic, write_toy_isic
-from hessian_surgery_nb.models import (
+from hessian_surgery_nb.foundations.networks import (
     check_storable,
     copy_model,
     load_weights,
     weights_bytes,
     write_atomic,
 )
-from hessian_surgery_nb.own import check_labels, load_network, network_labels, own_files, own_sets
+from hessian_surgery_nb.app.own_network import (
+    check_labels,
+    load_network,
+    network_labels,
+    own_files,
+    own_sets,
+)
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 
 RAMP = np.linspace(0, 65535, 1024).reshape(32, 32)

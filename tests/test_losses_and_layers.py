@@ -2,6 +2,7 @@
 
 Products are right, or refused with the reason.
 """
+
 import functools
 import warnings
 
@@ -12,15 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from hessian_surgery_nb.data import torchvision_part
-from hessian_surgery_nb.hvp import HessianOperator, InputError
+from hessian_surgery_nb.foundations.images import torchvision_part
+from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
 
 CE = nn.CrossEntropyLoss()
 F64 = torch.float64
 EXACT = 1e-8  # two ways of the same derivatives in float64
 ROUGH = 1e-5  # differences of gradients in float64
-WEIGHT = torch.tensor([1., 4., 10.], dtype=F64)
+WEIGHT = torch.tensor([1.0, 4.0, 10.0], dtype=F64)
 
 
 def images(n=24, seed=0):
@@ -35,18 +37,24 @@ def made(build, seed=1):
         return build().double().eval()
 
 
-def mlp(): return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+def mlp():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def directions(n): return torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
-def off(a, b): return ((a - b).norm() / (b.norm() + 1e-12)).item()
+def directions(n):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+def off(a, b):
+    return ((a - b).norm() / (b.norm() + 1e-12)).item()
 
 
 def product(op):
     "With three vectors; None where it is refused, and then with a reason."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: return op @ directions(op.shape[0])
+        try:
+            return op @ directions(op.shape[0])
         except InputError as e:
             assert len(str(e).split()) > 8 and ";" in str(e), e
             return None
@@ -54,17 +62,37 @@ def product(op):
 
 # What a loss divides by ---------------------------------------------------------------------------
 
-def by_weight(z, y): return F.cross_entropy(z, y, weight=WEIGHT)
-def by_kept(z, y): return F.cross_entropy(z, y)
-def by_images(z, y): return F.cross_entropy(z, y, weight=WEIGHT, reduction="sum") / len(y)
-def added(z, y): return F.cross_entropy(z, y, reduction="sum")
-def mean_of_each(z, y): return F.cross_entropy(z, y, reduction="none").mean()
-def shifted(z, y): return F.cross_entropy(z, y) + 1.
-def tenth(z, y): return F.cross_entropy(z, y, reduction="sum") / 10
+
+def by_weight(z, y):
+    return F.cross_entropy(z, y, weight=WEIGHT)
+
+
+def by_kept(z, y):
+    return F.cross_entropy(z, y)
+
+
+def by_images(z, y):
+    return F.cross_entropy(z, y, weight=WEIGHT, reduction="sum") / len(y)
+
+
+def added(z, y):
+    return F.cross_entropy(z, y, reduction="sum")
+
+
+def mean_of_each(z, y):
+    return F.cross_entropy(z, y, reduction="none").mean()
+
+
+def shifted(z, y):
+    return F.cross_entropy(z, y) + 1.0
+
+
+def tenth(z, y):
+    return F.cross_entropy(z, y, reduction="sum") / 10
 
 
 def by_own_weights(z, y):
-    w = 1. + y.double()
+    w = 1.0 + y.double()
     return (w * F.cross_entropy(z, y, reduction="none")).sum() / w.sum()
 
 
@@ -82,10 +110,24 @@ def by_masked(z, y):
 
 def of_the_hardest(z, y):
     return F.cross_entropy(z, y, reduction="none").topk(max(1, len(y) // 2)).values.mean()
-def with_mean_logit(z, y): return F.cross_entropy(z, y) + z.mean().square()
-def root(z, y): return F.cross_entropy(z, y).sqrt()
-def of_the_worst(z, y): return F.cross_entropy(z, y, reduction="none").max()
-def spread(z, y): return F.cross_entropy(z, y) + z.softmax(1).mean(0).square().sum()
+
+
+def with_mean_logit(z, y):
+    return F.cross_entropy(z, y) + z.mean().square()
+
+
+def root(z, y):
+    return F.cross_entropy(z, y).sqrt()
+
+
+def of_the_worst(z, y):
+    return F.cross_entropy(z, y, reduction="none").max()
+
+
+def spread(z, y):
+    return F.cross_entropy(z, y) + z.softmax(1).mean(0).square().sum()
+
+
 def by_confidence(z, y):
     w = z.detach().softmax(1).amax(1)
     return (w * F.cross_entropy(z, y, reduction="none")).sum() / w.sum()
@@ -98,14 +140,18 @@ def dice(z, y):
 
 class WithWeights(nn.Module):
     "A module of one's own around PyTorch's."
+
     def __init__(self):
         super().__init__()
         self.inner, self.reduction = nn.CrossEntropyLoss(weight=WEIGHT), "mean"
-    def forward(self, z, y): return self.inner(z, y)
+
+    def forward(self, z, y):
+        return self.inner(z, y)
 
 
 class Callable:
-    def __call__(self, z, y): return by_weight(z, y)
+    def __call__(self, z, y):
+        return by_weight(z, y)
 
 
 class NllByImages(nn.NLLLoss):
@@ -115,7 +161,9 @@ class NllByImages(nn.NLLLoss):
 
 class CallsItself(nn.CrossEntropyLoss):
     "Changes the call, not the forward."
-    def __call__(self, z, y): return F.cross_entropy(z, y, weight=WEIGHT, reduction="sum") / len(y)
+
+    def __call__(self, z, y):
+        return F.cross_entropy(z, y, weight=WEIGHT, reduction="sum") / len(y)
 
 
 class Focal(nn.CrossEntropyLoss):
@@ -126,11 +174,12 @@ class Focal(nn.CrossEntropyLoss):
 
 class Smoothed(nn.CrossEntropyLoss):
     "Writes its own smoothing, and divides by all images, ignored ones too."
+
     def forward(self, z, y):
         kept = y != self.ignore_index
         log_p = z.log_softmax(1)
         own = -log_p.gather(1, y.clamp(min=0)[:, None])[:, 0]
-        return ((.9 * own - .1 * log_p.mean(1)) * kept).sum() / len(y)
+        return ((0.9 * own - 0.1 * log_p.mean(1)) * kept).sum() / len(y)
 
 
 class SubclassAsItIs(nn.CrossEntropyLoss):
@@ -205,14 +254,18 @@ IGNORING = {
 
 
 def labels(how, y):
-    if how == "mixed": return y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    if how == "mixed":
+        return y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     y = y.sort().values
-    if how == "ignored later": y[-6:-1] = -100
-    if how == "a batch ignored": y[8:16] = -100
+    if how == "ignored later":
+        y[-6:-1] = -100
+    if how == "a batch ignored":
+        y[8:16] = -100
     return y
 
 
-def batches(X, y, *sizes): return list(zip(X.split(sizes), y.split(sizes)))
+def batches(X, y, *sizes):
+    return list(zip(X.split(sizes), y.split(sizes)))
 
 
 CASES = [
@@ -252,7 +305,7 @@ def test_what_a_loss_divides_by(name, how):
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("mode", ["kept", "rebuilt", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["cached", "recomputed", "forward", "difference"])
 def test_every_mode_asks(mode, kind):
     X, y = images()
     y = y.sort().values
@@ -273,9 +326,13 @@ def test_targets_of_other_shapes():
     X, y = torch.randn(12, 2, 6, generator=g, dtype=F64), torch.randint(0, 3, (12, 6), generator=g)
     y[7:, 2:] = -100
     t = torch.rand(12, 3, 6, generator=g, dtype=F64)
-    def net(): return nn.Conv1d(2, 3, 3, padding=1)
+
+    def net():
+        return nn.Conv1d(2, 3, 3, padding=1)
+
     def weighted_squares(z, t):
         return ((z - t) ** 2 * torch.tensor([1.0, 2.0, 3.0], dtype=F64)[:, None]).mean()
+
     for loss, target in (
         (lambda z, y: F.cross_entropy(z, y), y),
         (CE, y),
@@ -304,19 +361,30 @@ def test_a_refusal_can_be_followed():
 
 # Computed a second time ---------------------------------------------------------------------------
 
+
 class Twice(nn.Module):
     "A part of it is computed again in the backward pass, or, by hand, not."
+
     def __init__(self, how=None, inner=None):
         super().__init__()
         self.a, self.b, self.head, self.how = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3), how
         self.inner = nn.Tanh() if inner is None else inner
-    def part(self, t): return torch.tanh(self.b(self.inner(self.a(t))))
-    def named(self, *, t): return self.part(t)
+
+    def part(self, t):
+        return torch.tanh(self.b(self.inner(self.a(t))))
+
+    def named(self, *, t):
+        return self.part(t)
+
     def forward(self, x):
-        if self.how is None: return self.head(self.part(x))
-        if self.how == "plain": return self.head(checkpoint(self.part, x, use_reentrant=False))
-        if self.how == "reentrant": return self.head(checkpoint(self.part, x, use_reentrant=True))
-        if self.how == "by name": return self.head(checkpoint(self.named, t=x, use_reentrant=False))
+        if self.how is None:
+            return self.head(self.part(x))
+        if self.how == "plain":
+            return self.head(checkpoint(self.part, x, use_reentrant=False))
+        if self.how == "reentrant":
+            return self.head(checkpoint(self.part, x, use_reentrant=True))
+        if self.how == "by name":
+            return self.head(checkpoint(self.named, t=x, use_reentrant=False))
         if self.how == "in a row":
             return self.head(
                 torch.tanh(
@@ -339,8 +407,11 @@ class Twice(nn.Module):
             return self.head(
                 checkpoint(self.part, x, use_reentrant=False, determinism_check="none")
             )
-        if self.how == "not stopped early": return self.head(self.whole(x))
-        with torch.autograd.graph.save_on_cpu(): return self.head(self.part(x))
+        if self.how == "not stopped early":
+            return self.head(self.whole(x))
+        with torch.autograd.graph.save_on_cpu():
+            return self.head(self.part(x))
+
     def whole(self, x):
         with torch.utils.checkpoint.set_checkpoint_early_stop(False):
             return checkpoint(self.part, x, use_reentrant=False)
@@ -365,7 +436,7 @@ def test_computed_twice(how, kind):
     X, y = images()
     truth = kinds.Truth(made(Twice), CE, X, y)
     M = truth.hessian() if kind == "hessian" else truth.gauss_newton()
-    for mode in ("auto", "kept", "rebuilt", "forward", "difference"):
+    for mode in ("auto", "cached", "recomputed", "forward", "difference"):
         for data in ((X, y), batches(X, y, 9, 15)):
             op = HessianOperator(made(lambda: Twice(how)), CE, data, mode=mode, kind=kind)
             found = product(op)
@@ -383,6 +454,7 @@ class ConvNet(nn.Module):
             nn.Linear(6, 3),
             how,
         )
+
     def forward(self, x):
         x = x.view(-1, 1, 2, 3)
         h = (
@@ -397,7 +469,7 @@ class ConvNet(nn.Module):
 def test_convolutions_computed_twice(how):
     X, y = images()
     H = kinds.Truth(made(ConvNet), CE, X, y).hessian()
-    for mode in ("auto", "kept", "rebuilt", "forward", "difference"):
+    for mode in ("auto", "cached", "recomputed", "forward", "difference"):
         found = product(
             HessianOperator(made(lambda: ConvNet(how)), CE, batches(X, y, 9, 15), mode=mode)
         )
@@ -408,6 +480,7 @@ def test_convolutions_computed_twice(how):
 
 def test_a_dense_net_that_saves_memory():
     "torchvision's own use of checkpoints."
+
     def net(saves):
         return torchvision_part("models").DenseNet(
             growth_rate=2,
@@ -417,14 +490,15 @@ def test_a_dense_net_that_saves_memory():
             num_classes=3,
             memory_efficient=saves,
         )
+
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(6, 3, 32, 32, generator=g, dtype=F64), torch.arange(6) % 3
     plain, saving = made(lambda: net(False)), made(lambda: net(True))
     truth = kinds.Truth(plain, CE, X, y)
     v = directions(len(truth.theta))[:, :1]
     theta = truth.theta.clone().requires_grad_()
-    slope, = torch.autograd.grad(truth.loss(theta), theta, create_graph=True)
-    expected, = torch.autograd.grad(slope @ v[:, 0], theta)
+    (slope,) = torch.autograd.grad(truth.loss(theta), theta, create_graph=True)
+    (expected,) = torch.autograd.grad(slope @ v[:, 0], theta)
     assert off((HessianOperator(plain, CE, (X, y)) @ v)[:, 0], expected) < EXACT
     found = product_with(HessianOperator(saving, CE, (X, y)), v)
     assert found is None or off(found[:, 0], expected) < EXACT
@@ -433,34 +507,49 @@ def test_a_dense_net_that_saves_memory():
 def product_with(op, v):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: return op @ v
-        except InputError: return None
+        try:
+            return op @ v
+        except InputError:
+            return None
 
 
 # Compiled -----------------------------------------------------------------------------------------
+
 
 class CompiledPart(nn.Module):
     def __init__(self, compiled=True):
         super().__init__()
         self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
-        def act(t): return torch.tanh(t) * t
+
+        def act(t):
+            return torch.tanh(t) * t
+
         self.act = torch.compile(act, backend="aot_eager") if compiled else act
-    def forward(self, x): return self.b(self.act(self.a(x)))
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
 
 
 class CompiledMethod(CompiledPart):
     def __init__(self, compiled=True):
         super().__init__(False)
-        if compiled: self.body = torch.compile(self.body, backend="aot_eager")
-    def body(self, x): return self.act(self.a(x))
-    def forward(self, x): return self.b(self.body(x))
+        if compiled:
+            self.body = torch.compile(self.body, backend="aot_eager")
+
+    def body(self, x):
+        return self.act(self.a(x))
+
+    def forward(self, x):
+        return self.b(self.body(x))
 
 
 class CompiledWithin(CompiledPart):
     "The call is compiled where it is made."
+
     def __init__(self, compiled=True):
         super().__init__(False)
         self.compiled = compiled
+
     def forward(self, x):
         return self.b(
             torch.compile(self.act, backend="aot_eager")(self.a(x))
@@ -495,7 +584,7 @@ COMPILED = {
 def test_compiled(name):
     X, y = images()
     H = kinds.Truth(made(lambda: CompiledPart(False)), CE, X, y).hessian()
-    for mode in ("auto", "kept", "forward"):
+    for mode in ("auto", "cached", "forward"):
         net = COMPILED[name]()
         found = (
             product(HessianOperator(net, CE, (X, y), mode=mode))
@@ -513,7 +602,8 @@ def test_compiled(name):
 
 
 def refused_or(net, X, y, mode):
-    try: op = HessianOperator(net, CE, (X, y), mode=mode)
+    try:
+        op = HessianOperator(net, CE, (X, y), mode=mode)
     except InputError as e:
         assert "_orig_mod" in str(e)
         return None
@@ -522,11 +612,15 @@ def refused_or(net, X, y, mode):
 
 # Transforms inside --------------------------------------------------------------------------------
 
+
 class Ensemble(nn.Module):
     def __init__(self, how=None):
         super().__init__()
         self.W, self.head, self.how = nn.Parameter(torch.randn(4, 5, 6) / 3), nn.Linear(5, 3), how
-    def one(self, x, w): return torch.tanh(F.linear(x, w))
+
+    def one(self, x, w):
+        return torch.tanh(F.linear(x, w))
+
     def forward(self, x):
         if self.how == "of weights":
             h = torch.vmap(self.one, (None, 0))(x, self.W).mean(0)
@@ -545,6 +639,7 @@ class Ensemble(nn.Module):
 
 class Convolved(nn.Module):
     "An ensemble of convolutions."
+
     def __init__(self, at_once=False):
         super().__init__()
         self.W, self.head, self.at_once = (
@@ -552,39 +647,51 @@ class Convolved(nn.Module):
             nn.Linear(4, 3),
             at_once,
         )
+
     def forward(self, x):
         x = x.view(-1, 1, 2, 3)
-        def one(w): return torch.tanh(F.conv2d(x, w)).flatten(1)
+
+        def one(w):
+            return torch.tanh(F.conv2d(x, w)).flatten(1)
+
         h = torch.vmap(one)(self.W) if self.at_once else torch.stack([one(w) for w in self.W])
         return self.head(h.mean(0))
 
 
 class Slope(nn.Module):
     "The derivative of a small function of the input, by torch.func or written out."
+
     def __init__(self, how=None):
         super().__init__()
         self.a, self.head, self.how = nn.Linear(6, 6), nn.Linear(6, 3), how
+
     def forward(self, x):
         h = self.a(x)
-        def energy(t): return (torch.tanh(t) ** 2).sum()
-        if self.how == "grad": return self.head(torch.func.grad(energy)(h))
+
+        def energy(t):
+            return (torch.tanh(t) ** 2).sum()
+
+        if self.how == "grad":
+            return self.head(torch.func.grad(energy)(h))
         if self.how == "vjp":
             return self.head(torch.func.vjp(energy, h)[1](torch.ones((), dtype=h.dtype))[0])
         if self.how == "jvp":
             return self.head(
                 torch.func.jvp(lambda t: torch.tanh(t) ** 2, (h,), (torch.ones_like(h),))[1]
             )
-        if self.how == "jacobian": return self.head(torch.vmap(torch.func.jacrev(energy))(h))
+        if self.how == "jacobian":
+            return self.head(torch.vmap(torch.func.jacrev(energy))(h))
         if self.how == "autograd":
             with torch.enable_grad():
                 t = h if h.requires_grad else h.requires_grad_()
                 return self.head(torch.autograd.grad(energy(t), t, create_graph=True)[0])
         t = torch.tanh(h)
-        return self.head(2 * t * (1 - t ** 2))
+        return self.head(2 * t * (1 - t**2))
 
 
 class CallsFunctionally(nn.Module):
     "Calls a part of itself at other weights."
+
     def __init__(self, functional=False):
         super().__init__()
         self.body, self.scale, self.functional = (
@@ -593,6 +700,7 @@ class CallsFunctionally(nn.Module):
             functional,
         )
         self.head = nn.Linear(5, 3)
+
     def forward(self, x):
         if not self.functional:
             return self.head(torch.tanh(F.linear(x, self.body.weight * self.scale, self.body.bias)))
@@ -623,7 +731,7 @@ def test_transforms_inside(name):
     H, G = truth.hessian(), truth.gauss_newton()
     V = directions(len(H))
     for data in ((X, y), batches(X, y, 9, 15)):
-        for mode in ("auto", "kept", "rebuilt", "forward", "difference"):
+        for mode in ("auto", "cached", "recomputed", "forward", "difference"):
             op = HessianOperator(made(build), CE, data, mode=mode)
             found = product(op)
             assert found is not None or mode != "auto"
@@ -636,12 +744,15 @@ def test_transforms_inside(name):
 
 # Functions by others ------------------------------------------------------------------------------
 
+
 class ByAttribute(torch.autograd.Function):
     "Keeps its input as an attribute, and is right in both derivatives."
+
     @staticmethod
     def forward(ctx, x):
         ctx.x = x
         return x * torch.sigmoid(x)
+
     @staticmethod
     def backward(ctx, g):
         s = torch.sigmoid(ctx.x)
@@ -650,44 +761,59 @@ class ByAttribute(torch.autograd.Function):
 
 class ByOutput(torch.autograd.Function):
     "Saves what it returns."
+
     @staticmethod
-    def forward(x): return torch.exp(x / 3)
+    def forward(x):
+        return torch.exp(x / 3)
+
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(output)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
     @staticmethod
-    def backward(ctx, g): return g * ctx.saved_tensors[0] / 3
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0] / 3
 
 
 class TwoOutputs(torch.autograd.Function):
     @staticmethod
-    def forward(x): return torch.sin(x), torch.cos(x)
+    def forward(x):
+        return torch.sin(x), torch.cos(x)
+
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
     @staticmethod
     def backward(ctx, gs, gc):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return gs * torch.cos(x) - gc * torch.sin(x)
 
 
 class Detached(torch.autograd.Function):
     "Right in the first derivative; its second takes what depends on x as fixed."
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         return x.tanh()
+
     @staticmethod
-    def backward(ctx, g): return g * (1 - ctx.saved_tensors[0].detach().tanh() ** 2)
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].detach().tanh() ** 2)
 
 
 class ByNumbers(torch.autograd.Function):
     "Its backward pass leaves PyTorch."
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         return x.tanh()
+
     @staticmethod
     def backward(ctx, g):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return g * torch.from_numpy(1 - torch.tanh(x.detach()).numpy() ** 2)
 
 
@@ -695,7 +821,9 @@ class Calls(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.a, self.b, self.f = nn.Linear(6, 5), nn.Linear(5, 3), f
-    def forward(self, x): return self.b(self.f(self.a(x)))
+
+    def forward(self, x):
+        return self.b(self.f(self.a(x)))
 
 
 def twice_over(x):
@@ -730,7 +858,7 @@ def test_functions_by_others(name, situation):
     y = y.sort().values
     truth = kinds.Truth(made(lambda: Calls(by_torch)), loss, X, y)
     H, V = truth.hessian(), directions(53)
-    for mode in ("auto", "kept", "rebuilt", "difference"):
+    for mode in ("auto", "cached", "recomputed", "difference"):
         for data in ((X, y), batches(X, y, 8, 16)):
             op = HessianOperator(made(lambda: Calls(f)), loss, data, mode=mode)
             found = product(op)
@@ -763,10 +891,12 @@ def test_functions_by_others_in_a_sure_network(name):
 
 # Layers -------------------------------------------------------------------------------------------
 
+
 class Frequent(nn.Module):
     def __init__(self, bag=False, **how):
         super().__init__()
         self.e, self.h = (nn.EmbeddingBag if bag else nn.Embedding)(7, 4, **how), nn.Linear(4, 3)
+
     def forward(self, x):
         rows = self.e(x)
         return self.h(torch.tanh(rows if rows.ndim == 2 else rows.mean(1)))
@@ -774,7 +904,9 @@ class Frequent(nn.Module):
 
 class Bagged(Frequent):
     "A bag of sums by plain indexing."
-    def forward(self, x): return self.h(torch.tanh(self.e.weight[x].sum(1)))
+
+    def forward(self, x):
+        return self.h(torch.tanh(self.e.weight[x].sum(1)))
 
 
 WORD_LAYERS = {
@@ -797,7 +929,7 @@ def test_words(name, kind):
     )
     truth = kinds.Truth(made(plain), CE, words, y)
     M = truth.hessian() if kind == "hessian" else truth.gauss_newton()
-    for mode in ("auto", "kept", "rebuilt", "forward", "difference"):
+    for mode in ("auto", "cached", "recomputed", "forward", "difference"):
         op = HessianOperator(made(build), CE, (words, y), mode=mode, kind=kind)
         found = product(op)
         rough = found is not None and op.plan().mode == "difference"
@@ -818,12 +950,15 @@ def test_words(name, kind):
 def refusable(f):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: return f()
-        except InputError: return None
+        try:
+            return f()
+        except InputError:
+            return None
 
 
 class ByVector(nn.Module):
     "Weights that are vectors, as torch.nn.functional.linear allows."
+
     def __init__(self, how):
         super().__init__()
         self.a, self.v, self.bias, self.head, self.how = (
@@ -833,13 +968,18 @@ class ByVector(nn.Module):
             nn.Linear(4, 3),
             how,
         )
+
     def score(self, h):
-        if self.how == "vector": return F.linear(h, self.v)
-        if self.how == "vector and bias": return F.linear(h, self.v, self.bias)
-        if self.how == "vector of a row": return torch.stack([F.linear(row, self.v) for row in h])
+        if self.how == "vector":
+            return F.linear(h, self.v)
+        if self.how == "vector and bias":
+            return F.linear(h, self.v, self.bias)
+        if self.how == "vector of a row":
+            return torch.stack([F.linear(row, self.v) for row in h])
         if self.how == "rows":
             return torch.stack([F.linear(row, self.v[None])[..., 0] for row in h])
-        return (h * self.v).sum(-1) + (self.bias if self.how == "by hand, bias" else 0.)
+        return (h * self.v).sum(-1) + (self.bias if self.how == "by hand, bias" else 0.0)
+
     def forward(self, x):
         h = torch.tanh(self.a(x.view(-1, 3, 2)))
         return self.head(
@@ -854,7 +994,7 @@ def test_linear_by_a_vector(how):
     H = kinds.Truth(
         made(lambda: ByVector("by hand, bias" if "bias" in how else "by hand")), CE, X, y
     ).hessian()
-    for mode in ("auto", "kept", "rebuilt", "forward", "difference"):
+    for mode in ("auto", "cached", "recomputed", "forward", "difference"):
         found = product(HessianOperator(made(lambda: ByVector(how)), CE, (X, y), mode=mode))
         assert found is not None and off(found, H @ directions(len(H))) < (
             ROUGH if mode == "difference" else EXACT
@@ -863,10 +1003,13 @@ def test_linear_by_a_vector(how):
 
 class Hard(nn.Module):
     "Hard sigmoids as a layer, as functions, and written out."
+
     def __init__(self, f):
         super().__init__()
         self.a, self.b, self.f = nn.Linear(6, 5), nn.Linear(5, 3), f
-    def forward(self, x): return self.b(self.f(self.a(x) * 3))
+
+    def forward(self, x):
+        return self.b(self.f(self.a(x) * 3))
 
 
 HARD = {
@@ -882,9 +1025,12 @@ HARD = {
 def test_hard_sigmoids(name):
     "Exact in every mode that differentiates, where the formula with relu6 is."
     X, y = images()
-    def written(t): return F.relu6(t + 3) / 6 * (t if name == "hard swish" else 1.)
+
+    def written(t):
+        return F.relu6(t + 3) / 6 * (t if name == "hard swish" else 1.0)
+
     H = kinds.Truth(made(lambda: Hard(written)), CE, X, y).hessian()
-    for mode in ("auto", "kept", "rebuilt"):
+    for mode in ("auto", "cached", "recomputed"):
         op = HessianOperator(made(lambda: Hard(HARD[name])), CE, batches(X, y, 9, 15), mode=mode)
         found = product(op)
         assert found is not None or (mode != "auto" and name == "of torch")
@@ -897,6 +1043,7 @@ def test_instance_norm_of_one_image():
     "One image at a time, before a convolution, is where PyTorch's own second derivative is wrong."
     g = torch.Generator().manual_seed(0)
     X, y = torch.randn(3, 2, 4, 4, generator=g, dtype=F64), torch.arange(3)
+
     def net():
         return nn.Sequential(
             nn.Conv2d(2, 3, 3, padding=1),
@@ -905,8 +1052,9 @@ def test_instance_norm_of_one_image():
             nn.Flatten(),
             nn.Linear(8, 3),
         )
+
     H = kinds.Truth(made(net), CE, X, y).hessian()
-    for mode in ("auto", "kept", "rebuilt", "forward"):
+    for mode in ("auto", "cached", "recomputed", "forward"):
         for data in (batches(X, y, 1, 1, 1), batches(X, y, 1, 2)):
             assert (
                 off(
@@ -917,15 +1065,21 @@ def test_instance_norm_of_one_image():
             )
 
 
-def solved(x, A): return torch.linalg.solve(A @ A.T + torch.eye(6, dtype=x.dtype), x.T).T
-def determined(x, A): return x * torch.linalg.slogdet(A @ A.T + torch.eye(6, dtype=x.dtype))[1]
+def solved(x, A):
+    return torch.linalg.solve(A @ A.T + torch.eye(6, dtype=x.dtype), x.T).T
+
+
+def determined(x, A):
+    return x * torch.linalg.slogdet(A @ A.T + torch.eye(6, dtype=x.dtype))[1]
 
 
 class Algebra(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.A, self.head, self.f = nn.Parameter(torch.randn(6, 6) / 3), nn.Linear(6, 3), f
-    def forward(self, x): return self.head(torch.tanh(self.f(x, self.A)))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.f(x, self.A)))
 
 
 @pytest.mark.parametrize("f", [solved, determined])
@@ -933,7 +1087,7 @@ def test_linear_algebra_in_forward_mode(f):
     "PyTorch's forward derivative of their backward passes is wrong: noticed, or taken another way."
     X, y = images()
     H = kinds.Truth(made(lambda: Algebra(f)), CE, X, y).hessian()
-    for mode in ("auto", "kept", "rebuilt", "forward"):
+    for mode in ("auto", "cached", "recomputed", "forward"):
         found = product(
             HessianOperator(made(lambda: Algebra(f)), CE, batches(X, y, 9, 15), mode=mode)
         )

@@ -3,6 +3,7 @@
 Every product is right or refused. 50 networks are drawn here, always the same; `pytest --slow`
 draws 500 others.
 """
+
 import random
 import warnings
 from collections import Counter
@@ -14,17 +15,19 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from hessian_surgery_nb.hvp import HessianOperator, InputError
+from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.hvp import HessianOperator
 
 EXACT = 1e-8  # two double backward passes in float64: rounding, which inverses enlarge
 ROUGH = 1e-5  # central differences in float64: (2e-16)^(2/3) = 4e-11, times third derivatives
 FLOOR = 1e-12  # where the matrix is 0
-MODES = ("auto", "kept", "rebuilt", "forward", "difference")
+MODES = ("auto", "cached", "recomputed", "forward", "difference")
 
 
 @dataclass(frozen=True)
 class Drawn:
     "A network, a loss, data in batches, and a way to compute with them."
+
     front: str
     blocks: tuple
     head: str
@@ -48,20 +51,26 @@ class Drawn:
         loss = kinds.LOSSES[self.loss]
         return type(loss.make()).__module__.startswith("torch.nn") or loss.told is not None
 
-    def crowd(self): return any(kinds.BLOCKS[b].crowd for b in self.blocks)
-    def cut(self): return len(self.sizes) > 1 or self.micro_batch is not None
+    def crowd(self):
+        return any(kinds.BLOCKS[b].crowd for b in self.blocks)
+
+    def cut(self):
+        return len(self.sizes) > 1 or self.micro_batch is not None
 
     def may_be_refused(self):
         "Is there something that no rule could promise here?"
         parts = self.parts()
-        if any(p.refusable for p in parts): return True
+        if any(p.refusable for p in parts):
+            return True
         by_hand = self.mode != "auto" or self.kind == "gauss_newton"
-        if by_hand and any(p.hard for p in parts): return True
+        if by_hand and any(p.hard for p in parts):
+            return True
         loss, several = (
             kinds.LOSSES[self.loss],
             self.cut() or self.loader or self.memory is not None,
         )
-        if loss.unknown and several: return True
+        if loss.unknown and several:
+            return True
         few = (
             min(self.sizes) < 3
             or (self.micro_batch is not None and self.micro_batch < 3)
@@ -71,13 +80,14 @@ class Drawn:
 
 
 def rows(X, s):
-    if isinstance(X, dict): return {k: t[s] for k, t in X.items()}
+    if isinstance(X, dict):
+        return {k: t[s] for k, t in X.items()}
     return tuple(t[s] for t in X) if isinstance(X, tuple) else X[s]
 
 
 def batches(X, y, sizes):
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [(rows(X, slice(e - n, e)), y[e - n:e]) for n, e in zip(sizes, ends)]
+    return [(rows(X, slice(e - n, e)), y[e - n : e]) for n, e in zip(sizes, ends)]
 
 
 def problem(d):
@@ -96,14 +106,16 @@ def problem(d):
 
 def chosen_rows(truth, net, pattern):
     "Which entries of all parameters belong to those whose names begin so."
-    if pattern is None: return slice(None)
+    if pattern is None:
+        return slice(None)
     wanted = [k.startswith(pattern[:-1]) for k, p in net.named_parameters() if p.requires_grad]
     return torch.cat([torch.full((s.numel(),), w) for w, s in zip(wanted, truth.shapes)])
 
 
 def operator(d, net, loss_fn, X, y):
     data = batches(X, y, d.sizes)
-    if d.loader: data = DataLoader(data, batch_size=None)
+    if d.loader:
+        data = DataLoader(data, batch_size=None)
     return HessianOperator(
         net,
         loss_fn,
@@ -150,7 +162,7 @@ def outcome(d, truth_checked=False):
     error = off(product, M @ v, M)
     assert error < (ROUGH if mode == "difference" else EXACT), (error, mode)
     g = truth.gradient()[which]
-    assert abs(value - truth.loss(truth.theta).item()) <= EXACT * max(abs(value), 1.), "the loss"
+    assert abs(value - truth.loss(truth.theta).item()) <= EXACT * max(abs(value), 1.0), "the loss"
     assert (gradient - g).norm() <= EXACT * max(g.norm().item(), 1e-3), "the gradient"
     after = net.state_dict()
     assert all(torch.equal(after[k], t) for k, t in before.items()), "the network is left as it was"
@@ -180,8 +192,10 @@ def alone(what, name, **more):
         | more
     )
     parts[what if what != "block" else "blocks"] = name if what != "block" else (name,)
-    if what == "block" and kinds.BLOCKS[name].crowd: parts["sizes"] = (10,)
-    if what == "loss": parts["sizes"] = more.get("sizes", (4, 3, 3))
+    if what == "block" and kinds.BLOCKS[name].crowd:
+        parts["sizes"] = (10,)
+    if what == "loss":
+        parts["sizes"] = more.get("sizes", (4, 3, 3))
     return Drawn(**parts)
 
 
@@ -193,6 +207,7 @@ def test_each_kind_alone(what, name):
 
 # Drawn together -----------------------------------------------------------------------------------
 
+
 def from_number(number):
     """A network and all that goes with it.
 
@@ -201,11 +216,15 @@ def from_number(number):
     known) is drawn less often than the rest.
     """
     pick = random.Random(number)
-    def some(choices): return pick.choice(sorted(choices))
+
+    def some(choices):
+        return pick.choice(sorted(choices))
+
     def mostly_sure(choices):
         first = some(choices)
         doubtful = choices[first].refusable or getattr(choices[first], "unknown", False)
         return some(choices) if doubtful else first
+
     blocks = tuple(mostly_sure(kinds.BLOCKS) for _ in range(pick.choice([1, 2])))
     d = Drawn(
         mostly_sure(kinds.FRONTS),
@@ -228,8 +247,9 @@ def from_number(number):
         kind=pick.choice(["hessian"] * (9 if hard else 3) + ["gauss_newton"]),
         params=pick.choice([None, None, "head*"]),
     )
-    if d.mode == "auto" and pick.random() < .3 and least == 1: d = replace(d, memory=1.)
-    if not d.crowd() and d.mode != "kept":
+    if d.mode == "auto" and pick.random() < 0.3 and least == 1:
+        d = replace(d, memory=1.0)
+    if not d.crowd() and d.mode != "cached":
         d = replace(
             d,
             micro_batch=pick.choice(
@@ -248,6 +268,7 @@ def tally(examples, start=None):
     With a start they are the same networks every time, whatever is edited here.
     """
     count, seen = Counter(), set()
+
     @settings(
         max_examples=examples,
         derandomize=False,
@@ -264,14 +285,16 @@ def tally(examples, start=None):
             return  # every label ignored: there is no loss
         count[outcome(d)] += 1
         seen.update(d.blocks + (d.front + " (front)", d.head + " (head)"))
-    if start is not None: each = seed(start)(each)
+
+    if start is not None:
+        each = seed(start)(each)
     each()
     return count, seen
 
 
 def judge(count, seen, examples):
-    assert sum(count.values()) >= .9 * examples and len(seen) >= 60
-    assert count["refused"] <= .1 * sum(count.values()), count
+    assert sum(count.values()) >= 0.9 * examples and len(seen) >= 60
+    assert count["refused"] <= 0.1 * sum(count.values()), count
 
 
 def test_fifty_networks():

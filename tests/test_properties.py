@@ -1,4 +1,5 @@
 "Statements that must hold for any input, tried on many."
+
 import numpy as np
 import torch
 from hypothesis import given, settings, strategies as st
@@ -9,7 +10,12 @@ from hessian_surgery_nb.baselines import paired_interval, tune_biases, class_acc
 from hessian_surgery_nb.effective_rank import effective_rank
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.surgery import AdamControl, GammaDecay, class_weights, solve_coefficients
-from hessian_surgery_nb.testbed import dense_hessian, relative_error, tiny_data, tiny_mlp
+from hessian_surgery_nb.foundations.testbed import (
+    dense_hessian,
+    relative_error,
+    tiny_data,
+    tiny_mlp,
+)
 
 settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("here")
@@ -32,13 +38,17 @@ def test_weights_are_a_distribution_ordered_by_error(a, p):
     assert (np.diff(w[order]) <= 1e-12).all()
 
 
-@given(problems(), st.floats(1e-3, 10), st.floats(0, .1), st.booleans())
+@given(problems(), st.floats(1e-3, 10), st.floats(0, 0.1), st.booleans())
 def test_coefficients_are_feasible_and_never_hurt(problem, eps, drop, boxed):
     S, a = problem
-    box = np.linspace(.5, 1.5, S.shape[1]) * eps if boxed else None
+    box = np.linspace(0.5, 1.5, S.shape[1]) * eps if boxed else None
     alpha = solve_coefficients(S, a, eps, max_drop=drop, box=box).numpy()
     assert np.isfinite(alpha).all()
-    assert (np.abs(alpha) <= box * (1 + 1e-9)).all() if boxed else np.linalg.norm(alpha) <= eps * (1 + 1e-9)
+    assert (
+        (np.abs(alpha) <= box * (1 + 1e-9)).all()
+        if boxed
+        else np.linalg.norm(alpha) <= eps * (1 + 1e-9)
+    )
     assert (S[a >= a.mean()] @ alpha >= -drop - 1e-8).all()
     assert class_weights(a, 1).numpy() @ S @ alpha >= -1e-9 * max(1, eps)
 
@@ -46,51 +56,70 @@ def test_coefficients_are_feasible_and_never_hurt(problem, eps, drop, boxed):
 @given(problems(), st.randoms(use_true_random=False))
 def test_no_random_feasible_point_is_better(problem, random):
     S, a = problem
-    alpha, c = solve_coefficients(S, a, .1).numpy(), class_weights(a, 1).numpy() @ S
+    alpha, c = solve_coefficients(S, a, 0.1).numpy(), class_weights(a, 1).numpy() @ S
     rng = np.random.default_rng(random.randrange(2**32))
     P = rng.normal(size=(500, S.shape[1]))
-    P *= .1 * rng.random((500, 1)) / np.linalg.norm(P, axis=1, keepdims=True)
-    ok = (P @ S[a >= a.mean()].T >= -.01).all(1)
+    P *= 0.1 * rng.random((500, 1)) / np.linalg.norm(P, axis=1, keepdims=True)
+    ok = (P @ S[a >= a.mean()].T >= -0.01).all(1)
     assert (P[ok] @ c).max(initial=0) <= c @ alpha + 1e-6 * max(1, np.abs(c).max())
 
 
 @given(problems())
 def test_forbidding_any_loss_is_the_limit_of_allowing_a_little(problem):
-    S, a = problem[0].round(2), problem[1]  # entries that are neither 0 nor a hundredth make the limit a cliff
-    gain = lambda drop: class_weights(a, 1).numpy() @ S @ solve_coefficients(S, a, .1, max_drop=drop).numpy()
-    assert gain(0.) >= gain(1e-7) - 1e-4
+    S, a = (
+        problem[0].round(2),
+        problem[1],
+    )  # entries that are neither 0 nor a hundredth make the limit a cliff
+    gain = lambda drop: (
+        class_weights(a, 1).numpy() @ S @ solve_coefficients(S, a, 0.1, max_drop=drop).numpy()
+    )
+    assert gain(0.0) >= gain(1e-7) - 1e-4
 
 
 @given(problems())
 def test_turning_a_spike_around_changes_nothing(problem):
     S, a = problem
-    flip = np.where(np.arange(S.shape[1]) % 2, -1., 1.)
-    gain = lambda S: class_weights(a, 1).numpy() @ S @ solve_coefficients(S, a, .05).numpy()
+    flip = np.where(np.arange(S.shape[1]) % 2, -1.0, 1.0)
+    gain = lambda S: class_weights(a, 1).numpy() @ S @ solve_coefficients(S, a, 0.05).numpy()
     assert abs(gain(S) - gain(S * flip)) < 1e-6
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1), st.booleans()), max_size=30), st.integers(1, 30))
 def test_amplitudes_stay_within_bounds(steps, budget):
-    decay, adam = GammaDecay(.1), AdamControl(.1, budget)
-    decay.start(.2)
+    decay, adam = GammaDecay(0.1), AdamControl(0.1, budget)
+    decay.start(0.2)
     for s, accepted in steps:
         before = decay.eps
-        decay.update(abs(s), s, accepted); adam.update(abs(s), s, accepted)
-        assert decay.eps <= before and .01 - 1e-12 <= adam.eps <= .1 + 1e-12
+        decay.update(abs(s), s, accepted)
+        adam.update(abs(s), s, accepted)
+        assert decay.eps <= before and 0.01 - 1e-12 <= adam.eps <= 0.1 + 1e-12
 
 
-@given(arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=finite), st.sampled_from(["energy", "amplitude"]), st.floats(.01, 100))
+@given(
+    arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=finite),
+    st.sampled_from(["energy", "amplitude"]),
+    st.floats(0.01, 100),
+)
 def test_effective_rank_is_between_one_and_the_rank_and_scale_free(S, weights, scale):
     r = effective_rank(S, weights=weights)
     assert 1 - 1e-12 <= r <= min(S.shape) + 1e-9
     assert abs(r - effective_rank(scale * S, weights=weights)) < 1e-6
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.sampled_from(["mean", "sum"]), st.booleans(), st.sampled_from(["kept", "rebuilt", "forward"]))
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.sampled_from(["mean", "sum"]),
+    st.booleans(),
+    st.sampled_from(["cached", "recomputed", "forward"]),
+)
 @settings(max_examples=25)
 def test_any_cut_into_batches_gives_the_same_product(sizes, reduction, weighted, mode):
     net, (X, y) = tiny_mlp((4, 5, 3)), tiny_data(sum(sizes), 4)
-    loss = nn.CrossEntropyLoss(reduction=reduction, ignore_index=2, weight=torch.tensor([1., 3., 2.], dtype=torch.float64) if weighted else None)
+    loss = nn.CrossEntropyLoss(
+        reduction=reduction,
+        ignore_index=2,
+        weight=torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64) if weighted else None,
+    )
     v = torch.randn(43, generator=torch.Generator().manual_seed(len(sizes)), dtype=torch.float64)
     out = HessianOperator(net, loss, list(zip(X.split(sizes), y.split(sizes))), mode=mode) @ v
     assert relative_error(out, dense_hessian(net, loss, X, y) @ v) < 1e-10
@@ -102,13 +131,16 @@ def test_tuned_biases_never_hurt_where_they_were_tuned(seed):
     g = torch.Generator().manual_seed(seed)
     Z, y = torch.randn(60, 4, generator=g), torch.arange(60) % 4
     before, after = class_accuracies(Z, y), class_accuracies(Z + tune_biases(Z, y), y)
-    assert after.std(correction=0) <= before.std(correction=0) + 1e-12 and after.mean() >= before.mean() - 1e-12
+    assert (
+        after.std(correction=0) <= before.std(correction=0) + 1e-12
+        and after.mean() >= before.mean() - 1e-12
+    )
 
 
 def test_paired_interval_covers_the_truth():
     "Two classifiers with known class accuracies: the interval of the difference of sigma holds it in at least 85 of 100 draws of the test set."
     y = torch.arange(10).repeat(200)
-    pa, pb = torch.linspace(.5, .95, 10), torch.linspace(.7, .9, 10)
+    pa, pb = torch.linspace(0.5, 0.95, 10), torch.linspace(0.7, 0.9, 10)
     truth, hits = (pb.std(correction=0) - pa.std(correction=0)).item(), 0
     for seed in range(100):
         u = torch.rand(2, len(y), generator=torch.Generator().manual_seed(seed))

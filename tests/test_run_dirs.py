@@ -15,16 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import hessian_surgery_nb.commands as commands
-from hessian_surgery_nb.cli import main
-from hessian_surgery_nb.data import write_toy_images
+import hessian_surgery_nb.app.commands as commands
+from hessian_surgery_nb.app.cli import main
+from hessian_surgery_nb.foundations.images import write_toy_images
 from hessian_surgery_nb.deflation import deflated_operate
-from hessian_surgery_nb.fingerprints import data_fingerprint, fingerprint, model_fingerprint
-from hessian_surgery_nb.hvp import InputError
-from hessian_surgery_nb.models import resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.foundations.fingerprints import (
+    data_fingerprint,
+    fingerprint,
+    model_fingerprint,
+)
+from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.networks import resnet20, weights_bytes, write_atomic
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
-from hessian_surgery_nb.testbed import tiny_data, tiny_mlp
-from hessian_surgery_nb.train import FocalLoss
+from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
+from hessian_surgery_nb.foundations.training import FocalLoss
 
 X, Y = tiny_data(120)
 H, S, O = ((X[i:j], Y[i:j]) for i, j in ((0, 30), (30, 75), (75, 120)))
@@ -282,7 +286,7 @@ def test_bad_input_makes_no_directory(how, wrong, tmp_path):
 
 
 def test_what_operations_share_belongs_to_one_loss_and_one_set_of_images():
-    looks = {}
+    cache = {}
     for other in (
         {},
         dict(loss=nn.CrossEntropyLoss(weight=WEIGHT)),
@@ -293,18 +297,18 @@ def test_what_operations_share_belongs_to_one_loss_and_one_set_of_images():
         dict(forward=by(1.5)),
         dict(net=nudged(tiny_mlp(), 0.5)),
     ):
-        alone, shared = run(**other), run(**other, looks=looks)
+        alone, shared = run(**other), run(**other, cache=cache)
         assert torch.equal(alone.spikes.values, shared.spikes.values) and torch.equal(
             alone.sensitivity.matrix, shared.sensitivity.matrix
         )
-    before = len(looks)
-    run(looks=looks)
-    assert len(looks) == before  # the first of them again
+    before = len(cache)
+    run(cache=cache)
+    assert len(cache) == before  # the first of them again
 
 
 @pytest.mark.parametrize("name", ["loss", "gradients"])
 def test_directions_that_do_not_use_the_loss_share_by_it_too(name):
-    looks, c = (
+    cache, c = (
         {},
         SurgeryConfig(
             iterations=1, eps=0.3, directions="gradients" if name == "gradients" else "class_means"
@@ -312,7 +316,7 @@ def test_directions_that_do_not_use_the_loss_share_by_it_too(name):
     )
     for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.3)):
         assert torch.equal(
-            run(loss=loss, config=c, looks=looks).spikes.vectors,
+            run(loss=loss, config=c, cache=cache).spikes.vectors,
             run(loss=loss, config=c).spikes.vectors,
         )
 
