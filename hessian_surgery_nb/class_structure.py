@@ -17,7 +17,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from .foundations.forward import Forward, functional_logits
 from .foundations.guards import InputError, plainly
 from hessian_surgery_nb.foundations.losses import (
@@ -179,7 +179,7 @@ def class_gradients(
 # %% ../nbs/03a_class_structure.ipynb #c872554e
 def _columns(sums, weights, N, C, cross, leaves) -> torch.Tensor:  # (n, columns), of all processes
     t, zero = (
-        team(),
+        current_team(),
         torch.zeros(sum(p.numel() for p in leaves), dtype=leaves[0].dtype, device=leaves[0].device),
     )
     every = (
@@ -228,7 +228,7 @@ def class_subspace(
         reduction=reduction,
     )
     V = V.double() if V.shape[0] < 1_000_000 else V
-    values, U = map(team().broadcast, torch.linalg.eigh(inner(V, V)))
+    values, U = map(current_team().broadcast, torch.linalg.eigh(inner(V, V)))
     values, U = values.flip(0), U.flip(1)
     rank = int((values > 1e-10 * values[0]).sum()) if values[0] > 0 else 0
     C = (
@@ -250,7 +250,7 @@ def class_subspace(
     )
     return Eigenpairs(
         values[:k],
-        team().shard((Q * R.diagonal().sign()).to(like)),
+        current_team().shard((Q * R.diagonal().sign()).to(like)),
         nothing,
         0,
         torch.zeros(k, dtype=torch.bool),

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from .foundations.guards import InputError, plainly
 from .foundations.images import check_disjoint
 from hessian_surgery_nb.foundations.networks import (
@@ -75,9 +75,9 @@ class DeflatedOperator:
         W = getattr(basis, "vectors", basis)
         self.op, self.rows = as_operator(op), W.T
         self.shape, self.dtype, self.device = self.op.shape, self.op.dtype, self.op.device
-        if team().size > 1:
+        if current_team().size > 1:
             raise InputError(
-                f"deflation runs in one process. {team().size} share this run; leave distributed(), or torchrun, out."
+                f"deflation runs in one process. {current_team().size} share this run; leave distributed(), or torchrun, out."
             )
         if W.ndim != 2 or W.shape[0] != self.shape[0]:
             raise InputError(

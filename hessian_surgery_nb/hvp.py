@@ -28,7 +28,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from hessian_surgery_nb.foundations.forward import (
     Forward,
     _explained,
@@ -204,7 +204,7 @@ class HessianOperator:
         first = next(iter(chosen.values()))
         n = sum(p.numel() for p in chosen.values())
         self.shape, self.dtype, self.device = (n, n), first.dtype, first.device
-        self._net, self._team = Forward(model, forward), team()
+        self._net, self.team = Forward(model, forward), current_team()
         self._plan = self._graphs = None
         self._steady = 0  # how many blocks of `steady` are open
         self._trace = []  # what the pass that runs now has seen
@@ -346,7 +346,7 @@ def _whole(self: HessianOperator) -> bool:
         isinstance(self.data, list)
         and len(self.data) == 1
         and not self.plan().micro_batch
-        and self._team.size == 1
+        and self.team.size == 1
     )
 
 
@@ -434,7 +434,7 @@ def free_memory(
     return (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
-        else psutil.virtual_memory().available // team().neighbours
+        else psutil.virtual_memory().available // current_team().neighbours
     )
 
 
@@ -462,9 +462,9 @@ class Plan:
 @plainly()
 def plan(self: HessianOperator) -> Plan:
     "How products will be computed; decided once, at the first product or here."
-    if self._plan is None and self._team.size > 1 and next(iter(self.data), None) is None:
+    if self._plan is None and self.team.size > 1 and next(iter(self.data), None) is None:
         raise InputError(
-            f"every process needs an image. Rank {self._team.rank} of {self._team.size} has none; use fewer processes, or larger batches."
+            f"every process needs an image. Rank {self.team.rank} of {self.team.size} has none; use fewer processes, or larger batches."
         )
     if self._plan is None:
         plan = (
@@ -496,7 +496,7 @@ def _check_cut(self: HessianOperator, plan: Plan):
 @patch
 def _agreed(self: HessianOperator, plan: Plan) -> Plan:
     "Where several processes share the data: the most cautious mode of any of them."
-    if self._team.size == 1:
+    if self.team.size == 1:
         return plan
     small, large = (next(cut(next(iter(self.data)), s)) for s in (1, 2))
     if self._sound(small) and not self._separable(small, large):
@@ -504,7 +504,7 @@ def _agreed(self: HessianOperator, plan: Plan) -> Plan:
             "a batch can only be shared where images do not see each other. Logits of this network depend on what else is in the batch; use one process."
         )
     modes = list(_MODES)
-    wanted = self._team.all_reduce(torch.tensor([float(m == plan.mode) for m in modes]))
+    wanted = self.team.all_reduce(torch.tensor([float(m == plan.mode) for m in modes]))
     return replace(plan, mode=modes[int(wanted.nonzero().max())])
 
 
@@ -838,7 +838,7 @@ def _pass(
     if out is None:
         raise InputError("data must hold at least one batch. Got none.")
     trace = torch.stack(self._trace)
-    D = 1.0 if self._sums() else self._team.all_reduce(trace[:, 4].sum().cpu()).item()
+    D = 1.0 if self._sums() else self.team.all_reduce(trace[:, 4].sum().cpu()).item()
     if D == 0:
         raise InputError(
             "the loss must divide by something. Got a total weight of 0: every label is ignored or has class weight 0."
@@ -886,7 +886,7 @@ def _stamp(model: nn.Module) -> list:
 @patch
 def _same(self: HessianOperator, a, b, moved=False) -> bool:  # in every process
     unit = torch.finfo(torch.bfloat16 if self.precision else self.dtype).eps
-    return not self._team.any(not same_pass(a, b, unit, moved))
+    return not self.team.any(not same_pass(a, b, unit, moved))
 
 
 @patch
@@ -926,7 +926,7 @@ def _differs(self: HessianOperator, trace: torch.Tensor, moved: bool):
 @patch
 def _refreshed(self: HessianOperator) -> bool:
     "Have weights or buffers moved since the last look?"
-    return self._team.any(self._stamped != _stamp(self.model))
+    return self.team.any(self._stamped != _stamp(self.model))
 
 
 # %% ../nbs/00_hvp.ipynb #8d1d4aab
@@ -976,7 +976,7 @@ def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, grad
         lambda b: (lambda loss, g: (loss.detach().clone(), *g))(*self._batch_grads(b, leaves)),
         moved=True,
     )
-    return self._team.all_reduce(loss).item() / self.denominator, self._team.all_reduce(
+    return self.team.all_reduce(loss).item() / self.denominator, self.team.all_reduce(
         flatten(grads)
     ) / self.denominator
 
@@ -988,7 +988,7 @@ def _kept(self: HessianOperator):
     check_mode(self.model)
     if self._graphs is not None and self._steady:
         return self._graphs[1:3]
-    if self._team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
+    if self.team.any(self._graphs is None or self._graphs[0] != self._present(self._graphs[3])):
         self._graphs, leaves, graphs, probes = None, self._leaves(), [], []
 
         def build(b):
@@ -1052,7 +1052,7 @@ def _product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
             return backward_through(self._graph(b, leaves), leaves, parts, False)
     else:
         return self._kept_product(v)
-    return self._team.all_reduce(flatten(self._pass(each))).div_(self.denominator)
+    return self.team.all_reduce(flatten(self._pass(each))).div_(self.denominator)
 
 
 @patch
@@ -1069,7 +1069,7 @@ def _kept_product(self: HessianOperator, v: torch.Tensor) -> torch.Tensor:
         raise InputError(
             "what products are computed from must stay as it is meanwhile. Weights, labels or the loss were changed in place during a search, or by the network itself; change them before or after."
         ) from e
-    return self._team.all_reduce(
+    return self.team.all_reduce(
         flatten(outs[0] if len(outs) == 1 else [sum(t) for t in zip(*outs)])
     ).div_(self.denominator)
 
@@ -1088,7 +1088,7 @@ def _gradient_at(self: HessianOperator, theta: torch.Tensor) -> torch.Tensor:
         self.observe()
     leaves = [t.detach().requires_grad_() for t in unflatten(theta, self.params.values())]
     return (
-        self._team.all_reduce(
+        self.team.all_reduce(
             flatten(self._pass(lambda b: self._batch_grads(b, leaves)[1], moved=True))
         )
         / self.denominator

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .foundations.distributed import share, team
+from .foundations.distributed import share, current_team
 from hessian_surgery_nb.foundations.guards import (
     ChangingFunction,
     InputError,
@@ -79,20 +79,20 @@ def distributed_norm(piece: torch.Tensor) -> torch.Tensor:  # float64 scalar
     "The length of a vector of which this process holds some coordinates, or all."
     return (
         vector_norm(piece)
-        if team().size == 1
-        else team().all_reduce(vector_norm(piece).square()).sqrt()
+        if current_team().size == 1
+        else current_team().all_reduce(vector_norm(piece).square()).sqrt()
     )
 
 
 def times(op, piece: torch.Tensor) -> torch.Tensor:
     "The operator times such a vector; this process's coordinates of the product."
-    t = team()
+    t = current_team()
     product = op @ (piece if t.size == 1 else t.gather(piece, op.shape[0]))
     return t.shard(product.detach())
 
 
 def _remove(w, basis):
-    c = team().all_reduce(
+    c = current_team().all_reduce(
         sum(
             ((basis[:, s].to(w.dtype) @ w[s]).double() for s in chunks(basis)),
             torch.zeros(len(basis), dtype=torch.float64, device=w.device),
@@ -184,7 +184,7 @@ def lanczos_tridiag(
                 orthogonalise(w, basis[: j + 1], near=slice(max(j - 1, 0), j + 1))[j].item()
             )
         else:
-            alpha.append(team().all_reduce(inner(w, q)).item())
+            alpha.append(current_team().all_reduce(inner(w, q)).item())
             w = w - alpha[-1] * q if last is None else w - alpha[-1] * q - beta[-1] * last
             last = q
         beta.append(_finite(distributed_norm(w).item(), j + 1))
@@ -220,7 +220,7 @@ def _start(v0, op, generator):
         return _random(op, generator)
     if hasattr(v0, "vectors") or as_real(v0).ndim == 2:
         v0 = blend(v0)
-    v0, t = as_real(v0), team()
+    v0, t = as_real(v0), current_team()
     if v0.shape == (t.local_size(op.shape[0]),):
         v0 = t.gather(v0, op.shape[0])
     if v0.shape != (op.shape[0],) or not torch.isfinite(v0).all() or not vector_norm(v0) > 0:
@@ -233,7 +233,7 @@ def _start(v0, op, generator):
 
 
 def _random(op, generator):
-    return team().shard(random_unit(op.shape[0], generator, op))
+    return current_team().shard(random_unit(op.shape[0], generator, op))
 
 
 # %% ../nbs/01_lanczos.ipynb #6813586e
@@ -305,7 +305,7 @@ class _Krylov:
             k,
             which,
             generator,
-            team().local_size(op.shape[0]),
+            current_team().local_size(op.shape[0]),
         )
         self.dtype, self.dir, self.generation, self.resumed = dtype or op.dtype, run_dir, 0, False
         empty = torch.zeros(0, 0, dtype=torch.float64)
@@ -399,11 +399,11 @@ def part(self: _Krylov):
     if self.next is None:
         return
     for j, z in enumerate(self.later):
-        common = team().all_reduce(inner(z, self.next)).item() / self.length
+        common = current_team().all_reduce(inner(z, self.next)).item() / self.length
         z.sub_(self.next, alpha=common / self.length)
         self.tail = self.tail + common * self.wait[j]
         for i in range(j):
-            common = team().all_reduce(inner(z, self.later[i])).item()
+            common = current_team().all_reduce(inner(z, self.later[i])).item()
             z.sub_(self.later[i], alpha=common)
             self.wait[i] += common * self.wait[j]
         size = distributed_norm(z).item()
@@ -529,7 +529,7 @@ def full(self: _Krylov) -> bool:
 @patch
 def ritz(self: _Krylov, order):
     "Ritz values, wanted first, and their small vectors."
-    theta, U = map(team().broadcast, torch.linalg.eigh(self.T[: self.m, : self.m]))
+    theta, U = map(current_team().broadcast, torch.linalg.eigh(self.T[: self.m, : self.m]))
     idx = torch.argsort(order(theta), stable=True)
     return theta[idx], U[:, idx]
 
@@ -583,7 +583,7 @@ def combine(
         out[:, s] = exact.to(out.dtype)
         if out.dtype != C.dtype:
             lost += (exact - out[:, s].to(C.dtype)).double().square().sum(1).cpu()
-    return team().all_reduce(lost).sqrt()
+    return current_team().all_reduce(lost).sqrt()
 
 
 @patch
@@ -678,7 +678,7 @@ def edges(self: _Krylov, most: int):  # (most,)
     (alpha, beta), signs, room = self.chain, _SIGNS[self.which], self.n - len(self.known)
     eps = torch.finfo(self.op.dtype).eps
     beta = torch.where(beta > 10 * eps * self.T.abs().max(), beta, 0.0)
-    ritz = team().broadcast(
+    ritz = current_team().broadcast(
         torch.linalg.eigvalsh(
             torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
         )
@@ -700,7 +700,7 @@ def edges(self: _Krylov, most: int):  # (most,)
     share = sum(_tail_share(s * alpha, beta, grid) for s in signs)
     odds = torch.stack([_luck(share, torch.tensor(h), room) for h in range(1, most + 1)])
     at = torch.where(odds <= _ODDS, grid, math.inf)
-    return team().broadcast(at.amin(1))
+    return current_team().broadcast(at.amin(1))
 
 
 # %% ../nbs/01_lanczos.ipynb #e7a10c0c
@@ -755,7 +755,7 @@ def far(self: _Krylov) -> float:
         return 1.0
     steps = 0.7 * self.chain.shape[1] * math.acosh(1 + 2 * (level - top) / (top - low))
     share = torch.tensor([1 / math.cosh(min(steps, 300.0)) ** 2], dtype=torch.float64)
-    return team().broadcast(_luck(share, torch.tensor(1), self.n - len(self.known))).item()
+    return current_team().broadcast(_luck(share, torch.tensor(1), self.n - len(self.known))).item()
 
 
 @patch
@@ -983,7 +983,7 @@ def _search(kry: _Krylov, tol: float, limit: int, verify: bool, bar) -> tuple[to
 # %% ../nbs/01_lanczos.ipynb #5328bce1
 def _turn(vectors, n):  # (k, this process's coordinates), changed in place; n: all coordinates
     "Which way a vector points is nobody's business but rounding's, so let it be that of (sin 1, sin 2, ...)."
-    t, first = team(), share(n, team().rank, team().size).start + 1
+    t, first = current_team(), share(n, current_team().rank, current_team().size).start + 1
     along = sum(
         (
             vectors[:, s].double()
@@ -1066,7 +1066,7 @@ def _check_request(op, k, which, tol, limit, max_basis, basis_dtype, seed):
 # %% ../nbs/01_lanczos.ipynb #e7a10c07
 def _size(op, k, max_basis, dtype, run_dir):
     "How many vectors to keep."
-    t, n = team(), op.shape[0]
+    t, n = current_team(), op.shape[0]
     each = -(-n // t.size) * (dtype or op.dtype).itemsize
     wanted = max_basis
     if wanted is None:
@@ -1087,7 +1087,7 @@ def _size(op, k, max_basis, dtype, run_dir):
 def _directory(run_dir):
     if run_dir is None:
         return None
-    if team().size > 1:
+    if current_team().size > 1:
         raise InputError(
             "vectors are kept on disk by one process. Several share this run; leave run_dir out."
         )
@@ -1106,7 +1106,7 @@ def _bar(progress: bool, total: int):
     from tqdm.auto import tqdm
 
     return tqdm(
-        total=total, desc="eigenpairs", leave=False, disable=not progress or team().rank > 0
+        total=total, desc="eigenpairs", leave=False, disable=not progress or current_team().rank > 0
     )
 
 

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from .foundations.guards import InputError, plainly, whole
 from .foundations.images import check_disjoint
 from .foundations.networks import copy_model
@@ -352,7 +352,7 @@ class _Path:
     def gap(self, step, true: ClassReport) -> float:  # rms over classes
         "How far the predicted accuracies are from the true ones."
         return (
-            (team().broadcast(self.j.accuracy(step).cpu()) - true.accuracy)
+            (current_team().broadcast(self.j.accuracy(step).cpu()) - true.accuracy)
             .square()
             .mean()
             .sqrt()
@@ -375,8 +375,8 @@ def pay(self: _Path, floor: float):  # smallest global accuracy
             self.j, alpha, slack, self.radius, count=self.folds, seed=self.op.config.seed
         )
         step, promised = (
-            team().broadcast(s.alpha),
-            team().broadcast(s.out_of_fold).std(correction=0).item(),
+            current_team().broadcast(s.alpha),
+            current_team().broadcast(s.out_of_fold).std(correction=0).item(),
         )
         if not torch.equal(step, alpha):
             true = self.truth(step)
@@ -411,7 +411,7 @@ def trusted(
     "The longest step worth taking that was predicted well. An error grows with the square of the step, which says how much shorter or longer to try."
     good, wrong = (None, None, False), torch.inf
     for _ in range(8):
-        alpha = team().broadcast(best_step(self.j, slack, self.radius))
+        alpha = current_team().broadcast(best_step(self.j, slack, self.radius))
         if not alpha.norm() > 0:
             break
         true, vector_norm = self.truth(alpha), alpha.norm().item()
@@ -488,7 +488,7 @@ def linearised_operate(
     if directions is None:
         op.draw(0)
     elif len(directions.vectors) != (
-        n := team().local_size(sum(p.numel() for p in op.params().values()))
+        n := current_team().local_size(sum(p.numel() for p in op.params().values()))
     ):
         raise InputError(
             f"directions must have a row for each of the {n} parameters that may move here. Got {len(directions.vectors)}; see config.params."
@@ -497,7 +497,9 @@ def linearised_operate(
         op.pairs, op.num_spikes = directions, len(directions)
     start, path, points = op.now, _Path(op, folds, tolerance, rounds, progress), []
     points.append(_point(path, 0.0, start, held_out))
-    for price in tqdm(prices, desc="prices", leave=False, disable=not progress or team().rank > 0):
+    for price in tqdm(
+        prices, desc="prices", leave=False, disable=not progress or current_team().rank > 0
+    ):
         path.pay(start.overall - price)
         points.append(_point(path, price, path.now, held_out))
         LOG.info(

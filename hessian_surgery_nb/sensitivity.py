@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from .foundations.fingerprints import fingerprint
 from .foundations.forward import dual_level
 from .foundations.guards import InputError, plainly
@@ -44,7 +44,9 @@ def moved_state(
     step: torch.Tensor,  # (n,) displacement, or this process's coordinates of it
 ) -> dict[str, torch.Tensor]:  # to be passed as `state`
     "Weights theta + step, by name."
-    parts = unflatten(team().gather(step, sum(p.numel() for p in params.values())), params.values())
+    parts = unflatten(
+        current_team().gather(step, sum(p.numel() for p in params.values())), params.values()
+    )
     return {k: p.detach() + d.to(p) for (k, p), d in zip(params.items(), parts)}
 
 
@@ -138,7 +140,10 @@ def sensitivity_matrix(
         torch.empty(len(y), V.shape[1], dtype=torch.float64, device=y.device),
     )
     for k in tqdm(
-        range(V.shape[1]), desc="sensitivity", leave=False, disable=not progress or team().rank > 0
+        range(V.shape[1]),
+        desc="sensitivity",
+        leave=False,
+        disable=not progress or current_team().rank > 0,
     ):
         minus = _scores(run(-eps * V[:, k]), y, metric) if scheme == "central" else base
         D[:, k] = _scores(run(eps * V[:, k]), y, metric) - minus
@@ -170,7 +175,7 @@ def _check_sensitivity(V, chosen, eps, scheme, metric):
         raise InputError(
             f"eps must be positive and finite. Got {eps}; a good first value is 0.6 / sqrt(lambda_1)."
         )
-    if V.ndim != 2 or V.shape[0] not in (n, team().local_size(n)) or not V.shape[1]:
+    if V.ndim != 2 or V.shape[0] not in (n, current_team().local_size(n)) or not V.shape[1]:
         raise InputError(
             f"spikes must be (n, K) with n = {n} selected parameters. Got {tuple(V.shape)}; pass the same params as "
             "to the operator."
@@ -337,9 +342,9 @@ def logit_jacobian(
     if scheme not in ("logits", "jvp"):
         raise InputError(f"scheme must be 'logits' or 'jvp'. Got {scheme!r}.")
     (z, y), J, D = predict(model, data, forward=forward), [], []
-    if scheme == "jvp" and team().size > 1:
+    if scheme == "jvp" and current_team().size > 1:
         raise InputError(
-            f"scheme='jvp' runs in one process. {team().size} share this run; use scheme='logits'."
+            f"scheme='jvp' runs in one process. {current_team().size} share this run; use scheme='logits'."
         )
 
     def logits(step):
@@ -349,7 +354,7 @@ def logit_jacobian(
         range(V.shape[1]),
         desc="logits along spikes",
         leave=False,
-        disable=not progress or team().rank > 0,
+        disable=not progress or current_team().rank > 0,
     ):
         if scheme == "jvp":
             try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from hessian_surgery_nb.foundations.guards import (
     ChangingFunction,
     InputError,
@@ -75,7 +75,9 @@ class _Known:
     def __init__(self, op, spikes, limit):
         self.values, self.rows, self.limit, self.op = (
             torch.zeros(0, dtype=torch.float64),
-            torch.empty(0, team().local_size(op.shape[0]), dtype=op.dtype, device=op.device),
+            torch.empty(
+                0, current_team().local_size(op.shape[0]), dtype=op.dtype, device=op.device
+            ),
             limit,
             op,
         )
@@ -102,7 +104,7 @@ class _Known:
 
     def learn(self, tri, tol):
         "Keep the certified Ritz pairs that stand farthest out."
-        theta, U = map(team().broadcast, torch.linalg.eigh(tri.T))
+        theta, U = map(current_team().broadcast, torch.linalg.eigh(tri.T))
         sure = (tri.beta[-1] * U[-1].abs() <= tol * theta.abs().max()).nonzero().flatten()
         far = sure[(theta[sure] - (theta * U[0] ** 2).sum()).abs().argsort(descending=True)][
             : max(self.limit - len(self.values), 0)
@@ -141,8 +143,8 @@ def spectral_density(
     op, seed = as_operator(op), seed_of(seed)
     n = op.shape[0]
     if reorthogonalise is None:
-        reorthogonalise = not team().any(
-            (num_matvecs + 3 * max_known) * team().local_size(n) * op.dtype.itemsize
+        reorthogonalise = not current_team().any(
+            (num_matvecs + 3 * max_known) * current_team().local_size(n) * op.dtype.itemsize
             >= max(free_memory(op.device) / 2, 2**28)
         )
     known, runs = _Known(op, spikes, max_known), []
@@ -184,7 +186,7 @@ def _probe(
         outside=known.rows if K else None,
         reorthogonalise=reorthogonalise,
     )
-    theta, U = map(team().broadcast, torch.linalg.eigh(tri.T))
+    theta, U = map(current_team().broadcast, torch.linalg.eigh(tri.T))
     w, share = U[0] ** 2, (n - K) / n
     gaps = (theta[1:] - theta[:-1]) * torch.maximum(w[1:], w[:-1])
     runs.append(

@@ -77,7 +77,7 @@ from hessian_surgery_nb.foundations.networks import (
     write_atomic,
     write_tensors,
 )
-from .foundations.distributed import team
+from .foundations.distributed import current_team
 from .foundations.runs import check_out, json_bytes, out_dir
 from hessian_surgery_nb.sensitivity import (
     Sensitivity,
@@ -557,7 +557,7 @@ def _directions(
     V, _ = torch.linalg.qr(torch.randn(n, K, generator=g, dtype=torch.float32))
     nothing = torch.full((K,), math.nan, dtype=torch.float64)
     return Eigenpairs(
-        nothing, team().shard(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool)
+        nothing, current_team().shard(V.to(like)), nothing, 0, torch.ones(K, dtype=torch.bool)
     )
 
 
@@ -749,7 +749,7 @@ def iterate(self: SurgeryOperation) -> bool:  # whether anything is left to try
     clock, now = time.perf_counter(), self.now
     S, matvecs, passes = self.look()
     alpha, pairs, eps, saved = (
-        team().broadcast(self.decide(S)),
+        current_team().broadcast(self.decide(S)),
         self.pairs,
         self.control.eps,
         self.weights(),
@@ -843,7 +843,7 @@ def operate(
             config.iterations,
             desc="surgery",
             leave=False,
-            disable=not progress or team().rank > 0,
+            disable=not progress or current_team().rank > 0,
         )
     ):
         if op.over:
@@ -854,7 +854,7 @@ def operate(
         bar.set_postfix_str(
             f"sigma {100 * op.now.sigma:.2f} pp, best {100 * op.best[0]:.2f}, eps {op.control.eps:.2g}"
         )
-        if stop and team().any(stop()):
+        if stop and current_team().any(stop()):
             break
     op.return_to_best()
     after, _, now = op.reported(held_out)
@@ -966,7 +966,7 @@ class _State:
 
     def __init__(self, op: SurgeryOperation, run_dir, held_out):
         # made when there is something to keep
-        self.op, self.dir, t = op, None if run_dir is None else check_out(run_dir), team()
+        self.op, self.dir, t = op, None if run_dir is None else check_out(run_dir), current_team()
         if self.dir is None:
             return
         check_storable(op.model)
@@ -1003,8 +1003,8 @@ def keep(self: _State):
                 S={k: getattr(S, k) for k in ("eps", "scheme", "metric", "num_passes")},
             ),
         )
-    team().wait()  # until all have written theirs
-    if team().rank:
+    current_team().wait()  # until all have written theirs
+    if current_team().rank:
         return
     best = {k: v for k, v in op.best[1].items() if torch.is_tensor(v)}
     write_tensors(

@@ -286,10 +286,10 @@ def test_a_process_that_falls_silent_ends_the_run(tmp_path, stopped):
 def test_a_group_of_your_own_is_used(tmp_path):
     (tmp_path / "job.py").write_text("""
 import torch, torch.distributed as dist
-from hessian_surgery_nb.foundations.distributed import team, distributed
+from hessian_surgery_nb.foundations.distributed import current_team, distributed
 dist.init_process_group("gloo")
 with distributed() as t: total = t.all_reduce(torch.ones(2)); assert t.size == 2 and total.tolist() == [2., 2.]
-assert team().size == 1
+assert current_team().size == 1
 dist.barrier(); dist.destroy_process_group()
 """)
     p = torchrun(2, tmp_path / "job.py")

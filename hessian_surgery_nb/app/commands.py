@@ -105,7 +105,7 @@ from hessian_surgery_nb.app.pages import (
     table_tag,
     text_table,
 )
-from ..foundations.distributed import team, distributed
+from ..foundations.distributed import current_team, distributed
 from ..foundations.runs import check_out, json_bytes, out_dir
 from ..spectrum_type import Verdict, generalisation, spectrum_type
 from hessian_surgery_nb.surgery import (
@@ -347,7 +347,7 @@ def with_config(
 def pick_device(name: str) -> torch.device:  # "auto", or as PyTorch writes it
     "A GPU if there is one, or what was asked for."
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if wanted == "cuda" and team().size > 1:  # a GPU for each process
+    if wanted == "cuda" and current_team().size > 1:  # a GPU for each process
         mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if mine >= there:
             raise InputError(
@@ -385,7 +385,7 @@ def ready(args: argparse.Namespace):  # network, sets
         seed=args.seed,
         hessian=args.hessian,
         batch=args.batch,
-        progress=sys.stderr.isatty() and not team().rank,
+        progress=sys.stderr.isatty() and not current_team().rank,
     )
     _check_outputs(net, next(iter(sets.hessian))[0][:2].to(device), len(names), args)
     check_labels(net, sets, chosen=args.class_order is not None)
@@ -639,8 +639,11 @@ def operate_own(args: argparse.Namespace) -> int:
             stop=asked,
             progress=sys.stderr.isatty() and not args.verbose,
         )
-    cut, change = team().any(asked()) and len(r.history) < config.iterations, held_out_change(r)
-    if team().rank:
+    cut, change = (
+        current_team().any(asked()) and len(r.history) < config.iterations,
+        held_out_change(r),
+    )
+    if current_team().rank:
         return 130 if cut else 0
     summary, rows = (
         totals(r, change),
@@ -682,7 +685,7 @@ def asked_to_stop():  # a function: whether Ctrl-C was pressed
         if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
-        if not team().rank:
+        if not current_team().rank:
             print(
                 "hessian-surgery: ending after this step with the best weights so far; --resume goes on from there. Ctrl-C again stops at once.",
                 file=sys.stderr,
@@ -716,7 +719,7 @@ def logged(on: bool):
     log, handler = logging.getLogger("hessian_surgery_nb"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     level = log.level
-    if on and not team().rank:
+    if on and not current_team().rank:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
@@ -724,7 +727,9 @@ def logged(on: bool):
             for kind in (FutureWarning, DeprecationWarning):
                 warnings.simplefilter("ignore", kind)
             warnings.showwarning = lambda message, *_: (
-                None if team().rank else print(f"hessian-surgery: {message}", file=sys.stderr)
+                None
+                if current_team().rank
+                else print(f"hessian-surgery: {message}", file=sys.stderr)
             )
             yield
     finally:
@@ -879,7 +884,7 @@ def compare_own(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty() and not args.verbose,
     )
     header, rows = comparison_rows(c)
-    if team().rank:
+    if current_team().rank:
         return 0
     best = min(c.rivals, key=lambda r: r.report.sigma)
     summary = f"Held-out, {len(c.y)} images. The smallest sigma is that of {best.name}: {100 * best.report.sigma:.1f} pp. Tuned on {len(sets.sensitivity.y)} other images; intervals are paired, 95 %. Forward passes are over these, a Hessian-vector product counted as six over its own images."
@@ -981,7 +986,7 @@ def front_own(args: argparse.Namespace) -> int:
     )
     start, end = f.points[0], f.at(args.max_global_drop / 100)
     moved = f.network(end.price)  # all processes have a part in it
-    if team().rank:
+    if current_team().rank:
         return 0
     (header, rows), command = front_rows(f), shlex.join(["hessian-surgery", *args.argv])
     lo, hi = (100 * v for v in paired_interval(start.correct, end.correct, f.labels))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from .distributed import Team, team
+from .distributed import Team, current_team
 from .guards import InputError
 from .losses import is_cross_entropy
 
@@ -162,7 +162,7 @@ class _Mine:
     "This process's rows of every batch of a loader."
 
     def __init__(self, batches, team: Team):
-        self.batches, self.team = batches, team
+        self.batches, self.team = batches, current_team
 
     def __iter__(self):
         for turn, batch in enumerate(self.batches):
@@ -176,7 +176,7 @@ def my_batches(
     data,  # as for `as_batches`
 ):  # likewise
     "What of the data this process computes with: all of it, unless several share the run."
-    batches, t = as_batches(data), team()
+    batches, t = as_batches(data), current_team()
     return (
         batches
         if t.size == 1

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ["LostRank", "share", "Team", "team", "Heartbeat", "distributed"]
+__all__ = ["LostRank", "share", "Team", "current_team", "Heartbeat", "distributed"]
 
 
 # %% ../../nbs/foundations/03_distributed.ipynb #daff1cd8
@@ -138,7 +138,7 @@ def any(self: Team, flag: bool) -> bool:
 _TEAMS = [Team()]
 
 
-def team() -> Team:
+def current_team() -> Team:
     "The processes that share what runs now: those of the innermost `distributed`, else this one alone."
     return _TEAMS[-1]
 
@@ -259,7 +259,7 @@ def distributed(
         or int(os.environ.get("WORLD_SIZE", "1")) == 1
         and not dist.is_initialized()
     ):
-        yield team()
+        yield current_team()
         return
     watch, began, group, backend = (
         None,
@@ -280,8 +280,8 @@ def distributed(
         )  # whatever yours can add, this one adds numbers on processors and on GPUs
     _TEAMS.append(Team(dist.get_rank(), dist.get_world_size(), group))
     try:
-        yield team()
-        team().wait()  # nobody leaves before the last has arrived
+        yield current_team()
+        current_team().wait()  # nobody leaves before the last has arrived
         if watch:
             watch.over.set()
     finally:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .distributed import team
+from .distributed import current_team
 from .guards import InputError
 
 # %% auto #0
@@ -237,7 +237,7 @@ class LossDivisor:
         "Choose what batches are weighed against; the same in every process that shares the run."
         with torch.no_grad():
             found = _references(self.loss_fn, z.detach(), y) if y.ndim else []
-        t = team()
+        t = current_team()
         found = found[: int(t.least(len(found)))]
         if t.size > 1:  # copies: a broadcast writes where it arrives
             found = [
@@ -269,7 +269,7 @@ def _cannot_tell(divisor: LossDivisor, z, y, why: str) -> tuple[str, float]:
             f"the loss must be finite. Got {value} on a batch of {len(y) if y.ndim else 1}; check weights, images and the loss."
         )
     if divisor.said is None:
-        alone = ", in one process" if team().size > 1 else ""
+        alone = ", in one process" if current_team().size > 1 else ""
         raise InputError(
             f"what a loss divides by must be known where there are several batches. {why} on {len(y) if y.ndim else 1} rows; "
             f"pass reduction='mean' or 'sum' (a mean over the first axis, or a sum), or give all data as a single batch{alone}."

@@ -22,7 +22,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
-from .distributed import Team, team
+from .distributed import Team, current_team
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
     data_fingerprint,
@@ -403,7 +403,7 @@ def predict(
     net, device, t, out, labels, seen = (
         Forward(model, forward),
         next(model.parameters()).device,
-        team(),
+        current_team(),
         [],
         [],
         0,
