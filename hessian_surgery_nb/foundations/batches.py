@@ -162,7 +162,7 @@ class _Mine:
     "This process's rows of every batch of a loader."
 
     def __init__(self, batches, team: Team):
-        self.batches, self.team = batches, current_team
+        self.batches, self.team = batches, team
 
     def __iter__(self):
         for turn, batch in enumerate(self.batches):
