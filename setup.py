@@ -61,5 +61,6 @@ setup(
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{pkg}={pkg}._modidx:d"],
     },
+    package_data={pkg: ["py.typed"]},
     zip_safe=False,
 )

@@ -49,7 +49,7 @@ def outputs(path):
 
 def module(path):
     "The dotted name of the module that a notebook exports."
-    if path.stem == "06_many_processes":
+    if path.stem == "07_many_processes":
         return "__main__"  # what `python -m hessian_surgery_nb` runs
     name = path.stem.partition("_")[2]
     return name if path.parent == NBS else f"{path.parent.name}.{name}"
