@@ -1,4 +1,6 @@
-"Everything here comes from settings.ini; the project's static part (pyproject.toml) is written by nbdev_export."
+"""Everything here comes from settings.ini; the project's static part (pyproject.toml) is written
+by nbdev_export.
+"""
 
 from configparser import ConfigParser
 from pathlib import Path

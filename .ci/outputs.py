@@ -3,7 +3,8 @@
     python .ci/outputs.py                    every notebook, in reading order
     python .ci/outputs.py nbs/00_hvp.ipynb   these only
 
-Cells marked `#| eval: false`, or with one of settings.ini's tst_flags, are not run and keep the outputs they have.
+Cells marked `#| eval: false`, or with one of settings.ini's tst_flags, are not run and
+keep the outputs they have.
 """
 
 import os
@@ -26,7 +27,9 @@ def is_skipped(source, flags):
 
 
 def store(path, cfg):
-    "Run one notebook in its own folder, in a fresh shell; stop at its first error, leaving the file as it was."
+    """Run one notebook in its own folder, in a fresh shell; stop at its first error, leaving the
+    file as it was.
+    """
     nb, flags = read_nb(path), cfg.tst_flags.split()
     shell = CaptureShell(path, mpl_format="png")
     for cell in nb.cells:

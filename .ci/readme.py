@@ -45,7 +45,9 @@ def split_directives(source):
 
 
 def relink(markdown, nbs):
-    "Links are relative to the notebook; from README.md they start at its folder. Fenced code is left alone."
+    """Links are relative to the notebook; from README.md they start at its folder. Fenced code is
+    left alone.
+    """
 
     def fix(m):
         return m[1] + (
@@ -111,7 +113,10 @@ def commands(readme):
     blocks = [b.strip() for b in re.findall(r"^```sh[ \t]*\n(.*?)^```[ \t]*$", readme, re.M | re.S)]
     if len(blocks) != len(COMMANDS):
         raise SystemExit(
-            f"README.md must hold exactly {len(COMMANDS)} ```sh blocks, found {len(blocks)}; mark other examples ```bash"
+            (
+                f"README.md must hold exactly {len(COMMANDS)} ```sh blocks, found {len(blocks)}; "
+                "mark other examples ```bash"
+            )
         )
     for i, (block, parts) in enumerate(zip(blocks, COMMANDS), 1):
         missing = [p for p in parts if p not in block]

@@ -1,8 +1,11 @@
-"""How often the intervals of sigma and of its change hold the truth, in worlds whose truth is known.
+"""How often the intervals of sigma and of its change hold the truth, in worlds whose truth is
+known.
 
-Class accuracies of a given sigma; a second method that flips some answers and changes sigma by a known
-factor; seeds whose changes differ or not. Images are counted again and again, and an interval of 95 %
-is made of each count. The percentile bootstrap, which draws the images once more, stands beside."""
+Class accuracies of a given sigma; a second method that flips some answers and changes sigma by a
+known factor; seeds whose changes differ or not. Images are counted again and again, and an
+interval of 95 % is made of each count. The percentile bootstrap, which draws the images once more,
+stands beside.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def accuracies(sigma, classes, rng):
 
 
 def second(p, factor, flips):
-    "Shares (C, 4) of images on which neither, only b, only a and both are right; b has factor * sigma."
+    """Shares (C, 4) of images on which neither, only b, only a and both are right; b has factor *
+    sigma.
+    """
     change = (factor - 1) * (p - p.mean())
     room = np.minimum(2 * p + change, 2 * (1 - p) - change)
     churn = np.maximum(np.minimum(np.maximum(flips, np.abs(change) + 0.01), room), np.abs(change))

@@ -1,7 +1,9 @@
-"""Surgery over all 99 spikes of a ResNet-50 with 100 outputs, in phases, and how much memory each phase takes.
+"""Surgery over all 99 spikes of a ResNet-50 with 100 outputs, in phases, and how much memory each
+phase takes.
 
-The network is that of `many.py`. Resident memory is sampled five times a second; directions lie in a file that is mapped into
-memory, and the pages of it that are in use count."""
+The network is that of `many.py`. Resident memory is sampled five times a second; directions lie in
+a file that is mapped into memory, and the pages of it that are in use count.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def main():
     )
     p.add_argument(
         "--run-dir",
-        help="where directions and state are kept, so that a run that was cut off goes on; none: a temporary folder",
+        help=(
+            "where directions and state are kept, so that a run that was cut off goes on; none: "
+            "a temporary folder"
+        ),
     )
     args = p.parse_args()
     torch.set_num_threads(args.threads)

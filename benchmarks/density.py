@@ -1,7 +1,10 @@
-"""Spectral densities beside other libraries: Wasserstein-1 distance to the exact spectrum at the same number of products.
+"""Spectral densities beside other libraries: Wasserstein-1 distance to the exact spectrum at the
+same number of products.
 
-Three matrices whose eigenvalues are known: five spikes over a bulk, the Hessian of a trained network, and a Wigner matrix
-that has no spikes at all. Nodes and weights are compared as they come, before any smoothing."""
+Three matrices whose eigenvalues are known: five spikes over a bulk, the Hessian of a trained
+network, and a Wigner matrix that has no spikes at all. Nodes and weights are compared as they
+come, before any smoothing.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Time and memory to the top 9 eigenpairs, beside other libraries.
 
-Each contender runs in a process of its own, in turn, times its own gradients before and after, and hands its vectors to one
-judge: residuals by independent products. A library that must be told how many products to make is told what it needs.
-PyHessian runs with its defaults, whatever residuals they reach."""
+Each contender runs in a process of its own, in turn, times its own gradients before and after, and
+hands its vectors to one judge: residuals by independent products. A library that must be told how
+many products to make is told what it needs. PyHessian runs with its defaults, whatever residuals
+they reach.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ K, TOL = 9, 1e-2
 
 
 def run_ours(net, X, y, args, verify=False):
-    "As the others search: once. With verify also for copies that one start vector cannot see, as is the default."
+    """As the others search: once. With verify also for copies that one start vector cannot see, as
+    is the default.
+    """
     from hessian_surgery_nb.hvp import HessianOperator
     from hessian_surgery_nb.lanczos import top_eigenpairs
 
@@ -143,7 +147,10 @@ def main():
         nargs="+",
         choices=RUNS,
         default=[*RUNS, "ours"],
-        help="who runs, in this order; their runs are added to those in --out, where a newer commit replaces an older one",
+        help=(
+            "who runs, in this order; their runs are added to those in --out, where a newer "
+            "commit replaces an older one"
+        ),
     )
     p.add_argument("--arpack-tol", type=float, default=2e-2, help="tolerance given to ARPACK")
     p.add_argument(
@@ -180,7 +187,10 @@ def main():
                 | {k: circumstances[k] for k in ("commit", "date")}
             )
         print(
-            f"{name}: {results[-1]['seconds']:.0f} s, worst residual {results[-1]['worst_residual']:.2g}",
+            (
+                f"{name}: {results[-1]['seconds']:.0f} s, worst residual "
+                f"{results[-1]['worst_residual']:.2g}"
+            ),
             flush=True,
         )
     rows = []

@@ -1,8 +1,11 @@
-"""What it costs to notice that a network or its data are not a fixed function: surgery with the guard and without, in turn.
+"""What it costs to notice that a network or its data are not a fixed function: surgery with the
+guard and without, in turn.
 
-The machine's own scatter may be larger than the cost, so what is spent inside the guard is added up, too, in the guarded runs.
-Without means: no pass before and after a search for eigenpairs, no comparison of passes, no fingerprints of weights and
-data before a product, no second look at two images before an evaluation, nothing set aside around a forward pass."""
+The machine's own scatter may be larger than the cost, so what is spent inside the guard is added
+up, too, in the guarded runs. Without means: no pass before and after a search for eigenpairs, no
+comparison of passes, no fingerprints of weights and data before a product, no second look at two
+images before an evaluation, nothing set aside around a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +137,10 @@ def main():
         iterations=args.iterations,
         network="resnet20",
     )
-    shown = f"{table(rows)}\nspent inside the guard: {', '.join(f'{share:.2%}' for share in shares)} of the run"
+    shown = (
+        f"{table(rows)}\nspent inside the guard: {', '.join(f'{share:.2%}' for share in shares)} "
+        "of the run"
+    )
     write(
         args.out,
         dict(

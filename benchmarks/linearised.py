@@ -1,8 +1,11 @@
-"""The loop of Algorithm 2 and the linearised search side by side: seconds, passes and the sigma they end with, on one network.
+"""The loop of Algorithm 2 and the linearised search side by side: seconds, passes and the sigma
+they end with, on one network.
 
-Both see the same images and directions of the same kind. The search goes along its path of prices, once with one set of probes
-for all of them and once with new ones for each step, and its clock stops at the first price that buys the sigma which the loop
-ended with on the images that both are tuned on."""
+Both see the same images and directions of the same kind. The search goes along its path of prices,
+once with one set of probes for all of them and once with new ones for each step, and its clock
+stops at the first price that buys the sigma which the loop ended with on the images that both are
+tuned on.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def main():
     torch.set_num_threads(args.threads)
     if args.weights is None or args.data is None:
         p.error(
-            "--weights (of resnet20(classes=10)) and --data (CIFAR-10 in folders) are needed: a network that knows nothing has no spread to trade"
+            (
+                "--weights (of resnet20(classes=10)) and --data (CIFAR-10 in folders) are "
+                "needed: a network that knows nothing has no spread to trade"
+            )
         )
     net = load_weights(resnet20(classes=10), args.weights).eval()
     s = image_splits(*read_dataset(args.data), seed=0, hessian=args.batch)
@@ -91,7 +97,11 @@ def main():
             (p for p in f.points if p.sensitivity.sigma <= r.sensitivity_after.sigma), f.points[-1]
         )
         row(
-            f"linearised, {'one set of probes' if not rounds else 'new probes for each step'}, price {100 * p.price:g} pp",
+            (
+                "linearised, "
+                f"{'one set of probes' if not rounds else 'new probes for each step'}, price "
+                f"{100 * p.price:g} pp"
+            ),
             p.sensitivity,
             class_report(f.network(p.price), batches(s.held_out)),
             p.passes,

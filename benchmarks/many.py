@@ -1,8 +1,9 @@
 """All 99 leading eigenpairs of a ResNet-50 with 100 outputs, in bounded memory.
 
-The network starts from the given weights, gets a new head fitted to its features, and is fine-tuned for some steps on 100
-classes, so that it has something to tell apart. What is measured: time, products, peak resident memory, and, by independent
-products, every residual."""
+The network starts from the given weights, gets a new head fitted to its features, and is
+fine-tuned for some steps on 100 classes, so that it has something to tell apart. What is measured:
+time, products, peak resident memory, and, by independent products, every residual.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def fit_head(net, X, y, epochs: int = 40):
 
 
 def tuned(net, X, y, steps: int):
-    "A new head, then a short fine-tuning of everything; frozen batch norm, so that the network stays in evaluation mode."
+    """A new head, then a short fine-tuning of everything; frozen batch norm, so that the network
+    stays in evaluation mode.
+    """
     fit_head(net, X, y)
     opt, g = (
         torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9),

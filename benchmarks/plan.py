@@ -1,7 +1,10 @@
-"""Time and memory that `operate --dry-run` announces, against what the run then takes, for three networks.
+"""Time and memory that `operate --dry-run` announces, against what the run then takes, for three
+networks.
 
-Announcement and run are processes of their own, one after the other. A few images of each class of --data are laid out in a
-directory of their own; the two small networks are trained on them for a moment, so that there is something to trade."""
+Announcement and run are processes of their own, one after the other. A few images of each class of
+--data are laid out in a directory of their own; the two small networks are trained on them for a
+moment, so that there is something to trade.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def large(): return resnet50(classes={c})
 PROGRAM = [
     sys.executable,
     "-c",
-    "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from hessian_surgery_nb.app.cli import main; sys.exit(main())",
+    (
+        "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from "
+        "hessian_surgery_nb.app.cli import main; sys.exit(main())"
+    ),
 ]
 
 

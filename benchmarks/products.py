@@ -1,7 +1,10 @@
-"""The cost of one Hessian-vector product, vector in and vector out, in gradients, beside other libraries.
+"""The cost of one Hessian-vector product, vector in and vector out, in gradients, beside other
+libraries.
 
-All in one process, in turn, round after round; medians and their ratio to the gradient. Each product is checked against
-the same product in double precision, so that a fast wrong answer does not win."""
+All in one process, in turn, round after round; medians and their ratio to the gradient. Each
+product is checked against the same product in double precision, so that a fast wrong answer does
+not win.
+"""
 
 from __future__ import annotations
 

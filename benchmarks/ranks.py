@@ -1,7 +1,10 @@
-"""Memory and time of each process where 1, 2, 4, ... of them share products and an eigenvalue search: nine spikes of a ResNet-50.
+"""Memory and time of each process where 1, 2, 4, ... of them share products and an eigenvalue
+search: nine spikes of a ResNet-50.
 
-Each process has one thread, and all run on this machine (gloo), so times say something only while there are as many cores. Products
-are timed on --batch images; the search, whose memory does not depend on them, takes 8."""
+Each process has one thread, and all run on this machine (gloo), so times say something only while
+there are as many cores. Products are timed on --batch images; the search, whose memory does not
+depend on them, takes 8.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Time of one product against the number of images and against the number of parameters, over a decade of each."""
+"""Time of one product against the number of images and against the number of parameters, over a
+decade of each.
+"""
 
 from __future__ import annotations
 

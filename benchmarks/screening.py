@@ -1,7 +1,9 @@
-"""What a look beforehand says, and what surgery then brings: digit networks of three tails, three losses and some seeds.
+"""What a look beforehand says, and what surgery then brings: digit networks of three tails, three
+losses and some seeds.
 
-Every network is screened, then operated on; the gain is measured on held-out images. The networks of the paper's datasets have
-such pairs in their stored runs; these are the cheap ones."""
+Every network is screened, then operated on; the gain is measured on held-out images. The networks
+of the paper's datasets have such pairs in their stored runs; these are the cheap ones.
+"""
 
 from __future__ import annotations
 

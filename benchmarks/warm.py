@@ -1,7 +1,10 @@
-"""Products to the top 9 eigenpairs after the weights have moved: cold, warm, and Rayleigh-Ritz first.
+"""Products to the top 9 eigenpairs after the weights have moved: cold, warm, and Rayleigh-Ritz
+first.
 
-Two moves from the given weights: a surgery step of length 0.02 within the space of the spikes, and noise of 1 % on every
-weight. Rayleigh-Ritz first multiplies all nine old vectors, then, one at a time, whichever residual is largest."""
+Two moves from the given weights: a surgery step of length 0.02 within the space of the spikes, and
+noise of 1 % on every weight. Rayleigh-Ritz first multiplies all nine old vectors, then, one at a
+time, whichever residual is largest.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ from hessian_surgery_nb.foundations.networks import (
 )
 from hessian_surgery_nb.foundations.training import train
 
-FACTORY = "from hessian_surgery_nb.foundations.networks import resnet20\ndef net(): return resnet20(classes=3, width=4, blocks=1)\n"
+FACTORY = (
+    "from hessian_surgery_nb.foundations.networks import resnet20\ndef net(): return "
+    "resnet20(classes=3, width=4, blocks=1)\n"
+)
 
 
 def pytest_addoption(parser):
@@ -36,7 +39,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def lay_out(tmp_path_factory):
-    "A function: images in folders, a file with `net` and whatever else, and weights for `net`, in a new directory."
+    """A function: images in folders, a file with `net` and whatever else, and weights for `net`,
+    in a new directory.
+    """
 
     def make(name, factory="", **images):
         d = tmp_path_factory.mktemp(name)

@@ -653,8 +653,8 @@ def entry(shape, build, twin=None, *, smooth=True, crowd=False, hard=False, refu
 
     twin: the same function of the same parameters by other operations, where PyTorch has no second
     derivative of these, or a wrong one. smooth: without kinks, so that differences of gradients are
-    good. crowd: images see each other. hard: some ways of differentiating it do not exist, so that a
-    mode chosen by hand may be refused; refusable: `auto` may refuse it too.
+    good. crowd: images see each other. hard: some ways of differentiating it do not exist, so that
+    a mode chosen by hand may be refused; refusable: `auto` may refuse it too.
     """
     return SimpleNamespace(
         shape=shape,
@@ -1412,8 +1412,8 @@ def loss(make, targets, *, after=None, twin=None, told=None, unknown=False, smoo
     """A kind of loss.
 
     after: what the network ends with; told: the `reduction` given to the operator; unknown: what it
-    divides by cannot be known from the loss, so that several batches may be refused. The others mean
-    what they mean for `entry`.
+    divides by cannot be known from the loss, so that several batches may be refused. The others
+    mean what they mean for `entry`.
     """
     return SimpleNamespace(
         make=make,
@@ -1521,8 +1521,8 @@ def call(net, state, X):
 class Written(TorchFunctionMode):
     """Formulas where PyTorch's own second derivative is wrong.
 
-    That of the fused weight norm is not symmetric; that of instance norm is wrong for one image whose
-    gradient lies with its channels last.
+    That of the fused weight norm is not symmetric; that of instance norm is wrong for one image
+    whose gradient lies with its channels last.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,6 @@
-"Labels without a class, numbers of the wrong kind, names in arrays, commands with bad input: refused in words, and nothing left behind."
+"""Labels without a class, numbers of the wrong kind, names in arrays, commands with bad input:
+refused in words, and nothing left behind.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"A certificate counts rounding, at every scale and for every kind of operator; what it cannot certify it says."
+"""A certificate counts rounding, at every scale and for every kind of operator; what it cannot
+certify it says.
+"""
 
 import copy
 

@@ -376,7 +376,9 @@ DRAWN_ONCE = {
 
 @pytest.mark.parametrize("name", DRAWN_ONCE)
 def test_what_a_sampler_draws_is_drawn_once(name):
-    "Its images stay the same for as long as the loader lives: certified, and by a matrix that is there."
+    """Its images stay the same for as long as the loader lives: certified, and by a matrix that is
+    there.
+    """
     X, y = images()
     data = DRAWN_ONCE[name](X, y)
     op = HessianOperator(made(Plain), CE, data)

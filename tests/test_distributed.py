@@ -1,4 +1,6 @@
-"Several processes that share a run: the numbers of one, a part of the vectors each, and no hang when one dies."
+"""Several processes that share a run: the numbers of one, a part of the vectors each, and no hang
+when one dies.
+"""
 
 import json
 import os
@@ -31,50 +33,109 @@ from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.spectrum_type import spectrum_type
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.foundations.training import train
+
 torch.set_num_threads(1)
 
 splits = long_tail_splits(load_digits(), seed=0)
 net = digits_net(seed=0)
 train(net, splits.train.pair, epochs=10, seed=0)
 net = net.double()
+
+
 def ragged(part, sizes=(37, 64, 3, 1, 200)):
     (X, y), out = part.pair, []
     while len(y):
         n = sizes[len(out) % len(sizes)]
-        out.append((X[:n].double(), y[:n])); X, y = X[n:], y[n:]
+        out.append((X[:n].double(), y[:n]))
+        X, y = X[n:], y[n:]
     return out
-class Lazy: # a loader of which nobody knows the length
-    def __init__(self, batches): self.batches = batches
-    def __iter__(self): return iter(self.batches)
 
-weight, found = torch.linspace(.5, 2, 10).double(), {}
-losses = dict(weighted=nn.CrossEntropyLoss(weight=weight, ignore_index=3), sum=nn.CrossEntropyLoss(reduction="sum"), own=lambda z, y: nn.functional.cross_entropy(z, y))
+
+class Lazy:  # a loader of which nobody knows the length
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+weight, found = torch.linspace(0.5, 2, 10).double(), {}
+losses = dict(
+    weighted=nn.CrossEntropyLoss(weight=weight, ignore_index=3),
+    sum=nn.CrossEntropyLoss(reduction="sum"),
+    own=lambda z, y: nn.functional.cross_entropy(z, y),
+)
 with distributed() as t:
     for name, loss_fn in losses.items():
         for mode in ("auto", "recomputed", "difference"):
-            data = ragged(splits.hessian, (37, 64, 3) if name == "weighted" else (30, 42)) # a loss of one's own must show its reduction on each process's rows
-            op = HessianOperator(net, loss_fn, Lazy(data) if mode == "recomputed" else data, mode=mode)
-            v = torch.randn(op.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            found[f"product {name} {mode}"], found[f"gradient {name} {mode}"] = op @ v, op.gradient()[1]
+            data = ragged(
+                splits.hessian, (37, 64, 3) if name == "weighted" else (30, 42)
+            )  # a loss of one's own must show its reduction on each process's rows
+            op = HessianOperator(
+                net, loss_fn, Lazy(data) if mode == "recomputed" else data, mode=mode
+            )
+            v = torch.randn(
+                op.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
+            found[f"product {name} {mode}"], found[f"gradient {name} {mode}"] = (
+                op @ v,
+                op.gradient()[1],
+            )
     op = HessianOperator(net, losses["weighted"], ragged(splits.hessian))
-    for how in (dict(k=9, tol=1e-9), dict(k=4, tol=1e-8, max_basis=14), dict(k=4, tol=1e-8, verify=True), dict(k=4, tol=1e-2, basis_dtype=torch.bfloat16)):
+    for how in (
+        dict(k=9, tol=1e-9),
+        dict(k=4, tol=1e-8, max_basis=14),
+        dict(k=4, tol=1e-8, verify=True),
+        dict(k=4, tol=1e-2, basis_dtype=torch.bfloat16),
+    ):
         pairs = top_eigenpairs(op, seed=3, **how)
-        assert pairs.converged.all() and (eigen_residuals(op, pairs) <= 1.1 * pairs.residuals + 1e-12).all()
-        assert len(pairs.vectors) == t.local_size(op.shape[0]) and abs(len(pairs.vectors) - op.shape[0] / t.size) < 1
-        assert pairs.vectors.untyped_storage().nbytes() <= pairs.vectors.element_size() * t.local_size(op.shape[0]) * (2 * how["k"] + 20) # the basis may have become the result; nothing whole is kept
-        if "basis_dtype" not in how: found[f"values {how}"], found[f"vectors {how}"] = pairs.values, t.gather(pairs.vectors, op.shape[0]).contiguous()
-    for full in (True, False): found[f"tridiagonal {full}"] = lanczos_tridiag(op, 12, reorthogonalise=full, seed=1).T
-    for name, known in (("from nothing", None), ("from pairs", top_eigenpairs(op, 4, tol=1e-8))):
+        assert (
+            pairs.converged.all()
+            and (eigen_residuals(op, pairs) <= 1.1 * pairs.residuals + 1e-12).all()
+        )
+        assert (
+            len(pairs.vectors) == t.local_size(op.shape[0])
+            and abs(len(pairs.vectors) - op.shape[0] / t.size) < 1
+        )
+        assert (
+            pairs.vectors.untyped_storage().nbytes()
+            <= pairs.vectors.element_size() * t.local_size(op.shape[0]) * (2 * how["k"] + 20)
+        )  # the basis may have become the result; nothing whole is kept
+        if "basis_dtype" not in how:
+            found[f"values {how}"], found[f"vectors {how}"] = (
+                pairs.values,
+                t.gather(pairs.vectors, op.shape[0]).contiguous(),
+            )
+    for full in (True, False):
+        found[f"tridiagonal {full}"] = lanczos_tridiag(op, 12, reorthogonalise=full, seed=1).T
+    for name, known in (
+        ("from nothing", None),
+        ("from pairs", top_eigenpairs(op, 4, tol=1e-8)),
+    ):
         sd = spectral_density(op, num_probes=3, num_matvecs=12, spikes=known)
         found |= {f"nodes {name}": sd.nodes, f"weights {name}": sd.weights}
     kind = spectrum_type(op)
     found["type"] = torch.tensor([kind.C_t, kind.K_H05, kind.K_error, kind.products])
     for directions in ("spikes", "class_means", "gradients", "random"):
-        r = operate(net, nn.CrossEntropyLoss(), ragged(splits.hessian), ragged(splits.sensitivity), held_out=ragged(splits.held_out), config=SurgeryConfig(iterations=3, directions=directions, tol=1e-8), progress=False)
-        found[f"alpha {directions}"] = torch.tensor([h.alpha for h in r.history], dtype=torch.float64)
-        for mine in (*r.model.state_dict().values(), found[f"alpha {directions}"]): assert torch.equal(mine, t.broadcast(mine.clone())) # the same bits on every rank
-        found |= {f"weights {directions} {k}": p for k, p in r.model.state_dict().items()} | {f"accuracy {directions}": r.after.accuracy}
-    if t.rank == 0: save_file({k: v.contiguous() for k, v in found.items()}, sys.argv[1])
+        r = operate(
+            net,
+            nn.CrossEntropyLoss(),
+            ragged(splits.hessian),
+            ragged(splits.sensitivity),
+            held_out=ragged(splits.held_out),
+            config=SurgeryConfig(iterations=3, directions=directions, tol=1e-8),
+            progress=False,
+        )
+        found[f"alpha {directions}"] = torch.tensor(
+            [h.alpha for h in r.history], dtype=torch.float64
+        )
+        for mine in (*r.model.state_dict().values(), found[f"alpha {directions}"]):
+            assert torch.equal(mine, t.broadcast(mine.clone()))  # the same bits on every rank
+        found |= {f"weights {directions} {k}": p for k, p in r.model.state_dict().items()} | {
+            f"accuracy {directions}": r.after.accuracy
+        }
+    if t.rank == 0:
+        save_file({k: v.contiguous() for k, v in found.items()}, sys.argv[1])
 """
 
 
@@ -241,7 +302,11 @@ def test_torchrun_ends_when_a_worker_dies(place, tmp_path):
 
 
 def test_an_error_of_one_ends_all(place, tmp_path):
-    bad = "import os, torch\nfrom mine import net as good\ndef net():\n    n = good()\n    if os.environ['RANK'] == '1': n.eval(); n.register_forward_hook(lambda m, i, o: o * float('nan') if len(i[0]) == 5 else o)\n    return n\n"
+    bad = (
+        "import os, torch\nfrom mine import net as good\ndef net():\n    n = good()\n    if "
+        "os.environ['RANK'] == '1': n.eval(); n.register_forward_hook(lambda m, i, o: o * "
+        "float('nan') if len(i[0]) == 5 else o)\n    return n\n"
+    )
     (place / "bad.py").write_text(
         bad.replace("from mine", f"import sys; sys.path.insert(0, {str(place)!r})\nfrom mine")
     )
@@ -259,9 +324,12 @@ def test_an_error_of_one_ends_all(place, tmp_path):
 SILENT = """
 import sys, time, torch
 from hessian_surgery_nb.foundations.distributed import distributed
-with distributed(patience=3.) as t:
+
+with distributed(patience=3.0) as t:
     open(f"{sys.argv[1]}/{t.rank}", "w").close()
-    for _ in range(1000): t.all_reduce(torch.ones(3)); time.sleep(.1)
+    for _ in range(1000):
+        t.all_reduce(torch.ones(3))
+        time.sleep(0.1)
 """
 
 
@@ -287,10 +355,14 @@ def test_a_group_of_your_own_is_used(tmp_path):
     (tmp_path / "job.py").write_text("""
 import torch, torch.distributed as dist
 from hessian_surgery_nb.foundations.distributed import current_team, distributed
+
 dist.init_process_group("gloo")
-with distributed() as t: total = t.all_reduce(torch.ones(2)); assert t.size == 2 and total.tolist() == [2., 2.]
+with distributed() as t:
+    total = t.all_reduce(torch.ones(2))
+    assert t.size == 2 and total.tolist() == [2.0, 2.0]
 assert current_team().size == 1
-dist.barrier(); dist.destroy_process_group()
+dist.barrier()
+dist.destroy_process_group()
 """)
     p = torchrun(2, tmp_path / "job.py")
     said = p.communicate(timeout=PATIENCE)
@@ -304,15 +376,36 @@ from torch import nn
 from hessian_surgery_nb.hvp import HessianOperator, InputError
 from hessian_surgery_nb.foundations.distributed import distributed
 from hessian_surgery_nb.foundations.training import predict
+
+
 class Mixed(nn.Module):
-    def __init__(self): super().__init__(); self.a = nn.Linear(4, 3)
-    def forward(self, x): return self.a(x - x.mean(0))
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.a(x - x.mean(0))
+
+
 X, y = torch.randn(20, 4), torch.arange(20) % 3
 with distributed() as t:
-    for what in (lambda: predict(Mixed().eval(), (X, y)), lambda: HessianOperator(Mixed().eval(), nn.CrossEntropyLoss(), (X, y)) @ torch.ones(15), lambda: HessianOperator(nn.Linear(4, 3), nn.CrossEntropyLoss(), (X[:1], y[:1])).plan() if t.rank == 0 else (_ for _ in ()).throw(InputError("every process needs an image"))):
-        try: what()
-        except InputError as e: assert "images do not see each other" in str(e) or "every process needs an image" in str(e), e
-        else: raise AssertionError("not refused")
+    for what in (
+        lambda: predict(Mixed().eval(), (X, y)),
+        lambda: HessianOperator(Mixed().eval(), nn.CrossEntropyLoss(), (X, y)) @ torch.ones(15),
+        lambda: (
+            HessianOperator(nn.Linear(4, 3), nn.CrossEntropyLoss(), (X[:1], y[:1])).plan()
+            if t.rank == 0
+            else (_ for _ in ()).throw(InputError("every process needs an image"))
+        ),
+    ):
+        try:
+            what()
+        except InputError as e:
+            assert "images do not see each other" in str(
+                e
+            ) or "every process needs an image" in str(e), e
+        else:
+            raise AssertionError("not refused")
 """)
     p = torchrun(2, tmp_path / "job.py")
     said = p.communicate(timeout=PATIENCE)

@@ -1,4 +1,6 @@
-"Products and eigenpairs on every kind of network we promise, in float64, against the dense Hessian of the same loss taken whole."
+"""Products and eigenpairs on every kind of network we promise, in float64, against the dense
+Hessian of the same loss taken whole.
+"""
 
 import numpy as np
 import pytest
@@ -747,7 +749,9 @@ def test_batches_of_240_and_10(mode, reduction):
     "negative, bulk, ratio", [(40, 0.05, 0.925), (80, 0.2, 0.94), (40, 0.3, 0.93), (0, 0.2, 0.925)]
 )
 def test_many_pairs_are_the_largest(negative, bulk, ratio, max_basis, tol):
-    "Lanczos converges at both ends: small Ritz values are certified too, and must not stand in for large ones. Rank by rank, not only as a set."
+    """Lanczos converges at both ends: small Ritz values are certified too, and must not stand in
+    for large ones. Rank by rank, not only as a set.
+    """
     lam = np.concatenate(
         [
             212 * ratio ** np.arange(99),
@@ -782,7 +786,9 @@ def test_directions_with_millions_of_entries_have_length_one():
 
 
 def test_a_space_with_millions_of_dimensions_is_itself():
-    "A float32 product of two such matrices is off by up to some per cent, which would be several degrees."
+    """A float32 product of two such matrices is off by up to some per cent, which would be several
+    degrees.
+    """
     n = 12_000_000
     V = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
     V = V / V.double().norm(dim=0).float()

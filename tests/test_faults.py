@@ -1,4 +1,6 @@
-"Whatever is wrong with what a user passes: an InputError that names the rule, the value and the way out, and nothing on disk."
+"""Whatever is wrong with what a user passes: an InputError that names the rule, the value and the
+way out, and nothing on disk.
+"""
 
 import copy
 import warnings
@@ -71,7 +73,10 @@ nan, inf = float("nan"), float("inf")
 FAULTS = {
     "class missing": (
         dict(sensitivity=(S[0][S[1] != 1], S[1][S[1] != 1])),
-        r"every class must have an image in the sensitivity set\. Class 1 \(dog\) has none; pass a stratified set",
+        (
+            r"every class must have an image in the sensitivity set\. Class 1 \(dog\) has none; "
+            r"pass a stratified set"
+        ),
     ),
     "class missing, held out": (
         dict(held_out=(O[0][O[1] != 2], O[1][O[1] != 2])),
@@ -190,7 +195,10 @@ FAULTS = {
     ),
     "one shared image": (
         dict(hessian=(torch.cat([H[0], O[0][4:5]]), torch.cat([H[1], O[1][4:5]]))),
-        r"hessian and held_out must be disjoint.*share 1 input\(s\), the first is row 30 of hessian and row 4 of held_out",
+        (
+            r"hessian and held_out must be disjoint.*share 1 input\(s\), the first is row 30 of "
+            r"hessian and row 4 of held_out"
+        ),
     ),
     "too many spikes": (
         dict(num_spikes=84),
@@ -201,7 +209,10 @@ FAULTS = {
     "eps nan": (dict(eps=nan), r"eps must be positive"),
     "unknown schedule": (
         dict(schedule="linear"),
-        r"schedule must be 'gamma' or 'adam'\. Got 'linear'|schedule must be 'adam' or 'gamma'\. Got 'linear'",
+        (
+            r"schedule must be 'gamma' or 'adam'\. Got 'linear'|schedule must be 'adam' or "
+            r"'gamma'\. Got 'linear'"
+        ),
     ),
     "unknown params": (dict(params="layer4.*"), r"'layer4\.\*' matches none of 4"),
     "tuple output": (

@@ -1,4 +1,6 @@
-"Images, folders and weights that come from elsewhere: read rightly, or refused with the file's name."
+"""Images, folders and weights that come from elsewhere: read rightly, or refused with the file's
+name.
+"""
 
 import json
 import os

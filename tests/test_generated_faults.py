@@ -1,4 +1,6 @@
-"Two hundred faults, drawn by hypothesis: each ends with exit code 2 and one line that names the value, and no file is changed."
+"""Two hundred faults, drawn by hypothesis: each ends with exit code 2 and one line that names the
+value, and no file is changed.
+"""
 
 import hashlib
 import os

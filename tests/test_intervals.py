@@ -1,4 +1,6 @@
-"Intervals of sigma and of its change hold the truth as often as they say, in worlds whose truth is known."
+"""Intervals of sigma and of its change hold the truth as often as they say, in worlds whose truth
+is known.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +18,8 @@ coverage = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(coverage)
 
 SIGMAS, IMAGES = (0.02, 0.07, 0.19), (50, 500)
-# An interval that holds the truth 95 times of 100 is found at 93 to 97 with 1000 repetitions in 997 of 1000
+# An interval that holds the truth 95 times of 100 is found at 93 to 97 with 1000 repetitions in 997
+# of 1000
 # simulations: the standard error is .7. Seeds are fixed.
 REPEATS, LOW, HIGH = 1000, 93, 97
 

@@ -1,4 +1,6 @@
-"Eigenvalues that repeat or cluster: what is certified are the k largest, each within its tolerance."
+"""Eigenvalues that repeat or cluster: what is certified are the k largest, each within its
+tolerance.
+"""
 
 import warnings
 
@@ -31,7 +33,9 @@ class Diagonal:
 
 
 def spectrum(seed, plant):
-    "Spikes over a bulk, a decay, a few spikes over decades, uniform, or normal; with clusters among the twelve largest."
+    """Spikes over a bulk, a decay, a few spikes over decades, uniform, or normal; with clusters
+    among the twelve largest.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def random(*size):
@@ -94,7 +98,9 @@ def test_two_equal_spikes_at_a_loose_tolerance(seed):
 
 
 def test_what_the_search_costs():
-    "Products with the search and without, on spectra without repetition; the share is what the documentation states."
+    """Products with the search and without, on spectra without repetition; the share is what the
+    documentation states.
+    """
     with_search = without = 0
     for seed in range(30):
         values, k = spectrum(seed, plant=False), 1 + seed % 12

@@ -1,4 +1,6 @@
-"`operate`, `screen` and `spectrum` on networks and images of somebody's own: what works, and what is refused."
+"""`operate`, `screen` and `spectrum` on networks and images of somebody's own: what works, and
+what is refused.
+"""
 
 import json
 
@@ -174,7 +176,10 @@ def test_compare_puts_every_method_on_the_same_images(place, tmp_path, capsys):
 def test_flags_from_a_file_do_what_flags_do(place, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(
-        f"weights: {place}/w.safetensors\ndata: {place}/toys\nhessian: 32\niterations: 9\neps: 0.2\nmean: [0.4, 0.5, 0.6]\n"
+        (
+            f"weights: {place}/w.safetensors\ndata: {place}/toys\nhessian: 32\niterations: "
+            "9\neps: 0.2\nmean: [0.4, 0.5, 0.6]\n"
+        )
     )
     model = ["--model", f"{place}/mine.py:net"]
     assert (

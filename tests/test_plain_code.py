@@ -1,7 +1,8 @@
-"""The code can be read: limits on what a line, a function and a module hold, over the whole package.
+"""The code can be read: limits on what a line, a function and a module hold, over the whole
+package.
 
-The figures are those of well-kept packages of the field. A formatter alone does not reach them: unfold the
-thought, then format.
+The figures are those of well-kept packages of the field. A formatter alone does not reach them:
+unfold the thought, then format.
 """
 
 import ast

@@ -35,7 +35,9 @@ QUICK = SurgeryConfig(iterations=2, num_spikes=2)
 
 
 def model():
-    "Some parameters frozen, some with gradients, batch norm with history, one module left in training mode on purpose."
+    """Some parameters frozen, some with gradients, batch norm with history, one module left in
+    training mode on purpose.
+    """
     net = digits_net(classes=3, width=2, seed=0)
     net(images(8, 3)[0])
     net.eval()

@@ -138,7 +138,9 @@ def test_tuned_biases_never_hurt_where_they_were_tuned(seed):
 
 
 def test_paired_interval_covers_the_truth():
-    "Two classifiers with known class accuracies: the interval of the difference of sigma holds it in at least 85 of 100 draws of the test set."
+    """Two classifiers with known class accuracies: the interval of the difference of sigma holds
+    it in at least 85 of 100 draws of the test set.
+    """
     y = torch.arange(10).repeat(200)
     pa, pb = torch.linspace(0.5, 0.95, 10), torch.linspace(0.7, 0.9, 10)
     truth, hits = (pb.std(correction=0) - pa.std(correction=0)).item(), 0

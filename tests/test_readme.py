@@ -1,4 +1,6 @@
-"README.md is the text of the index notebook, its links lead somewhere, and its two commands are the ones CI runs."
+"""README.md is the text of the index notebook, its links lead somewhere, and its two commands are
+the ones CI runs.
+"""
 
 import importlib.util
 import json
@@ -45,7 +47,9 @@ def test_other_commands_are_refused(blocks):
 
 
 def test_cells(tmp_path):
-    "Raw and hidden cells and pictures are left out; links start at the notebooks' folder; printed text stays."
+    """Raw and hidden cells and pictures are left out; links start at the notebooks' folder;
+    printed text stays.
+    """
 
     def md(s):
         return dict(cell_type="markdown", source=s)

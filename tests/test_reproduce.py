@@ -1,4 +1,6 @@
-"The command `reproduce` on images drawn here: whole runs, killed runs, users' own folders with faults."
+"""The command `reproduce` on images drawn here: whole runs, killed runs, users' own folders with
+faults.
+"""
 
 import json
 import os
@@ -160,7 +162,9 @@ def test_a_dataset_that_is_not_there(place):
 
 
 def test_a_full_disk_loses_nothing(place, whole):
-    "Writes beyond a few kB fail, as on a disk that is full: one line says so, what was stored stays, nothing half written is left."
+    """Writes beyond a few kB fail, as on a disk that is full: one line says so, what was stored
+    stays, nothing half written is left.
+    """
     import resource
 
     out = place / "full"
@@ -233,7 +237,9 @@ def helpers(of):
 
 
 def test_side_by_side_and_killed_it_ends_in_the_same_numbers(place, whole):
-    "Runs of one seed in two processes; when the command is killed its helpers end too, and two commands at once share the work."
+    """Runs of one seed in two processes; when the command is killed its helpers end too, and two
+    commands at once share the work.
+    """
     import psutil
 
     out = place / "both"

@@ -20,7 +20,10 @@ from hessian_surgery_nb.surgery import SurgeryConfig, operate
 OPERATE = [
     sys.executable,
     "-c",
-    "import sys, torch; torch.set_num_threads(1); from hessian_surgery_nb.app.cli import main; sys.exit(main())",
+    (
+        "import sys, torch; torch.set_num_threads(1); from hessian_surgery_nb.app.cli import "
+        "main; sys.exit(main())"
+    ),
     "operate",
 ]
 

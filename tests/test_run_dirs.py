@@ -1,4 +1,6 @@
-"A directory with a half-done run belongs to one loss, one network, one set of images in one order, one way to call it."
+"""A directory with a half-done run belongs to one loss, one network, one set of images in one
+order, one way to call it.
+"""
 
 import contextlib
 import copy
@@ -147,7 +149,10 @@ def test_the_run_of_another_loss_is_refused(name, tmp_path):
     first = run(loss=one(), run_dir=tmp_path, **options)
     with pytest.raises(
         InputError,
-        match=r"goes on with what it began with.* differs in the loss; remove it, or name another run_dir",
+        match=(
+            r"goes on with what it began with.* differs in the loss; remove it, or name another "
+            r"run_dir"
+        ),
     ):
         run(loss=other(), run_dir=tmp_path, **options)
     again = run(loss=one(), run_dir=tmp_path, **options)

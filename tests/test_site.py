@@ -1,4 +1,6 @@
-"Every internal link, picture and anchor of the built site leads somewhere. Skipped when no site was built."
+"""Every internal link, picture and anchor of the built site leads somewhere. Skipped when no site
+was built.
+"""
 
 from configparser import ConfigParser
 from html.parser import HTMLParser
@@ -41,7 +43,9 @@ class Page(HTMLParser):
 
 
 def broken_links(site, base):
-    "`page: link` for each link within `site` (or to the address `base` where it will stand) that leads nowhere."
+    """`page: link` for each link within `site` (or to the address `base` where it will stand) that
+    leads nowhere.
+    """
     site = site.resolve()
     pages = {
         p: Page(p)

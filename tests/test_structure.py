@@ -1,4 +1,6 @@
-"One straight line of notebooks: what each may import, what importing the library may load, what a committed notebook holds."
+"""One straight line of notebooks: what each may import, what importing the library may load, what
+a committed notebook holds.
+"""
 
 import ast
 import base64
@@ -12,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PKG = "hessian_surgery_nb"
-# Three doors: what chapters stand on, the chapters, what is run for chapter 9, and what a terminal reads.
+# Three doors: what chapters stand on, the chapters, what is run for chapter 9, and what a terminal
+# reads.
 # Within a door reading order is sort order. Chapter 9 shows the evidence, so it stands behind it.
 NBS = ROOT / "nbs"
 FOUNDATIONS = sorted((NBS / "foundations").glob("[!._]*.ipynb"))
@@ -58,7 +61,8 @@ def module(path):
 def siblings(source, package=PKG, known=()):
     """Names of the library's modules that `source` imports, at its top or inside its functions.
 
-    `package` is where the source stands, for relative imports; `known` tells modules from other names.
+    `package` is where the source stands, for relative imports; `known` tells modules from other
+    names.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):

@@ -1,4 +1,6 @@
-"Networks that break naive code: each works, judged by dense Hessians, or is refused with the reason."
+"""Networks that break naive code: each works, judged by dense Hessians, or is refused with the
+reason.
+"""
 
 import copy
 import warnings
