@@ -95,7 +95,8 @@ from hessian_surgery_nb.foundations.networks import (
     write_atomic,
 )
 from .pages import duration, figure_tag, html_page, table_tag, text_table
-from ..paper import FIGURES, ISIC_TABLES, TABLES, Results, read_results
+from ..evidence.reading import Results, read_results
+from ..paper import FIGURES, ISIC_TABLES, TABLES
 from ..foundations.distributed import LostRank
 from ..foundations.runs import RunStore, check_out, json_bytes, out_dir
 from ..sensitivity import plot_sensitivity
@@ -325,14 +326,14 @@ def demo_report(
     matplotlib.use("Agg")
     first, s = runs[0], runs[0].comparison.surgery
     b, a = s.before, s.after
-    changes = [
+    paired_change = [
         ("sigma, spread of class accuracies", b.sigma, a.sigma, "pp"),
         ("balanced accuracy", b.balanced, a.balanced, "%"),
         ("worst class", b.worst, a.worst, "%"),
     ]
     numbers = "".join(
         f"<li><b>{100 * x:.1f} → {100 * z:.1f} {unit}</b>{label}</li>"
-        for label, x, z, unit in changes
+        for label, x, z, unit in paired_change
     )
     seeds = (
         f"{len(runs)} seeds, means with 95 % intervals" if len(runs) > 1 else f"seed {first.seed}"
