@@ -213,3 +213,37 @@ def test_first_cell_is_title_and_claim(path):
     first = next(c for c in cells(path) if c["cell_type"] == "markdown")
     title, *rest = [line for line in text(first["source"]).split("\n") if line.strip()]
     assert title.startswith("# ") and len(rest) == 1 and rest[0].startswith("> ")
+
+
+# --- the site
+
+
+DOORS = {NBS: "", NBS / "foundations": "F", NBS / "evidence": "E", NBS / "app": "A"}
+
+
+@every_chapter
+def test_the_number_in_the_title_is_that_of_the_file(path):
+    "03a_class_structure is chapter 3a; foundations, evidence and app are marked F, E and A."
+    digits, letter = re.match(r"(\d+)([a-z]?)", path.stem).groups()
+    number = f"{DOORS[path.parent]}{int(digits)}{letter}"
+    first = next(c for c in cells(path) if c["cell_type"] == "markdown")
+    assert text(first["source"]).startswith(f"# {number}. "), number
+
+
+def test_the_sidebar_has_every_notebook_in_reading_order():
+    listed = re.findall(r"([\w/]+\.ipynb)", (NBS / "sidebar.yml").read_text(encoding="utf-8"))
+    doors = [NBS / "index.ipynb", *METHOD, NBS / "09_paper.ipynb", *FOUNDATIONS, *EVIDENCE, *APP]
+    assert listed == [p.relative_to(NBS).as_posix() for p in doors]
+
+
+@every_notebook
+def test_imports_stand_alone_in_their_cells(path):
+    "The site's build runs every cell that holds an import, wherever in it, and no other lesson cell."
+    for cell in code_cells(path):
+        source = text(cell["source"])
+        if source.startswith("%%") or re.search(r"^#\|\s*(exports?|eval:\s*false)", source, re.M):
+            continue
+        tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+        imports = (ast.Import, ast.ImportFrom)
+        if any(isinstance(node, imports) for node in ast.walk(tree)):
+            assert all(isinstance(node, imports) for node in tree.body), source
