@@ -24,8 +24,8 @@ from hessian_surgery_nb.deflation import (
     consensus,
     deflated_eigenpairs,
     deflated_operate,
-    without_noisy_spikes,
     with_shrinkage,
+    without_noisy_spikes,
 )
 from ..effective_rank import screening_of
 from ..foundations.guards import InputError
@@ -77,9 +77,9 @@ from ..slq import spectral_density
 from ..spike_validation import bulk_walk, count_spikes, stability
 from hessian_surgery_nb.surgery import (
     SurgeryConfig,
+    accept_step,
     amplitude_control,
     change_errors,
-    accept_step,
     operate,
     paper_amplitude,
     report_dict,

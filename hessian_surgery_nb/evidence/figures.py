@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from hessian_surgery_nb.evidence.reading import (
     true_labels,
     true_labels_elsewhere,
 )
+from .records import ReportRecord, StoredRecord
 from hessian_surgery_nb.evidence.tables_many import (
     NOISE,
     answers_after_phase,
@@ -48,34 +50,34 @@ __all__ = [
 # %% ../../nbs/evidence/06_figures.ipynb #3accbf24
 def figure_1(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     "Spectral density of the first seed."
     run = results.of("spectrum")[0]
-    nodes = torch.tensor(run["density"]["nodes"], dtype=torch.float64)
-    weights = torch.tensor(run["density"]["weights"], dtype=torch.float64)
+    nodes = torch.tensor(run.density.nodes, dtype=torch.float64)
+    weights = torch.tensor(run.density.weights, dtype=torch.float64)
     density = SpectralDensity(
         nodes,
         weights,
-        results.of("network")[0]["parameters"],
+        results.of("network")[0].parameters,
         torch.zeros(len(nodes)),
         (nodes.min().item(), nodes.max().item()),
         (math.nan, math.nan),
     )
-    largest = run["values"][0]
+    largest = run.values[0]
     return plot_density(
-        density, run["values"][: run["spikes"]], decades_from=max(1e-3 * largest, 1e-6), ax=ax
+        density, run.values[: run.spikes], decades_from=max(1e-3 * largest, 1e-6), ax=ax
     )
 
 
 def figure_2(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     "The sensitivity matrix of the first seed; entries within two standard errors of zero are grey."
     run = results.of("sensitivity")[0]
-    matrix = SimpleNamespace(matrix=torch.tensor(run["matrix"]), noise=torch.tensor(run["noise"]))
-    return plot_sensitivity(matrix, results.of("network")[0]["classes"], ax)
+    matrix = SimpleNamespace(matrix=torch.tensor(run.matrix), noise=torch.tensor(run.noise))
+    return plot_sensitivity(matrix, results.of("network")[0].classes, ax)
 
 
 # %% ../../nbs/evidence/06_figures.ipynb #fe636591
@@ -135,8 +137,8 @@ def linear_fits(results: Results) -> dict[str, list[float]]:
     """
     fits = []
     for run in results.of("linearisation"):
-        sweep = run["sweep"]
-        rows = [row for row in sweep if row["error"] > 0]
+        sweep = run.sweep
+        rows = [row for row in sweep if row.error > 0]
         if len(rows) < 6:
             raise InputError(
                 "the fits of appendix D need at least 6 amplitudes at which predicted and measured "
@@ -144,17 +146,17 @@ def linear_fits(results: Results) -> dict[str, list[float]]:
                 "use more sensitivity images."
             )
         columns = ("eps", "predicted", "measured", "error")
-        fits.append(_fit_sweep(*(np.array([row[key] for row in rows]) for key in columns)))
+        fits.append(_fit_sweep(*(np.array([getattr(row, key) for row in rows]) for key in columns)))
     return {key: [fit[key] for fit in fits] for key in fits[0]}
 
 
 # %% ../../nbs/evidence/06_figures.ipynb #01f1bbcb
 def figure_4(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     "Predicted and measured change of the class accuracies over amplitude, first seed."
-    sweep = results.of("linearisation")[0]["sweep"]
+    sweep = results.of("linearisation")[0].sweep
     fits = linear_fits(results)
     measured, predicted = fits["measured_slope"][0], fits["predicted_slope"][0]
     ax = new_axes(
@@ -163,9 +165,9 @@ def figure_4(
         xlabel="amplitude eps",
         ylabel="norm of the accuracy change",
     )
-    eps = [row["eps"] for row in sweep]
+    eps = [row.eps for row in sweep]
     for key, colour in (("predicted", "orange"), ("measured", "blue")):
-        norms = [row[key] for row in sweep]
+        norms = [getattr(row, key) for row in sweep]
         ax.plot(eps, norms, "o-", ms=3, lw=0.8, color=COLOURS[colour], label=key)
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -173,13 +175,13 @@ def figure_4(
 
 def figure_5(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     "The error of the linear model, on logarithmic axes, with the fit above a floor."
-    sweep = results.of("linearisation")[0]["sweep"]
+    sweep = results.of("linearisation")[0].sweep
     fit = {key: values[0] for key, values in linear_fits(results).items()}
-    eps = np.array([row["eps"] for row in sweep])
-    error = [row["error"] for row in sweep]
+    eps = np.array([row.eps for row in sweep])
+    error = [row.error for row in sweep]
     fitted = fit["c0"] + fit["c1"] * (eps / eps.max()) ** fit["q"]
     power, explained = fit["q"], fit["additive_r2"]
     ax = new_axes(
@@ -195,19 +197,19 @@ def figure_5(
 
 
 # %% ../../nbs/evidence/06_figures.ipynb #338b0adb
-def _relative_to(start: dict):
+def _relative_to(start: ReportRecord):
     "Report -> change of global accuracy (pp), change of sigma (%)."
 
     def point(report):
-        overall = report["global_percent"] - start["global_percent"]
-        return overall, 100 * (report["sigma_pp"] / start["sigma_pp"] - 1)
+        overall = report.global_percent - start.global_percent
+        return overall, 100 * (report.sigma_pp / start.sigma_pp - 1)
 
     return point
 
 
 def plot_tradeoff(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     """What surgery can reach at what price, held-out: every setting of the linear model, true runs,
     tuned biases, and the paper's claim. First seed that has them all.
@@ -221,18 +223,18 @@ def plot_tradeoff(
     seed = results.seeds("limits", "network")[0]
 
     def run_of(name):
-        return results.runs[name][seed]["results"]
+        return results.runs[name][seed].results
 
-    point = _relative_to(run_of("network")["held_out"])
-    simulated = [point(row["held_out"]) for row in run_of("limits")["rows"]]
+    point = _relative_to(run_of("network").held_out)
+    simulated = [point(row.held_out) for row in run_of("limits").rows]
     label = "the loop on linearised logits, all settings"
     ax.plot(*zip(*simulated), ".", ms=3, color=COLOURS["sky"], label=label)
     names = [name for name, runs in results.runs.items() if seed in runs]
-    measured = [point(run_of(name)["after"]) for name in names if name.startswith("surgery_")]
+    measured = [point(run_of(name).after) for name in names if name.startswith("surgery_")]
     if measured:
         ax.plot(*zip(*measured), "o", ms=5, color=COLOURS["red"], label="true runs")
     if "rivals" in names:
-        biases = point(run_of("rivals")["tuned biases"]["held_out"])
+        biases = point(run_of("rivals").methods["tuned biases"].held_out)
         ax.plot(*biases, "s", ms=5, color=COLOURS["orange"], label="tuned biases")
     ax.plot(-0.2, -36, "*", ms=11, color="black", label="the paper's claim")
     ax.set_ylim(top=45)
@@ -244,16 +246,14 @@ def plot_tradeoff(
 # %% ../../nbs/evidence/06_figures.ipynb #f0e7532b
 def figure_3(
     results: Results,
-    ax=None,  # matplotlib axes; None: new ones
+    ax: Any = None,  # matplotlib axes; None: new ones
 ):
     """Class accuracies before and after deflated surgery, first seed, held-out, from the weakest
     class of the sensitivity set to the strongest.
     """
     run = results.of("deflated")[0]
     keys = ("before", "after", "sensitivity_before")
-    before, after, tuned = (
-        np.array([entry["accuracy_percent"] for entry in run[key]["classes"]]) for key in keys
-    )
+    before, after, tuned = (np.array(list(getattr(run, key).by_class.values())) for key in keys)
     order = np.argsort(tuned, kind="stable")
     gained, lost = (after > before).sum(), (after < before).sum()
     ax = new_axes(
@@ -273,13 +273,13 @@ def figure_3(
 
 
 # %% ../../nbs/evidence/06_figures.ipynb #1e463013
-def _tuned_changes(runs: list[dict]) -> list[float]:
+def _tuned_changes(runs: list[StoredRecord]) -> list[float]:
     "Change of sigma on the sensitivity set after each phase, mean over seeds; 0 at the start."
     by_run = []
     for run in runs:
-        start = run["sensitivity_before"]["sigma_pp"]
-        reports = [phase["measured"]["sensitivity"] for phase in run["phases"]]
-        by_run.append([report["sigma_pp"] - start for report in reports])
+        start = run.sensitivity_before.sigma_pp
+        reports = [phase.measured.sensitivity for phase in run.phases]
+        by_run.append([report.sigma_pp - start for report in reports])
     return [0, *np.mean(by_run, 0)]
 
 
@@ -304,7 +304,7 @@ def _plot_phases(ax, results: Results, name: str, spikes: list[int], on: str):
 
 def plot_spikes(
     results: Results,
-    axes=None,  # matplotlib axes, one for each way of deflated surgery; None: new ones
+    axes: Any = None,  # matplotlib axes, one for each way of deflated surgery; None: new ones
 ):
     """Change of sigma with the number of spikes in use, phase by phase; held-out with its
     interval.
@@ -318,8 +318,8 @@ def plot_spikes(
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, names):
         runs = results.of(name, "network")
-        phases = runs[0]["phases"]
-        spikes = [0] + [phase["spikes"] for phase in phases]
+        phases = runs[0].phases
+        spikes = [0] + [phase.spikes for phase in phases]
         new_axes(
             ax,
             title="S from accuracies" if name == "deflated" else "S from probabilities",
@@ -329,7 +329,7 @@ def plot_spikes(
         tuned = _tuned_changes(runs)
         ax.plot(spikes, tuned, "o-", ms=4, color=COLOURS["blue"], label="tuned on")
         for on in ("held_out", "other"):
-            if on in phases[0]["measured"]:
+            if on in phases[0].measured.correct:
                 _plot_phases(ax, results, name, spikes, on)
         ax.axhline(0, color=COLOURS["grey"], lw=0.6)
     axes[-1].legend(frameon=False, fontsize=8)
@@ -341,25 +341,25 @@ _NOISE_COLOURS = ("red", "orange", "purple", "sky", "blue", "grey", "green")
 
 
 def _noise_line(
-    runs: list[dict], how: str, along: str, fixed: tuple[str, int], on: str
+    runs: list[StoredRecord], how: str, along: str, fixed: tuple[str, int], on: str
 ) -> tuple[np.ndarray, np.ndarray]:
     "Places along one axis, and the mean change of sigma there over seeds."
     key, most = fixed
     chosen = [
-        [row for row in run["rows"] if row["how"] == how and row[key] == most] for run in runs
+        [row for row in run.rows if row.how == how and getattr(row, key) == most] for run in runs
     ]
     changes = []
     for rows, run in zip(chosen, runs):
-        start = run["start"][on]["sigma_pp"]
-        changes.append([row[on]["sigma_pp"] - start for row in rows])
-    places = np.array([row[along] for row in chosen[0]])
+        start = getattr(run.start, on).sigma_pp
+        changes.append([getattr(row, on).sigma_pp - start for row in rows])
+    places = np.array([getattr(row, along) for row in chosen[0]])
     order = np.argsort(places)
     return places[order], np.mean(changes, 0)[order]
 
 
 def plot_noise(
     results: Results,
-    axes=None,  # three matplotlib axes; None: new ones
+    axes: Any = None,  # three matplotlib axes; None: new ones
 ):
     """Change of sigma, measured: on the images it was tuned on and on held-out ones, with more
     spikes; held-out with more images.
@@ -389,7 +389,7 @@ def plot_noise(
         if has_biases(results):
             fronts = results.of("front_biases", "noise")
             changes = [
-                at_price(front, 0.005)[on]["sigma_pp"] - run["start"][on]["sigma_pp"]
+                getattr(at_price(front, 0.005), on).sigma_pp - getattr(run.start, on).sigma_pp
                 for front, run in zip(fronts, runs)
             ]
             label = "biases, by the solver"

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from .reading import Results, interval_text
+from .results import SensitivityRun, SurgeryRun
+from .stored_runs import ScreenedNetwork
 from ..foundations.guards import InputError
 from ..foundations.testbed import COLOURS, new_axes
 
@@ -25,17 +28,17 @@ _SCREENINGS = {  # operation -> the screening before it
 }
 
 
-def _row(data: str, start: str, seed: int, screening: dict, run: dict) -> dict:
+def _row(data: str, start: str, seed: int, screening: SensitivityRun, run: SurgeryRun) -> dict:
     "One network: what was known, and what was obtained."
-    sigma = 100 * screening["sigma"]
-    predicted = 100 * screening["predicted_sigma"]
-    before, after = run["before"]["sigma_pp"], run["after"]["sigma_pp"]
+    sigma = 100 * screening.sigma
+    predicted = 100 * screening.predicted_sigma
+    before, after = run.before.sigma_pp, run.after.sigma_pp
     return {
         "data": data,
         "start": start,
         "seed": seed,
-        "effective rank": screening["effective_rank"],
-        "signal / noise": screening["signal_to_noise"],
+        "effective rank": screening.effective_rank,
+        "signal / noise": screening.signal_to_noise,
         "sigma (pp)": sigma,
         "predicted (pp)": sigma - predicted,
         "predicted (%)": 100 * (1 - predicted / sigma),
@@ -46,7 +49,7 @@ def _row(data: str, start: str, seed: int, screening: dict, run: dict) -> dict:
 
 def beforehand(
     results: Sequence[Results],
-    rows: Sequence[dict] = (),  # of benchmarks/screening.py
+    rows: Sequence[ScreenedNetwork] = (),  # of benchmarks/screening.py
 ):
     """One row a network: effective rank and predicted reduction of sigma before, reduction obtained
     on held-out images after.
@@ -55,15 +58,15 @@ def beforehand(
 
     found = []
     for row in rows:
-        start = f"{row['loss']}, 1:{row['ratio']:g}"
-        found.append(_row("digits", start, row["seed"], row["look"], row))
+        start = f"{row.loss}, 1:{row.ratio:g}"
+        found.append(_row("digits", start, row.seed, row.screening, row))
     for stored in results:
         data = stored.label.split("_")[0]
         for name, screening in _SCREENINGS.items():
             start = name.split("_")[0]
             for seed in stored.seeds(name, screening):
-                known = stored.runs[screening][seed]["results"]
-                run = stored.runs[name][seed]["results"]
+                known = stored.runs[screening][seed].results
+                run = stored.runs[name][seed].results
                 found.append(_row(data, start, seed, known, run))
     return pd.DataFrame(found)
 
@@ -94,7 +97,9 @@ def rank_correlation(
     return float(correlation), float(interval.low), float(interval.high)
 
 
-def predicted_correlations(frame):  # of beforehand
+def predicted_correlations(
+    frame: Any,  # of beforehand
+) -> Any:  # DataFrame
     """How well what is known beforehand orders the networks by what surgery brings: rank
     correlations with 95 % intervals.
     """
@@ -110,8 +115,8 @@ def predicted_correlations(frame):  # of beforehand
 
 # %% ../../nbs/evidence/07_prediction.ipynb #1057d739
 def plot_beforehand(
-    frame,  # of beforehand
-    axes=None,  # two matplotlib axes; None: new ones
+    frame: Any,  # of beforehand
+    axes: Any = None,  # two matplotlib axes; None: new ones
 ):
     "Reduction obtained against the rank and against the prediction."
     import matplotlib.pyplot as plt

@@ -5,17 +5,18 @@
 # %% ../../nbs/evidence/04_reading.ipynb #2155f127
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
 
 from ..baselines import mean_interval, pooled_interval, shown
 from .published import PAPER
-from ..foundations.guards import InputError
+from .records import ReportRecord, SpreadRecord, StoredRecord
+from .stored_runs import StoredRun, read_run
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
@@ -29,7 +30,6 @@ __all__ = [
     "true_labels_elsewhere",
     "paired_change",
     "interval_text",
-    "class_percentages",
     "without_empty_columns",
     "reports_text",
     "paper_pair",
@@ -51,7 +51,7 @@ class Results:
     "The stored runs of one dataset and network."
 
     label: str  # such as cifar10_resnet20
-    runs: dict[str, dict[int, dict]]  # experiment -> seed -> run
+    runs: dict[str, dict[int, StoredRun]]  # experiment -> seed -> run
 
     def __contains__(self, name: str) -> bool:
         return name in self.runs
@@ -65,9 +65,9 @@ class Results:
         found = [set(self.runs.get(name, {})) for name in names]
         return sorted(set.intersection(*found))
 
-    def of(self, name: str, *others: str) -> list[dict]:
+    def of(self, name: str, *others: str) -> list[StoredRecord]:
         "Results of an experiment, for the seeds that have the others too."
-        return [self.runs[name][seed]["results"] for seed in self.seeds(name, *others)]
+        return [self.runs[name][seed].results for seed in self.seeds(name, *others)]
 
     def only(self, seeds: Sequence[int]) -> Results:
         "The runs of these seeds; experiments without any are left out."
@@ -87,9 +87,7 @@ class Results:
     @property
     def lesions(self) -> bool:
         "Whether the images are in the layout of ISIC-2019."
-        return any(
-            "pixels" in run["config"] for runs in self.runs.values() for run in runs.values()
-        )
+        return any("pixels" in run.config for runs in self.runs.values() for run in runs.values())
 
 
 # %% ../../nbs/evidence/04_reading.ipynb #dc03b96a
@@ -101,16 +99,16 @@ def caption(
     "Where the numbers come from: data, start, seeds, device, dates, commits, minutes."
     seeds = self.seeds(*names)
     runs = [self.runs[name][seed] for name in names for seed in seeds]
-    about = [run["about"] for run in runs]
-    dates = sorted({str(facts["date"]) for facts in about})
-    commits = sorted({str(facts["commit"]) for facts in about})
-    start = runs[0]["config"].get("start", "")
+    about = [run.about for run in runs]
+    dates = sorted({str(facts.date) for facts in about})
+    commits = sorted({str(facts.commit) for facts in about})
+    start = runs[0].config.get("start", "")
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    minutes = sum(run["seconds"] for run in runs) / 60
+    minutes = sum(run.seconds for run in runs) / 60
     plural = "s" if len(seeds) > 1 else ""
     return (
         f"{self.label.replace('_', ', ')} ({start}), "
-        f"seed{plural} {', '.join(map(str, seeds))}, {about[0]['device']}, "
+        f"seed{plural} {', '.join(map(str, seeds))}, {about[0].device}, "
         f"{span}, commit {', '.join(commits)}, {minutes:.0f} minutes."
     )
 
@@ -125,14 +123,8 @@ def read_results(
     label = f"{Path(dataset).name}_{network}"
     runs = {}
     for path in sorted(Path(directory).glob(f"{label}_s*_*.json")):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"a stored run must be JSON. {path} is not ({error}); remove it to run it again."
-            ) from error
-        config = run["config"]
-        runs.setdefault(config["experiment"], {})[config["seed"]] = run
+        run = read_run(path)
+        runs.setdefault(run.experiment, {})[run.seed] = run
     return Results(label, runs)
 
 
@@ -147,24 +139,24 @@ def over_seeds(
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
-def right_answers(run: dict) -> str:
+def right_answers(run: StoredRecord) -> str:
     "Which held-out images were right, as packed bits."
-    return run["correct"]
+    return run.correct
 
 
-def true_labels(run: dict) -> list[int]:
+def true_labels(run: StoredRecord) -> Sequence[int]:
     "Labels of the held-out images."
-    return run["labels"]
+    return run.labels
 
 
-def right_answers_elsewhere(run: dict) -> str:
+def right_answers_elsewhere(run: StoredRecord) -> str:
     "Which test images of another kind were right."
-    return run["other"]["correct"]
+    return run.other.correct
 
 
-def true_labels_elsewhere(run: dict) -> list[int]:
+def true_labels_elsewhere(run: StoredRecord) -> Sequence[int]:
     "Labels of the test images of another kind."
-    return run["other"]["labels"]
+    return run.other.labels
 
 
 # %% ../../nbs/evidence/04_reading.ipynb #50e36fa2
@@ -173,9 +165,9 @@ def paired_change(
     name: str,  # experiment
     figure: str = "sigma",  # sigma, global or balanced
     base: str = "network",  # experiment that it is compared with
-    pick: Callable[[dict], str] = right_answers,  # packed answers of a run
-    pick_base: Callable[[dict], str] = right_answers,  # the same of a run of the base
-    labels: Callable[[dict], list[int]] = true_labels,  # of a run of the starting point
+    pick: Callable[[StoredRecord], str] = right_answers,  # packed answers of a run
+    pick_base: Callable[[StoredRecord], str] = right_answers,  # the same of a run of the base
+    labels: Callable[[StoredRecord], Sequence[int]] = true_labels,  # of a run of the starting point
 ) -> tuple[float, float, float]:  # change, low, high (pp)
     "Held-out change against another run, with its interval over seeds and images."
     before = results.of(base, name, "network")
@@ -198,25 +190,20 @@ def interval_text(
 
 
 # %% ../../nbs/evidence/04_reading.ipynb #47d8a7dc
-def class_percentages(
-    report: dict,  # of one set
-) -> dict[str, float]:  # class -> accuracy (%)
-    "Accuracy of every class."
-    return {entry["name"]: entry["accuracy_percent"] for entry in report["classes"]}
-
-
-def without_empty_columns(frame):  # DataFrame
+def without_empty_columns(
+    frame: Any,  # DataFrame
+) -> Any:  # DataFrame
     "Columns that have something to say, with blanks where a cell has nothing."
     return frame.dropna(axis=1, how="all").astype(object).fillna("")
 
 
 def reports_text(
-    reports: Sequence[dict],  # of one set, one a seed
+    reports: Sequence[SpreadRecord | ReportRecord],  # of one set, one a seed
 ) -> dict[str, str]:
     "Global accuracy and sigma of some reports, over seeds."
     return {
-        "global (%)": over_seeds([report["global_percent"] for report in reports]),
-        "sigma (pp)": over_seeds([report["sigma_pp"] for report in reports], 2),
+        "global (%)": over_seeds([report.global_percent for report in reports]),
+        "sigma (pp)": over_seeds([report.sigma_pp for report in reports], 2),
     }
 
 

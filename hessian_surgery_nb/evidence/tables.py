@@ -11,7 +11,6 @@ import torch
 from ..baselines import mean_interval, sigma_interval
 from hessian_surgery_nb.evidence.reading import (
     Results,
-    class_percentages,
     interval_text,
     over_seeds,
     paired_change,
@@ -19,6 +18,8 @@ from hessian_surgery_nb.evidence.reading import (
     reports_text,
     without_empty_columns,
 )
+from .records import StoredRecord
+from .results import PostHocRun, SurgeryRun, WalkRecord
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
@@ -48,8 +49,8 @@ def table_1(results: Results):
     "Class accuracies of the starting point, held-out."
     import pandas as pd
 
-    reports = [run["held_out"] for run in results.of("network")]
-    by_class = [class_percentages(report) for report in reports]
+    reports = [run.held_out for run in results.of("network")]
+    by_class = [report.by_class for report in reports]
     printed = results.paper("Table 1")
     totals = results.paper("Table 4 totals")
     rows = {}
@@ -58,12 +59,12 @@ def table_1(results: Results):
         rows[name] = {"paper (%)": printed.get(name), "ours (%)": ours}
     for row, key, digits in (("global", "global_percent", 1), ("sigma (pp)", "sigma_pp", 2)):
         before = totals.get(row.split()[0], (None,))[0]
-        ours = over_seeds([report[key] for report in reports], digits)
+        ours = over_seeds([getattr(report, key) for report in reports], digits)
         rows[row] = {"paper (%)": before, "ours (%)": ours}
     first = results.of("network")[0]
-    ends = sigma_interval(unpack_bits(first["correct"]), torch.tensor(first["labels"]))
+    ends = sigma_interval(unpack_bits(first.correct), torch.tensor(first.labels))
     low, high = (100 * end for end in ends)
-    text = f"{reports[0]['sigma_pp']:.2f} [{low:.2f}, {high:.2f}]"
+    text = f"{reports[0].sigma_pp:.2f} [{low:.2f}, {high:.2f}]"
     rows["sigma (pp), first seed"] = {"ours (%)": text}
     return without_empty_columns(pd.DataFrame(rows).T)
 
@@ -76,10 +77,10 @@ def table_2(results: Results):
     runs = results.of("spectrum")
     printed = dict(enumerate(results.paper("Table 2"), 1))
     rows = {}
-    for rank in range(1, len(runs[0]["values"]) + 1):
-        ours = over_seeds([run["values"][rank - 1] for run in runs])
+    for rank in range(1, len(runs[0].values) + 1):
+        ours = over_seeds([run.values[rank - 1] for run in runs])
         rows[rank] = {"paper": printed.get(rank), "ours": ours}
-    votes = [f"{run['spikes']} ({run['share']:.0%} of {len(run['votes'])} batches)" for run in runs]
+    votes = [f"{run.spikes} ({run.share:.0%} of {len(run.votes)} batches)" for run in runs]
     rows["spikes, by the gap test"] = {
         "paper": "8 and 1 borderline" if printed else None,
         "ours": "; ".join(votes),
@@ -95,8 +96,8 @@ def table_4(
     "Class accuracies before and after surgery, held-out."
     import pandas as pd
 
-    before = [run["before"] for run in results.of(name)]
-    after = [run["after"] for run in results.of(name)]
+    before = [run.before for run in results.of(name)]
+    after = [run.after for run in results.of(name)]
     totals = results.paper("Table 4 totals")
 
     def row(value_of, printed, digits=1):
@@ -111,12 +112,12 @@ def table_4(
         }
 
     rows = {}
-    for label in class_percentages(before[0]):
+    for label in before[0].names:
         printed = (results.paper("Table 1").get(label), results.paper("Table 4").get(label))
-        rows[label] = row(lambda report: class_percentages(report)[label], printed)
+        rows[label] = row(lambda report: report.by_class[label], printed)
     nothing = (None, None)
-    rows["global"] = row(lambda report: report["global_percent"], totals.get("global", nothing))
-    rows["sigma (pp)"] = row(lambda report: report["sigma_pp"], totals.get("sigma", nothing), 2)
+    rows["global"] = row(lambda report: report.global_percent, totals.get("global", nothing))
+    rows["sigma (pp)"] = row(lambda report: report.sigma_pp, totals.get("sigma", nothing), 2)
     for figure in ("sigma", "global"):
         change = interval_text(paired_change(results, name, figure), 2)
         rows[f"{figure}, images and seeds"] = {"change": change}
@@ -124,29 +125,28 @@ def table_4(
 
 
 # %% ../../nbs/evidence/05_tables.ipynb #a81e8d87
-def _trace(run: dict, weak: list[str]) -> list[dict]:
+def _trace(run: SurgeryRun, weak: list[str]) -> list[dict]:
     "The start of one operation and its steps, on the sensitivity set."
-    first = run["sensitivity_before"]
-    names = [entry["name"] for entry in first["classes"]]
-    average = first["sigma_pp"]  # exponential moving average, as in the paper
+    first = run.sensitivity_before
+    average = first.sigma_pp  # exponential moving average, as in the paper
     start = {
-        "global (%)": first["global_percent"],
-        "sigma (pp)": first["sigma_pp"],
+        "global (%)": first.global_percent,
+        "sigma (pp)": first.sigma_pp,
         "EMA": average,
-        "eps": run["history"][0]["eps"],
+        "eps": run.history[0].eps,
     }
-    rows = [start | {name: class_percentages(first)[name] for name in weak}]
-    for step in run["history"]:
-        if step["accepted"]:
-            average = 0.7 * average + 0.3 * 100 * step["sigma"]
+    rows = [start | {name: first.by_class[name] for name in weak}]
+    for step in run.history:
+        if step.accepted:
+            average = 0.7 * average + 0.3 * 100 * step.sigma
         row = {
-            "global (%)": 100 * step["overall"],
-            "sigma (pp)": 100 * step["sigma"],
-            "EMA": average if step["accepted"] else None,
-            "eps": step["eps_next"],
+            "global (%)": 100 * step.overall,
+            "sigma (pp)": 100 * step.sigma,
+            "EMA": average if step.accepted else None,
+            "eps": step.eps_next,
         }
-        row |= {name: 100 * step["accuracy"][names.index(name)] for name in weak}
-        row[""] = "" if step["accepted"] else "rolled back"
+        row |= {name: 100 * step.accuracy[first.names.index(name)] for name in weak}
+        row[""] = "" if step.accepted else "rolled back"
         rows.append(row)
     return rows
 
@@ -160,8 +160,8 @@ def table_5(
     import pandas as pd
 
     seed = results.seeds(name)[0] if seed is None else seed
-    run = results.runs[name][seed]["results"]
-    accuracies = class_percentages(run["sensitivity_before"])
+    run = results.runs[name][seed].results
+    accuracies = run.sensitivity_before.by_class
     weak = sorted(accuracies, key=accuracies.get)[:2]
     frame = pd.DataFrame(_trace(run, weak)).rename_axis("iteration")
     printed = results.paper("Table 5")
@@ -174,28 +174,28 @@ def table_5(
 
 
 # %% ../../nbs/evidence/05_tables.ipynb #13fb2459
-def _overall(walk: dict, step: int) -> float:  # percent
+def _overall(walk: WalkRecord, step: int) -> float:  # percent
     "Global accuracy at one step of a walk."
-    counts = walk["counts"]
-    return 100 * float(np.dot(walk["accuracy"][step], counts) / np.sum(counts))
+    counts = walk.counts
+    return 100 * float(np.dot(walk.accuracy[step], counts) / np.sum(counts))
 
 
-def _walk_row(within: str, walks: list[dict]) -> dict:
+def _walk_row(within: str, walks: list[WalkRecord]) -> dict:
     "One kind of walk, over seeds."
-    last_losses = [walk["loss"][-1] for walk in walks]
+    last_losses = [walk.loss[-1] for walk in walks]
     return {
         "walk": within,
-        "length": walks[0]["displacement"][-1],
-        "loss, start": over_seeds([walk["loss"][0] for walk in walks], 4),
+        "length": walks[0].displacement[-1],
+        "loss, start": over_seeds([walk.loss[0] for walk in walks], 4),
         "loss, end": over_seeds(last_losses, 4 if max(last_losses) < 100 else 0),
         "global, start (%)": over_seeds([_overall(walk, 0) for walk in walks], 2),
         "global, end (%)": over_seeds([_overall(walk, -1) for walk in walks], 2),
-        "lambda_1, start": over_seeds([walk["lambda_1"][0] for walk in walks]),
-        "lambda_1, end": over_seeds([walk["lambda_1"][-1] for walk in walks]),
-        "overlap with spikes": max(max(walk["overlap"]) for walk in walks),
-        "cosine": over_seeds([walk["cosine"][-1] for walk in walks], 4),
-        "largest class change (pp)": over_seeds([100 * walk["largest_change"] for walk in walks]),
-        "in standard errors": over_seeds([walk["change_in_noise"] for walk in walks]),
+        "lambda_1, start": over_seeds([walk.lambda_1[0] for walk in walks]),
+        "lambda_1, end": over_seeds([walk.lambda_1[-1] for walk in walks]),
+        "overlap with spikes": max(max(walk.overlap) for walk in walks),
+        "cosine": over_seeds([walk.cosine[-1] for walk in walks], 4),
+        "largest class change (pp)": over_seeds([100 * walk.largest_change for walk in walks]),
+        "in standard errors": over_seeds([walk.change_in_noise for walk in walks]),
     }
 
 
@@ -204,7 +204,7 @@ def table_6(results: Results):
     import pandas as pd
 
     kinds = ("bulk", "spikes", "anywhere")
-    rows = [_walk_row(kind, [run[kind] for run in results.of("walk")]) for kind in kinds]
+    rows = [_walk_row(kind, [getattr(run, kind) for run in results.of("walk")]) for kind in kinds]
     printed = results.paper("Table 6")
     if printed:
         row = {"walk": "bulk, the paper's", "length": 2.0}
@@ -238,16 +238,15 @@ ROWS_7 = [  # method, experiment, part of its results (None: all of it)
 
 
 def part_of(
-    run: dict,
+    run: StoredRecord,
     part: str | None,  # None: the run itself
-) -> dict:
-    "Results of one method in a run that holds several."
-    return run if part is None else run[part]
-
-
-def _report_after(results: dict) -> dict:
-    "The held-out report at the end of a method."
-    return results["after" if "after" in results else "held_out"]
+) -> StoredRecord | None:  # None: it has no such part
+    "Results of one method in a run that may hold several."
+    if part is None:
+        return run
+    if isinstance(run, PostHocRun):
+        return run.methods.get(part)
+    return getattr(run, part)
 
 
 def _method_row(results: Results, method: str, name: str, part: str | None) -> dict | None:
@@ -255,16 +254,14 @@ def _method_row(results: Results, method: str, name: str, part: str | None) -> d
     if name not in results or not results.seeds(name, "network"):
         return None
     runs = results.of(name)
-    if part is not None and part not in runs[0]:
+    if part_of(runs[0], part) is None:
         return None
-    reports = [_report_after(part_of(run, part)) for run in runs]
+    reports = [part_of(run, part).held_out for run in runs]
     row = {"method": method, "seeds": len(reports), **reports_text(reports)}
     for figure in ("sigma", "global"):
-        change = paired_change(
-            results, name, figure, pick=lambda run: part_of(run, part)["correct"]
-        )
+        change = paired_change(results, name, figure, pick=lambda run: part_of(run, part).correct)
         row[f"change of {figure} (pp)"] = interval_text(change)
-    row["worst class (%)"] = over_seeds([report["worst_percent"] for report in reports])
+    row["worst class (%)"] = over_seeds([report.worst_percent for report in reports])
     return row | paper_pair(results.paper("Table 7").get(method, (None, None)))
 
 
@@ -272,7 +269,7 @@ def table_7(results: Results):
     "Every method on the same splits, held-out, with intervals over seeds and images."
     import pandas as pd
 
-    starts = [run["held_out"] for run in results.of("network", "rivals")]
+    starts = [run.held_out for run in results.of("network", "rivals")]
     printed = results.paper("Table 7").get("no change", (None, None))
     first = {"method": "no change", "seeds": len(starts), **reports_text(starts)}
     rows = [first | paper_pair(printed)]
@@ -299,12 +296,12 @@ def table_8(results: Results):
             if name not in results:
                 continue
             runs = results.of(name)
-            after = [run["after"] for run in runs]
-            rejected = [sum(not step["accepted"] for step in run["history"]) for run in runs]
+            after = [run.after for run in runs]
+            rejected = [sum(not step.accepted for step in run.history) for run in runs]
             row = {"schedule": schedule, "p": exponent, "seeds": len(after)}
             row |= reports_text(after)
             row["change of sigma (pp)"] = interval_text(paired_change(results, name), 2)
-            row["worst class (%)"] = over_seeds([report["worst_percent"] for report in after])
+            row["worst class (%)"] = over_seeds([report.worst_percent for report in after])
             row["rolled back"] = over_seeds(rejected)
             rows.append(row | paper_pair(printed.get(exponent, (None, None))))
     return without_empty_columns(pd.DataFrame(rows).set_index(["schedule", "p"]))
@@ -317,7 +314,7 @@ def _against_the_rule(results: Results, goal: str, name: str, chosen: str) -> tu
         return paired_change(results, name, base=chosen)
     ours = results.of(name, chosen)
     rule = results.of(chosen, name)
-    worst = [a["after"]["worst_percent"] - b["after"]["worst_percent"] for a, b in zip(ours, rule)]
+    worst = [a.after.worst_percent - b.after.worst_percent for a, b in zip(ours, rule)]
     return mean_interval(worst)
 
 
@@ -367,15 +364,15 @@ def table_9(results: Results):
     "Fine-tuning after surgery, epoch by epoch, held-out."
     import pandas as pd
 
-    after = [run["after"] for run in results.of("surgery_gamma_p2", "bulk_finetune")]
+    after = [run.after for run in results.of("surgery_gamma_p2", "bulk_finetune")]
     rows = [{"state": "after surgery"} | reports_text(after)]
     for method, name in (
         ("bulk fine-tuning", "bulk_finetune"),
         ("classic fine-tuning", "classic_finetune"),
     ):
         runs = results.of(name)
-        for epoch in range(len(runs[0]["epochs"])):
-            reports = [run["epochs"][epoch]["held_out"] for run in runs]
+        for epoch in range(len(runs[0].epochs)):
+            reports = [run.epochs[epoch].held_out for run in runs]
             rows.append({"state": f"{method}, epoch {epoch + 1}"} | reports_text(reports))
     for method, (overall, sigma, *_) in results.paper("Table 9").items():
         length = ", 15 epochs" if "tuning" in method else ""
@@ -402,8 +399,7 @@ def stability_table(
 
     frames = []
     for run in results.of("stability"):
-        part = run[_STABILITY[table]]
-        frames.append(pd.DataFrame(part["data"], index=part["index"], columns=part["columns"]))
+        frames.append(getattr(run, _STABILITY[table]).frame)
     mean = sum(frames) / len(frames)
     columns = _STABILITY_COLUMNS.get(table, list(mean.columns))
     printed = results.paper(f"Table {table}")

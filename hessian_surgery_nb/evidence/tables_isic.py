@@ -22,6 +22,7 @@ from hessian_surgery_nb.evidence.reading import (
     right_answers,
     without_empty_columns,
 )
+from .records import ReportRecord, StoredRecord
 from ..foundations.training import wilson_interval
 
 # %% auto #0
@@ -49,15 +50,15 @@ class LesionMethod:
     "Where the results of one method stand."
 
     experiment: str
-    report: Callable[[dict], dict]  # run -> held-out report
-    correct: Callable[[dict], str] = right_answers  # run -> packed answers
+    report: Callable[[StoredRecord], StoredRecord]  # run -> held-out report
+    correct: Callable[[StoredRecord], str] = right_answers  # run -> packed answers
 
 
 def _without_training(experiment: str, method: str) -> LesionMethod:
     return LesionMethod(
         experiment=experiment,
-        report=lambda run: run[method]["held_out"],
-        correct=lambda run: run[method]["correct"],
+        report=lambda run: run.methods[method].held_out,
+        correct=lambda run: run.methods[method].correct,
     )
 
 
@@ -65,19 +66,17 @@ def isic_methods(results: Results) -> dict[str, LesionMethod]:
     "What stands in a column of Table 13, if it has been run."
     found = {}
     for start, (network, surgery, rivals) in _STARTS.items():
-        found[start] = LesionMethod(experiment=network, report=lambda run: run["held_out"])
-        found[f"{start}, surgery"] = LesionMethod(
-            experiment=surgery, report=lambda run: run["after"]
-        )
+        found[start] = LesionMethod(experiment=network, report=lambda run: run.held_out)
+        found[f"{start}, surgery"] = LesionMethod(experiment=surgery, report=lambda run: run.after)
         for method in ("tau-norm", "logit adjustment", "tuned biases"):
             found[f"{start}, {method}"] = _without_training(rivals, method)
     return {name: method for name, method in found.items() if method.experiment in results}
 
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #bbe08433
-def _class_cells(reports: list[dict], counts: np.ndarray) -> list[str]:
+def _class_cells(reports: list[ReportRecord], counts: np.ndarray) -> list[str]:
     "Accuracy of every class with Wilson's interval (%), means over seeds."
-    percentages = [[entry["accuracy_percent"] for entry in report["classes"]] for report in reports]
+    percentages = [[entry.accuracy_percent for entry in report.classes] for report in reports]
     cells = []
     for accuracy, count in zip(np.mean(percentages, 0), counts):
         low, high = wilson_interval(accuracy / 100, count)
@@ -91,18 +90,18 @@ def table_13(results: Results):
     """
     import pandas as pd
 
-    starts = [run["held_out"] for run in results.of("network")]
-    counts = np.mean([[entry["images"] for entry in report["classes"]] for report in starts], 0)
+    starts = [run.held_out for run in results.of("network")]
+    counts = np.mean([[entry.images for entry in report.classes] for report in starts], 0)
     printed = results.paper("Table 13")
     rows = {}
     for name, method in isic_methods(results).items():
         reports = [method.report(run) for run in results.of(method.experiment)]
         totals = ("global_percent", "balanced_percent", "sigma_pp")
-        summary = [over_seeds([report[key] for report in reports]) for key in totals]
+        summary = [over_seeds([getattr(report, key) for report in reports]) for key in totals]
         rows[name] = _class_cells(reports, counts) + summary
         if name in printed:
             rows[f"{name}, the paper"] = printed[name]
-    names = [entry["name"] for entry in starts[0]["classes"]]
+    names = starts[0].names
     columns = [f"{name} ({count:.0f})" for name, count in zip(names, counts)]
     columns += ["global (%)", "balanced (%)", "sigma (pp)"]
     return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
@@ -239,17 +238,17 @@ def claims_13(results: Results):
 
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #a42f5670
-def _rank_row(runs: list[dict]) -> list[str]:
+def _rank_row(runs: list[StoredRecord]) -> list[str]:
     "Singular values, their ratio, effective rank and signal to noise, over seeds."
     strongest = np.full((3, len(runs)), np.nan)
     for column, run in enumerate(runs):
-        values = run["singular_values"][:3]
+        values = run.singular_values[:3]
         strongest[: len(values), column] = values
     return [
         *(over_seeds(values, 2) for values in strongest),
         over_seeds(strongest[0] / strongest[1], 2),
-        over_seeds([run["effective_rank"] for run in runs], 2),
-        over_seeds([run["signal_to_noise"] for run in runs]),
+        over_seeds([run.effective_rank for run in runs], 2),
+        over_seeds([run.signal_to_noise for run in runs]),
     ]
 
 
@@ -275,21 +274,21 @@ def table_14(results: Results):
 def _ablation_row(results: Results, index: int) -> dict:
     "One setting of Table 8 on ISIC-2019."
     runs = results.of("ablation")
-    setting = runs[0]["rows"][index]["setting"]
-    after = [run["rows"][index]["after"] for run in runs]
-    rejected = [run["rows"][index]["turned_back"] for run in runs]  # the key of stored runs
+    setting = runs[0].rows[index].setting
+    after = [run.rows[index].after for run in runs]
+    rejected = [run.rows[index].rolled_back for run in runs]
     printed = (None, None)
-    if setting["box"] and setting["how"] == "natural":
-        printed = results.paper("Table 8, ISIC-2019").get(setting["p"], printed)
+    if setting.box and setting.how == "natural":
+        printed = results.paper("Table 8, ISIC-2019").get(setting.p, printed)
     row = {
-        "bounds": "boxes" if setting["box"] else "ball",
-        "batch": setting["how"],
-        "p": setting["p"],
+        "bounds": "boxes" if setting.box else "ball",
+        "batch": setting.how,
+        "p": setting.p,
         **reports_text(after),
     }
     for figure in ("sigma", "balanced", "global"):
         change = paired_change(
-            results, "ablation", figure, pick=lambda run: run["rows"][index]["correct"]
+            results, "ablation", figure, pick=lambda run: run.rows[index].correct
         )
         row[f"change of {figure} (pp)"] = interval_text(change)
     row["rolled back"] = over_seeds(rejected)
@@ -302,6 +301,6 @@ def table_8_isic(results: Results):
     """
     import pandas as pd
 
-    settings = results.of("ablation")[0]["rows"]
+    settings = results.of("ablation")[0].rows
     rows = [_ablation_row(results, index) for index in range(len(settings))]
     return without_empty_columns(pd.DataFrame(rows).set_index(["bounds", "batch", "p"]))

@@ -22,6 +22,7 @@ from hessian_surgery_nb.evidence.reading import (
     true_labels_elsewhere,
     without_empty_columns,
 )
+from .records import ReportRecord, StoredRecord
 
 # %% auto #0
 __all__ = [
@@ -48,24 +49,24 @@ __all__ = [
 def answers_after_phase(
     phase: int,  # from 0
     on: str = "held_out",  # or other
-) -> Callable[[dict], str]:
+) -> Callable[[StoredRecord], str]:
     "Which of these images were right after a phase: a function of a run."
-    return lambda run: run["phases"][phase]["measured"]["correct"][on]
+    return lambda run: run.phases[phase].measured.correct[on]
 
 
-def _phase_row(results: Results, runs: list[dict], phase: int, first: int) -> dict:
+def _phase_row(results: Results, runs: list[StoredRecord], phase: int, first: int) -> dict:
     "One row of Table 10."
-    records = [run["phases"][phase] for run in runs]
-    accepted = [sum(step["accepted"] for step in record["steps"]) for record in records]
+    records = [run.phases[phase] for run in runs]
+    accepted = [sum(step.accepted for step in record.steps) for record in records]
     row = {
         "phase": phase + 1,
-        "spikes": f"{first}-{records[0]['spikes']}",
-        "largest eigenvalue": over_seeds([record["largest"] for record in records]),
-        "eps": over_seeds([record["eps"] for record in records], 3),
+        "spikes": f"{first}-{records[0].spikes}",
+        "largest eigenvalue": over_seeds([record.largest for record in records]),
+        "eps": over_seeds([record.eps for record in records], 3),
         "steps kept": "/".join(map(str, accepted)),
-        "overlap with earlier": f"{max(record['overlap'] for record in records):.1g}",
-        "global (%)": over_seeds([100 * record["overall"] for record in records]),
-        "sigma (pp)": over_seeds([100 * record["sigma"] for record in records], 2),
+        "overlap with earlier": f"{max(record.overlap for record in records):.1g}",
+        "global (%)": over_seeds([100 * record.overall for record in records]),
+        "sigma (pp)": over_seeds([100 * record.sigma for record in records], 2),
     }
     for figure in ("sigma", "global"):
         change = paired_change(results, "deflated", figure, pick=answers_after_phase(phase))
@@ -82,19 +83,19 @@ def table_10(results: Results):
     import pandas as pd
 
     runs = results.of("deflated", "network")
-    before = [run["sensitivity_before"] for run in runs]
+    before = [run.sensitivity_before for run in runs]
     printed = results.paper("Table 10").get(0, (None, None))
     rows = [{"phase": "before"} | reports_text(before) | paper_pair(printed)]
     first = 1
-    for phase, record in enumerate(runs[0]["phases"]):
+    for phase, record in enumerate(runs[0].phases):
         rows.append(_phase_row(results, runs, phase, first))
-        first = record["spikes"] + 1
+        first = record.spikes + 1
     return without_empty_columns(pd.DataFrame(rows).set_index("phase"))
 
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #2fc78d67
 def tenths(
-    run: dict,  # of the experiment deflated
+    run: StoredRecord,  # of the experiment deflated
     parts: int = 10,
 ) -> list[tuple[float, float, float, float]]:
     """Classes grouped by their accuracy on the sensitivity set before: accuracy before and change
@@ -102,7 +103,7 @@ def tenths(
     """
     keys = ("sensitivity_before", "sensitivity_after", "before", "after")
     tuned_before, tuned_after, before, after = (
-        np.array([entry["accuracy_percent"] for entry in run[key]["classes"]]) for key in keys
+        np.array(list(getattr(run, key).by_class.values())) for key in keys
     )
     order = tuned_before.argsort(kind="stable")
     groups = np.array_split(order, min(parts, len(before)))
@@ -130,13 +131,18 @@ def table_11(results: Results):
 
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #ae6fe7a7
-def _total_row(runs: list[dict], before: list[dict], after: list[dict], change: Callable) -> dict:
+def _total_row(
+    runs: list[StoredRecord],
+    before: list[ReportRecord],
+    after: list[ReportRecord],
+    change: Callable,
+) -> dict:
     "One row of Table 12."
-    relative = [100 * (new["sigma_pp"] / old["sigma_pp"] - 1) for old, new in zip(before, after)]
+    relative = [100 * (new.sigma_pp / old.sigma_pp - 1) for old, new in zip(before, after)]
     return {
-        "spikes used": f"{runs[0]['phases'][-1]['spikes']}",
-        "sigma, before (pp)": over_seeds([report["sigma_pp"] for report in before], 2),
-        "sigma, after (pp)": over_seeds([report["sigma_pp"] for report in after], 2),
+        "spikes used": f"{runs[0].phases[-1].spikes}",
+        "sigma, before (pp)": over_seeds([report.sigma_pp for report in before], 2),
+        "sigma, after (pp)": over_seeds([report.sigma_pp for report in after], 2),
         "relative (%)": over_seeds(relative),
         "change of sigma (pp)": interval_text(change("sigma"), 2),
         "change of global (pp)": interval_text(change("global"), 2),
@@ -146,12 +152,12 @@ def _total_row(runs: list[dict], before: list[dict], after: list[dict], change: 
 def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
     "What one way of deflated surgery brings, held-out and on images of another kind."
     runs = results.of(name, "network")
-    before = [run["before"] for run in runs]
-    after = [run["after"] for run in runs]
+    before = [run.before for run in runs]
+    after = [run.after for run in runs]
     rows = {
         label: _total_row(runs, before, after, lambda figure: paired_change(results, name, figure))
     }
-    if "other" not in runs[0]:
+    if runs[0].other is None:
         return rows
 
     def change_elsewhere(figure):
@@ -164,8 +170,8 @@ def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
             labels=true_labels_elsewhere,
         )
 
-    before = [run["other"]["report"] for run in results.of("network", name)]
-    after = [run["other"]["report"] for run in runs]
+    before = [run.other.report for run in results.of("network", name)]
+    after = [run.other.report for run in runs]
     row = _total_row(runs, before, after, change_elsewhere)
     return rows | {f"{label}, on test images of another kind": row}
 
@@ -191,14 +197,14 @@ def table_12(results: Results):
 
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #94f19964
-def _limits_row(setting: str, found: list[dict], starts: list[dict]) -> dict:
+def _limits_row(setting: str, found: list[StoredRecord], starts: list[StoredRecord]) -> dict:
     "One setting of the simulated loop: held-out changes over seeds."
-    before = [start["held_out"] for start in starts]
-    after = [row["held_out"] for row in found]
+    before = [start.held_out for start in starts]
+    after = [row.held_out for row in found]
     pairs = list(zip(after, before))
-    overall = [new["global_percent"] - old["global_percent"] for new, old in pairs]
-    sigma = [new["sigma_pp"] - old["sigma_pp"] for new, old in pairs]
-    relative = [100 * (new["sigma_pp"] / old["sigma_pp"] - 1) for new, old in pairs]
+    overall = [new.global_percent - old.global_percent for new, old in pairs]
+    sigma = [new.sigma_pp - old.sigma_pp for new, old in pairs]
+    relative = [100 * (new.sigma_pp / old.sigma_pp - 1) for new, old in pairs]
     return {
         "setting": setting,
         "seeds": len(pairs),
@@ -225,20 +231,22 @@ def limits_frame(results: Results):
     import pandas as pd
 
     runs = results.of("limits")
-    starts = [run["start"] for run in runs]
-    usual = runs[0]["rows"][0]["setting"] | dict(amplitude=1.0, p=2.0)
+    starts = [run.start for run in runs]
+    usual = runs[0].rows[0].setting.to_dict() | dict(amplitude=1.0, p=2.0)
     rows = []
-    for index, row in enumerate(runs[0]["rows"]):
-        changed = {name: value for name, value in row["setting"].items() if value != usual[name]}
+    for index, row in enumerate(runs[0].rows):
+        changed = {
+            name: value for name, value in row.setting.to_dict().items() if value != usual[name]
+        }
         if len(changed) > 1 or "iterations" in changed:
             continue
-        found = [run["rows"][index] for run in runs]
+        found = [run.rows[index] for run in runs]
         rows.append(_limits_row(_setting_text(changed), found, starts))
     batches = results.of("limits_batch")
-    starts = [run["start"] for run in batches]
-    for index, row in enumerate(batches[0]["rows"] if batches else ()):
-        found = [run["rows"][index] for run in batches]
-        rows.append(_limits_row(f"spikes of {row['images']} images", found, starts))
+    starts = [run.start for run in batches]
+    for index, row in enumerate(batches[0].rows if batches else ()):
+        found = [run.rows[index] for run in batches]
+        rows.append(_limits_row(f"spikes of {row.images} images", found, starts))
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
 
 
@@ -253,13 +261,13 @@ FRONTS = dict(  # name of the experiment, without front_ -> what is moved
 
 
 def at_price(
-    run: dict,  # of an experiment front_...
+    run: StoredRecord,  # of an experiment front_...
     price: float,  # share of global accuracy, such as 0.005
     then: bool = False,  # with biases on top
-) -> dict:
+) -> StoredRecord:
     "The point of a front at one price."
-    point = [entry for entry in run["points"] if abs(entry["price"] - price) < 1e-9][-1]
-    return point["then_biases"] if then else point
+    point = [entry for entry in run.points if abs(entry.price - price) < 1e-9][-1]
+    return point.then_biases if then else point
 
 
 def _price_row(results: Results, price: float, name: str, then: bool) -> dict:
@@ -267,10 +275,10 @@ def _price_row(results: Results, price: float, name: str, then: bool) -> dict:
     front = f"front_{name}"
 
     def pick(run):
-        return at_price(run, price, then)["correct"]
+        return at_price(run, price, then).correct
 
     def pick_biases(run):
-        return at_price(run, price)["correct"]
+        return at_price(run, price).correct
 
     row = {
         "price (pp)": 100 * price,
@@ -318,12 +326,12 @@ def noise_row(
     how: str,  # a key of NOISE
     spikes: int,
     images: int,  # a class
-) -> Callable[[dict], dict]:
+) -> Callable[[StoredRecord], StoredRecord]:
     "One end of the noise experiment: a function of a run."
 
     def row_of(run):
         wanted = (how, spikes, images)
-        return next(r for r in run["rows"] if (r["how"], r["spikes"], r["images"]) == wanted)
+        return next(r for r in run.rows if (r.how, r.spikes, r.images) == wanted)
 
     return row_of
 
@@ -333,7 +341,7 @@ def most_of(
     key: str,  # spikes or images
 ) -> int:
     "The largest number of spikes, or of images a class, in the noise experiment."
-    return max(row[key] for row in results.of("noise")[0]["rows"])
+    return max(getattr(row, key) for row in results.of("noise")[0].rows)
 
 
 def has_biases(results: Results) -> bool:
@@ -341,9 +349,9 @@ def has_biases(results: Results) -> bool:
     return results.seeds("noise", "front_biases") == results.seeds("noise")
 
 
-def answers_at(row_of: Callable[[dict], dict]) -> Callable[[dict], str]:
+def answers_at(row_of: Callable[[StoredRecord], StoredRecord]) -> Callable[[StoredRecord], str]:
     "Which held-out images were right at one end: a function of a run."
-    return lambda run: row_of(run)["correct"]
+    return lambda run: row_of(run).correct
 
 
 def _noise_cells(results: Results, how: str, spikes: int, images: int) -> dict:
@@ -354,7 +362,9 @@ def _noise_cells(results: Results, how: str, spikes: int, images: int) -> dict:
     pick = answers_at(row_of)
 
     def counted(on):
-        changes = [row_of(run)[on]["sigma_pp"] - run["start"][on]["sigma_pp"] for run in runs]
+        changes = [
+            getattr(row_of(run), on).sigma_pp - getattr(run.start, on).sigma_pp for run in runs
+        ]
         return over_seeds(changes, 2)
 
     less = ""
@@ -365,13 +375,13 @@ def _noise_cells(results: Results, how: str, spikes: int, images: int) -> dict:
         less = interval_text(change, 2)
     overall = paired_change(results, "noise", "global", pick=pick)
     cells = {
-        "moved": over_seeds([row_of(run)["moved"] for run in runs], 3),
+        "moved": over_seeds([row_of(run).moved for run in runs], 3),
         "tuned on": counted("sensitivity"),
         "held-out": interval_text(paired_change(results, "noise", pick=pick), 2),
         "less S from accuracies": less,
         "held-out, global": interval_text(overall, 2),
     }
-    if "other" in runs[0]["start"]:
+    if runs[0].start.other is not None:
         cells["test images of another kind"] = counted("other")
     return cells
 
@@ -381,12 +391,12 @@ def _bias_cells(results: Results, spikes: int, images: int) -> dict:
     starts = results.of("noise", "network")
     fronts = results.of("front_biases", "noise")
     tuned = [
-        at_price(front, 0.005)["sensitivity"]["sigma_pp"] - run["start"]["sensitivity"]["sigma_pp"]
+        at_price(front, 0.005).sensitivity.sigma_pp - run.start.sensitivity.sigma_pp
         for front, run in zip(fronts, starts)
     ]
 
     def pick(run):
-        return at_price(run, 0.005)["correct"]
+        return at_price(run, 0.005).correct
 
     plain = answers_at(noise_row("accuracy", spikes, images))
     less = paired_change(results, "front_biases", base="noise", pick=pick, pick_base=plain)
@@ -418,8 +428,8 @@ def spikes_frame(results: Results):
     import pandas as pd
 
     images = most_of(results, "images")
-    rows = results.of("noise")[0]["rows"]
-    counts = sorted({row["spikes"] for row in rows if row["images"] == images})
+    rows = results.of("noise")[0].rows
+    counts = sorted({row.spikes for row in rows if row.images == images})
     columns = {}
     for count in counts:
         cells = {}
