@@ -21,7 +21,8 @@ from tqdm import trange
 
 from hessian_surgery_nb import hvp
 from hessian_surgery_nb.foundations import training as train
-from hessian_surgery_nb.foundations.networks import load_weights, resnet20
+from hessian_surgery_nb.foundations.networks import resnet20
+from hessian_surgery_nb.foundations.weight_files import load_weights
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 
 

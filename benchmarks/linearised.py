@@ -17,7 +17,8 @@ from torch import nn
 
 from hessian_surgery_nb.foundations.images import image_splits, read_dataset
 from hessian_surgery_nb.linearised import linearised_operate
-from hessian_surgery_nb.foundations.networks import load_weights, resnet20
+from hessian_surgery_nb.foundations.networks import resnet20
+from hessian_surgery_nb.foundations.weight_files import load_weights
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.foundations.training import class_report
 

@@ -20,7 +20,8 @@ from tqdm import tqdm, trange
 
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
-from hessian_surgery_nb.foundations.networks import load_weights, num_params, resnet50
+from hessian_surgery_nb.foundations.networks import num_params, resnet50
+from hessian_surgery_nb.foundations.weight_files import load_weights
 
 
 def fit_head(net, X, y, epochs: int = 40):

@@ -18,12 +18,8 @@ import torch
 from problem import about, arguments, table, write
 
 from hessian_surgery_nb.foundations.images import torchvision_part, write_toy_images
-from hessian_surgery_nb.foundations.networks import (
-    resnet20,
-    resnet50,
-    weights_bytes,
-    write_atomic,
-)
+from hessian_surgery_nb.foundations.networks import resnet20, resnet50
+from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.app.own_network import own_files, own_sets
 from hessian_surgery_nb.foundations.training import train
 

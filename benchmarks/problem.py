@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hessian_surgery_nb.foundations.networks import load_weights, resnet50
+from hessian_surgery_nb.foundations.networks import resnet50
+from hessian_surgery_nb.foundations.weight_files import load_weights
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -15,7 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from .foundations.batches import as_batches, rows_of
-from .foundations.guards import InputError, plainly, whole
+from .foundations.checks import InputError, whole
+from .foundations.guards import plainly
 from .foundations.networks import copy_model, find_head
 from hessian_surgery_nb.foundations.training import (
     ClassReport,

@@ -17,9 +17,10 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
+from .foundations.checks import InputError
 from .foundations.distributed import current_team
 from .foundations.forward import Forward, functional_logits
-from .foundations.guards import InputError, plainly
+from .foundations.guards import plainly
 from hessian_surgery_nb.foundations.losses import (
     as_loss_module,
     call_loss,

@@ -13,7 +13,8 @@ from torch import nn
 
 from .baselines import Rival, paired_interval, post_hoc, rival
 from .foundations.batches import as_batches, split_batch
-from .foundations.guards import InputError, plainly, whole
+from .foundations.checks import InputError, whole
+from .foundations.guards import plainly
 from .foundations.images import check_disjoint
 from .foundations.networks import find_head
 from .foundations.training import predict

@@ -13,10 +13,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .foundations.checks import InputError
 from .foundations.distributed import current_team
-from .foundations.guards import InputError, plainly
+from .foundations.guards import plainly
 from .foundations.images import check_disjoint
-from hessian_surgery_nb.foundations.networks import (
+from .foundations.runs import check_out, out_dir
+from .foundations.training import ClassReport, class_means
+from hessian_surgery_nb.foundations.weight_files import (
     check_storable,
     named_part,
     read_tensors,
@@ -24,22 +27,20 @@ from hessian_surgery_nb.foundations.networks import (
     state_tensors,
     write_tensors,
 )
-from .foundations.runs import check_out, out_dir
-from .foundations.training import ClassReport, class_means
 from .foundations.weights import vector_norm
 from .hvp import HessianOperator, as_operator
-from .lanczos import Eigenpairs, orthogonalise, chunks, top_eigenpairs
+from .lanczos import Eigenpairs, chunks, orthogonalise, top_eigenpairs
 from .sensitivity import Sensitivity
 from hessian_surgery_nb.surgery import (
     StepRecord,
     SurgeryConfig,
     SurgeryOperation,
     amplitude_control,
-    logit_moments,
     as_steps,
-    check_logit_moments,
     check_config,
+    check_logit_moments,
     choose_amplitude,
+    logit_moments,
     request_of,
     with_reduction,
 )

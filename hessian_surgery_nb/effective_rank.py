@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .class_structure import class_subspace
-from .foundations.guards import InputError, plainly
+from .foundations.checks import InputError
+from .foundations.guards import plainly
 from .foundations.images import check_disjoint
 from .foundations.training import class_means, predict
 from .hvp import HessianOperator

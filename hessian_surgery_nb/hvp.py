@@ -28,6 +28,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
+from .foundations.checks import ChangingFunction, InputError, seed_of
 from .foundations.distributed import current_team
 from hessian_surgery_nb.foundations.forward import (
     Forward,
@@ -38,13 +39,7 @@ from hessian_surgery_nb.foundations.forward import (
     nodes_of,
     python_functions,
 )
-from hessian_surgery_nb.foundations.guards import (
-    ChangingFunction,
-    InputError,
-    checksum,
-    plainly,
-    seed_of,
-)
+from .foundations.guards import checksum, plainly
 from .foundations.layers import LeanLayers, TrueGradients
 from hessian_surgery_nb.foundations.losses import (
     LossDivisor,

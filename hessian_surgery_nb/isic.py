@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .foundations.guards import InputError, seed_of, whole
+from .foundations.checks import InputError, seed_of, whole
 from hessian_surgery_nb.foundations.images import (
     Samples,
     Splits,

@@ -18,14 +18,9 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .foundations.distributed import share, current_team
-from hessian_surgery_nb.foundations.guards import (
-    ChangingFunction,
-    InputError,
-    plainly,
-    seed_of,
-    whole,
-)
+from .foundations.checks import ChangingFunction, InputError, seed_of, whole
+from .foundations.distributed import current_team, share
+from .foundations.guards import plainly
 from .foundations.weights import inner, vector_norm
 from .hvp import as_operator, free_memory, steady
 

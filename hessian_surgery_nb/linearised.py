@@ -14,8 +14,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from .baselines import class_accuracies, paired_interval
+from .foundations.checks import InputError, whole
 from .foundations.distributed import current_team
-from .foundations.guards import InputError, plainly, whole
+from .foundations.guards import plainly
 from .foundations.images import check_disjoint
 from .foundations.networks import copy_model
 from .foundations.training import ClassReport, class_report_of, predict

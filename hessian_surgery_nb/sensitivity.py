@@ -15,13 +15,14 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 
+from .foundations.checks import InputError
 from .foundations.distributed import current_team
 from .foundations.fingerprints import fingerprint
 from .foundations.forward import dual_level
-from .foundations.guards import InputError, plainly
-from .foundations.networks import read_tensors, write_tensors
+from .foundations.guards import plainly
 from .foundations.training import class_means, predict
-from .foundations.weights import vector_norm, select_params, unflatten
+from .foundations.weight_files import read_tensors, write_tensors
+from .foundations.weights import select_params, unflatten, vector_norm
 from .lanczos import distributed_norm
 
 # %% auto #0

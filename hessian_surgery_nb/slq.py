@@ -12,14 +12,9 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
+from .foundations.checks import ChangingFunction, InputError, seed_of, whole
 from .foundations.distributed import current_team
-from hessian_surgery_nb.foundations.guards import (
-    ChangingFunction,
-    InputError,
-    plainly,
-    seed_of,
-    whole,
-)
+from .foundations.guards import plainly
 from .hvp import as_operator, free_memory, steady
 from hessian_surgery_nb.lanczos import (
     Eigenpairs,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 
-from .foundations.guards import InputError, plainly
+from .foundations.checks import InputError
+from .foundations.guards import plainly
 from .hvp import as_operator
 from .lanczos import top_eigenpairs
 from .slq import SpectralDensity, decades, spectral_density

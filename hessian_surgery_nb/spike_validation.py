@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from .foundations.batches import as_batches, split_batch
-from .foundations.guards import InputError, plainly, seed_of, whole
+from .foundations.checks import InputError, seed_of, whole
+from .foundations.guards import plainly
 from .foundations.networks import copy_model
 from .foundations.training import class_report
-from .foundations.weights import inner, vector_norm, select_params, unflatten
+from .foundations.weights import inner, select_params, unflatten, vector_norm
 from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
 

@@ -21,13 +21,14 @@ from torch import nn
 
 from .class_structure import class_subspace
 from .foundations.batches import as_batches, split_batch
+from .foundations.checks import ChangingFunction, InputError
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
     data_fingerprint,
     fingerprint,
     model_fingerprint,
 )
-from .foundations.guards import ChangingFunction, InputError, plainly
+from .foundations.guards import plainly
 from .foundations.images import check_disjoint
 from .foundations.weights import select_params
 from .hvp import HessianOperator
@@ -66,9 +67,9 @@ __all__ = [
 ]
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
-from hessian_surgery_nb.foundations.networks import (
+from .foundations.networks import copy_model
+from hessian_surgery_nb.foundations.weight_files import (
     check_storable,
-    copy_model,
     named_part,
     read_tensors,
     set_tensors,

@@ -7,12 +7,8 @@ from hessian_surgery_nb.foundations.images import (
     long_tail_splits,
     write_toy_images,
 )
-from hessian_surgery_nb.foundations.networks import (
-    digits_net,
-    resnet20,
-    weights_bytes,
-    write_atomic,
-)
+from hessian_surgery_nb.foundations.networks import digits_net, resnet20
+from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.foundations.training import train
 
 FACTORY = (

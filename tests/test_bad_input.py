@@ -14,11 +14,11 @@ from torch import nn
 from hessian_surgery_nb.class_structure import class_gradients, class_subspace
 from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.comparison import compare
-from hessian_surgery_nb.foundations.guards import whole
+from hessian_surgery_nb.foundations.checks import whole
 from hessian_surgery_nb.foundations.images import torchvision_part
 from hessian_surgery_nb.deflation import check_phases, deflated_operate
 from hessian_surgery_nb.effective_rank import screen
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.app.own_network import Preparation, own_sets

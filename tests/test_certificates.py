@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hessian_surgery_nb.foundations.images import load_digits
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.weights import vector_norm
 from hessian_surgery_nb.hvp import HessianOperator, as_operator
 from hessian_surgery_nb.lanczos import (

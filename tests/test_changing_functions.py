@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from hessian_surgery_nb.foundations.batches import as_batches
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix

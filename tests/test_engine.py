@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
 from hessian_surgery_nb.deflation import SpikeStore
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, orthogonalise, random_unit, top_eigenpairs
 from hessian_surgery_nb.slq import spectral_density

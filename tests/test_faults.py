@@ -12,12 +12,12 @@ from torch import nn
 from hessian_surgery_nb.comparison import compare
 from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.effective_rank import screen
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.slq import spectral_density
-from hessian_surgery_nb.foundations.networks import write_atomic
+from hessian_surgery_nb.foundations.weight_files import write_atomic
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.foundations.training import class_report

@@ -26,11 +26,11 @@ from hessian_surgery_nb.foundations.images import (
     torchvision_part,
     write_toy_images,
 )
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.isic import is_isic, read_isic, write_toy_isic
-from hessian_surgery_nb.foundations.networks import (
+from hessian_surgery_nb.foundations.networks import copy_model
+from hessian_surgery_nb.foundations.weight_files import (
     check_storable,
-    copy_model,
     load_weights,
     weights_bytes,
     write_atomic,

@@ -12,7 +12,7 @@ import hessian_surgery_nb.comparison as comparison
 from hessian_surgery_nb.baselines import head_of, post_hoc, tau_norm_state, tau_norm_sweep
 from hessian_surgery_nb.comparison import compare
 from hessian_surgery_nb.foundations.images import torchvision_part
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.networks import find_head
 from hessian_surgery_nb.surgery import SurgeryConfig
 from hessian_surgery_nb.foundations.training import class_report_of, predict

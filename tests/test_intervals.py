@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hessian_surgery_nb.baselines import paired_interval, pooled_interval, sigma_interval
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
 spec = importlib.util.spec_from_file_location("coverage_of_intervals", FILE)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hessian_surgery_nb.baselines import class_accuracies
 from hessian_surgery_nb.app.cli import main
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.linearised import cross_fitted, linearised_operate

@@ -10,7 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.spike_validation import count_spikes

@@ -11,7 +11,7 @@ from torch import nn
 
 from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.foundations.images import class_files, torchvision_part
-from hessian_surgery_nb.foundations.networks import weights_bytes, write_atomic
+from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.app.own_network import Preparation, load_network, own_sets
 
 FACTORY = """

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 
 EXACT = 1e-8  # two double backward passes in float64: rounding, which inverses enlarge

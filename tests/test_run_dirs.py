@@ -26,8 +26,9 @@ from hessian_surgery_nb.foundations.fingerprints import (
     fingerprint,
     model_fingerprint,
 )
-from hessian_surgery_nb.foundations.guards import InputError
-from hessian_surgery_nb.foundations.networks import resnet20, weights_bytes, write_atomic
+from hessian_surgery_nb.foundations.checks import InputError
+from hessian_surgery_nb.foundations.networks import resnet20
+from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.surgery import SurgeryConfig, operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.foundations.training import FocalLoss

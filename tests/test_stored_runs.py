@@ -14,7 +14,7 @@ from hessian_surgery_nb.evidence.stored_runs import (
     read_run,
     read_stored,
 )
-from hessian_surgery_nb.foundations.guards import InputError
+from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.runs import json_bytes
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs" / "runs"

@@ -84,13 +84,12 @@ from hessian_surgery_nb.evidence.experiments import (
 )
 from ..evidence.experiments import _folder as folder_of
 from ..foundations.fingerprints import fingerprint
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 from ..hvp import HessianOperator
 from ..isic import read_isic
-from hessian_surgery_nb.foundations.networks import (
-    digits_net,
+from ..foundations.networks import digits_net, num_params
+from hessian_surgery_nb.foundations.weight_files import (
     load_weights,
-    num_params,
     weights_bytes,
     write_atomic,
 )

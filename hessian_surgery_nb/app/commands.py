@@ -29,11 +29,10 @@ from torch import nn
 from ..baselines import paired_interval
 from ..comparison import Comparison, compare, controls_of, plot_comparison
 from ..effective_rank import screen
-from ..foundations.guards import InputError, whole
-from hessian_surgery_nb.foundations.networks import (
+from ..foundations.checks import InputError, first_line, whole
+from ..foundations.networks import num_params
+from hessian_surgery_nb.foundations.weight_files import (
     check_storable,
-    first_line,
-    num_params,
     weights_bytes,
     write_atomic,
 )

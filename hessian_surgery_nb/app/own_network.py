@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..foundations.guards import InputError, plainly, seed_of, whole
+from ..foundations.checks import InputError, first_line, seed_of, whole
+from ..foundations.guards import plainly
 from hessian_surgery_nb.foundations.images import (
     ORDERS,
     check_same_classes,
@@ -28,8 +29,8 @@ from hessian_surgery_nb.foundations.images import (
     torchvision_part,
     unseen_folder,
 )
-from ..foundations.networks import first_line, load_weights
 from ..foundations.training import predict
+from ..foundations.weight_files import load_weights
 
 # %% auto #0
 __all__ = [

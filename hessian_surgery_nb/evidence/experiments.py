@@ -28,7 +28,7 @@ from hessian_surgery_nb.deflation import (
     without_noisy_spikes,
 )
 from ..effective_rank import screening_of
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 from hessian_surgery_nb.foundations.images import (
     Samples,
     Splits,
@@ -37,15 +37,7 @@ from hessian_surgery_nb.foundations.images import (
     image_splits,
     read_dataset,
 )
-from hessian_surgery_nb.foundations.networks import (
-    find_head,
-    load_weights,
-    num_params,
-    resnet20,
-    resnet50,
-    weights_bytes,
-    write_atomic,
-)
+from ..foundations.networks import find_head, num_params, resnet20, resnet50
 from ..foundations.runs import RunStore, pack_bits
 from hessian_surgery_nb.foundations.training import (
     ClassReport,
@@ -54,6 +46,11 @@ from hessian_surgery_nb.foundations.training import (
     effective_number_loss,
     predict,
     train,
+)
+from hessian_surgery_nb.foundations.weight_files import (
+    load_weights,
+    weights_bytes,
+    write_atomic,
 )
 from ..foundations.weights import select_params
 from ..hvp import HessianOperator

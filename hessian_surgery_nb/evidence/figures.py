@@ -28,7 +28,7 @@ from hessian_surgery_nb.evidence.tables_many import (
     has_biases,
     most_of,
 )
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 from ..foundations.testbed import COLOURS, new_axes
 from ..sensitivity import plot_sensitivity
 from ..slq import SpectralDensity, plot_density

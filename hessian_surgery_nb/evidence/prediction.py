@@ -13,7 +13,7 @@ import numpy as np
 from .reading import Results, interval_text
 from .results import SensitivityRun, SurgeryRun
 from .stored_runs import ScreenedNetwork
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 from ..foundations.testbed import COLOURS, new_axes
 
 # %% auto #0

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pandas as pd
 
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 
 # %% auto #0
 __all__ = [

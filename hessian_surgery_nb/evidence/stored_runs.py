@@ -39,7 +39,7 @@ from hessian_surgery_nb.evidence.results import (
     SurgeryRun,
     WalkRun,
 )
-from ..foundations.guards import InputError
+from ..foundations.checks import InputError
 
 # %% auto #0
 __all__ = [

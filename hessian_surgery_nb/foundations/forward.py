@@ -15,7 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from .batches import map_tensors, tensors_in
-from .guards import InputError, plainly, undisturbed
+from .checks import InputError
+from .guards import plainly, undisturbed
 from .layers import LeanLayers, TrueGradients
 
 # %% auto #0

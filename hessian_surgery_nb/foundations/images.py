@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from .batches import as_batches, split_batch, tensors_in
-from .guards import InputError, seed_of, whole
+from .checks import InputError, seed_of, whole
 
 # %% auto #0
 __all__ = [

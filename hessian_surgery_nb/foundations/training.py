@@ -22,6 +22,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
+from .checks import ChangingFunction, InputError
 from .distributed import Team, current_team
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
@@ -29,21 +30,16 @@ from hessian_surgery_nb.foundations.fingerprints import (
     fingerprint,
 )
 from .forward import Forward, functional_logits
-from hessian_surgery_nb.foundations.guards import (
-    ChangingFunction,
-    InputError,
-    checksum,
-    plainly,
-)
+from .guards import checksum, plainly
 from .images import fast_layout
-from hessian_surgery_nb.foundations.networks import (
+from .testbed import seeded
+from hessian_surgery_nb.foundations.weight_files import (
     named_part,
     read_tensors,
     set_tensors,
     state_tensors,
     write_tensors,
 )
-from .testbed import seeded
 from hessian_surgery_nb.foundations.weights import (
     check_mode,
     check_model,

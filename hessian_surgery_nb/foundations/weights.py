@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fnmatch import fnmatch
 
 import torch
 from torch import nn
 
-from .guards import InputError
+from .checks import InputError
 
 # %% auto #0
 __all__ = [
@@ -28,137 +29,180 @@ __all__ = [
 # %% ../../nbs/foundations/07_weights.ipynb #58dff2c0
 def select_params(
     model: nn.Module,
-    params=None,  # None: all that require a gradient; a glob ("layer4.*"); or a list of names and globs
+    params: str | Iterable[str] | None = None,  # None: all that train; a glob; names and globs
 ) -> dict[str, nn.Parameter]:  # name -> parameter, in model order
     "The parameters that span the space we work in."
     check_model(model)
-    named, every = (
-        dict(model.named_parameters()),
-        dict(model.named_parameters(remove_duplicate=False)),
-    )  # every: tied weights under all their names
+    named = dict(model.named_parameters())
     if params is None:
-        chosen = {k: p for k, p in named.items() if p.requires_grad}
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
     else:
-        globs = [params] if isinstance(params, str) else list(params)
-        for g in globs:
-            if not any(fnmatch(k, g) for k in every):
-                raise InputError(
-                    f"every name or pattern in params must match a parameter. {g!r} matches none of {len(named)}: "
-                    f"{', '.join(list(named)[:6])}, ..."
-                )
-        wanted = {id(p) for k, p in every.items() if any(fnmatch(k, g) for g in globs)}
-        chosen = {k: p for k, p in named.items() if id(p) in wanted}
+        patterns = [params] if isinstance(params, str) else list(params)
+        wanted = _ids_of_matches(model, patterns)
+        chosen = {name: p for name, p in named.items() if id(p) in wanted}
     _check_params(chosen)
     return chosen
 
 
+def _ids_of_matches(model: nn.Module, patterns: list[str]) -> set[int]:
+    "The parameters that match a pattern, under any of their names."
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    wanted = set()
+    for pattern in patterns:
+        matches = {id(p) for name, p in every_name.items() if fnmatch(name, pattern)}
+        if not matches:
+            names = list(dict(model.named_parameters()))
+            raise InputError(
+                "every name or pattern in params must match a parameter. "
+                f"{pattern!r} matches none of {len(names)}: {', '.join(names[:6])}, ..."
+            )
+        wanted |= matches
+    return wanted
+
+
 # %% ../../nbs/foundations/07_weights.ipynb #bf42d09e
-def check_model(model):
+def check_model(
+    model: object,
+):
     "Refuse what is not a network whose weights can take small steps."
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"a model must be a torch.nn.Module. Got {type(model).__name__}; pass the network itself."
+            f"a model must be a torch.nn.Module. Got {type(model).__name__}; "
+            "pass the network itself."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
-            f"a model must be ordinary PyTorch, so that its weights can be exchanged for a moment. Got a {type(model).__name__}; pass the network that it was made from."
+            "a model must be ordinary PyTorch, so that its weights can be exchanged for a moment. "
+            f"Got a {type(model).__name__}; pass the network that it was made from."
         )
-    for name, m in model.named_modules():
-        if hasattr(m, "_orig_mod"):
-            raise InputError(
-                f"compiled code cannot be differentiated twice. Module {name or type(m).__name__!r} is compiled; pass its ._orig_mod, which is the same network with the same weights."
-            )
-        if ".quantized" in type(m).__module__:
-            raise InputError(
-                f"quantised weights cannot take small steps. Module {name or type(m).__name__!r} is quantised; pass the network as it was before."
-            )
+    for name, module in model.named_modules():
+        _check_module(name or type(module).__name__, module)
     if next(model.parameters(), None) is None:
         raise InputError("a model must have parameters. Got none; pass a trained network.")
-    for k, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta:
-            raise InputError(
-                f"weights must be there. {k} has none yet; load a checkpoint, or run the network once."
-            )
-        if p.is_inference():
-            raise InputError(
-                f"weights must be open to gradients. {k} was made under torch.inference_mode(); build and load the network outside of it."
-            )
+    for name, parameter in model.named_parameters():
+        _check_parameter(name, parameter)
 
 
+# %% ../../nbs/foundations/07_weights.ipynb #1bb72b6c
+def _check_module(name: str, module: nn.Module):
+    "Refuse compiled and quantised parts."
+    if hasattr(module, "_orig_mod"):
+        raise InputError(
+            f"compiled code cannot be differentiated twice. Module {name!r} is compiled; "
+            "pass its ._orig_mod, which is the same network with the same weights."
+        )
+    if ".quantized" in type(module).__module__:
+        raise InputError(
+            f"quantised weights cannot take small steps. Module {name!r} is quantised; "
+            "pass the network as it was before."
+        )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter):
+    "Refuse weights that are not there, or closed to gradients."
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+        raise InputError(
+            f"weights must be there. {name} has none yet; load a checkpoint, "
+            "or run the network once."
+        )
+    if parameter.is_inference():
+        raise InputError(
+            f"weights must be open to gradients. {name} was made under torch.inference_mode(); "
+            "build and load the network outside of it."
+        )
+
+
+# %% ../../nbs/foundations/07_weights.ipynb #11d3de9d
 def _check_params(chosen: dict[str, nn.Parameter]):
+    "Refuse a selection that spans no space of real numbers, of one type and on one device."
     if not chosen:
         raise InputError(
-            "at least one parameter must be selected. Got none; unfreeze some (requires_grad_(True)) or name them in params."
+            "at least one parameter must be selected. Got none; unfreeze some "
+            "(requires_grad_(True)) or name them in params."
         )
-    odd = [k for k, p in chosen.items() if not p.is_floating_point()]
-    if odd:
-        raise InputError(
-            f"parameters must be real floating point. {odd[0]} is {chosen[odd[0]].dtype}; leave it out of params, or rewrite it as real parameters."
-        )
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"parameters must be real floating point. {name} is {parameter.dtype}; "
+                "leave it out of params, or rewrite it as real parameters."
+            )
     kinds = {(p.dtype, p.device) for p in chosen.values()}
     if len(kinds) > 1:
         raise InputError(
-            f"selected parameters must share one dtype and device. Got {sorted(map(str, kinds))}; cast the model or "
-            "select fewer."
+            "selected parameters must share one dtype and device. "
+            f"Got {sorted(map(str, kinds))}; cast the model or select fewer."
         )
-    if next(iter(kinds))[0] not in (torch.float32, torch.float64):
+    dtype = next(iter(chosen.values())).dtype
+    if dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"curvature needs at least single precision. Parameters are {next(iter(kinds))[0]}; call model.float() "
-            "first."
+            f"curvature needs at least single precision. Parameters are {dtype}; "
+            "call model.float() first."
         )
-    for k, p in chosen.items():
-        if not torch.isfinite(p).all():
+    for name, parameter in chosen.items():
+        if not torch.isfinite(parameter).all():
             raise InputError(
-                f"weights must be finite. {k} has {int((~torch.isfinite(p)).sum())} NaN or infinite entries; load "
-                "another checkpoint."
+                f"weights must be finite. {name} has {int((~torch.isfinite(parameter)).sum())} "
+                "NaN or infinite entries; load another checkpoint."
             )
 
 
 # %% ../../nbs/foundations/07_weights.ipynb #b91cc42b
 def flatten(
-    tensors,  # any iterable of tensors
+    tensors: Iterable[torch.Tensor],
 ) -> torch.Tensor:  # (n,)
     "Join tensors into one vector."
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def unflatten(
     v: torch.Tensor,  # (n,)
-    like,  # tensors that give the shapes
+    like: Iterable[torch.Tensor],  # tensors that give the shapes
 ) -> list[torch.Tensor]:  # views of v
     "Split a vector into views shaped like the given tensors."
-    like = list(like)
-    return [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in like]), like)]
+    shapes = [tensor.shape for tensor in like]
+    pieces = v.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
 
 
 # %% ../../nbs/foundations/07_weights.ipynb #a63c1ef3
+_PIECE = 4096  # entries that are added in their own precision
+
+
 def vector_norm(
     v: torch.Tensor,  # (n,)
 ) -> torch.Tensor:  # float64 scalar
-    "The Euclidean length, to the precision of the entries however many, small or large they are."
-    size = _length(v)
-    if v.dtype == torch.float64 and 1e-140 < size < 1e140 or 1e-16 < size < 1e16:
-        return size
-    most = v.abs().max().double() if len(v) else size  # squares may leave the range of the type
-    return most * _length((v.double() / most).to(v.dtype)) if 0 < most < math.inf else size
+    "The Euclidean norm, to the precision of the entries however many, small or large they are."
+    norm = _norm_by_pieces(v)
+    if 1e-16 < norm < 1e16 or (v.dtype == torch.float64 and 1e-140 < norm < 1e140):
+        return norm
+    if len(v) == 0:
+        return norm
+    largest = v.abs().max().double()
+    if not 0 < largest < math.inf:
+        return norm
+    # squares may leave the range of the type
+    scaled = (v.double() / largest).to(v.dtype)
+    return largest * _norm_by_pieces(scaled)
 
 
-def _length(v):
-    if len(v) < 1 << 16 or v.device.type != "cpu" or v.dtype == torch.float64:
+def _norm_by_pieces(v: torch.Tensor) -> torch.Tensor:  # (n,) -> float64 scalar
+    "Norms of 4096 entries each, then the norm of these in double precision."
+    precise = v.dtype == torch.float64 or v.device.type != "cpu"
+    if precise or len(v) < 16 * _PIECE:
         return v.norm().double()
-    n = len(v) // 4096 * 4096
-    return torch.hypot(v[:n].reshape(-1, 4096).norm(dim=1).double().norm(), v[n:].norm().double())
+    end = len(v) // _PIECE * _PIECE
+    norms = v[:end].reshape(-1, _PIECE).norm(dim=1).double()
+    return torch.hypot(norms.norm(), v[end:].norm().double())
 
 
 def inner(
-    a: torch.Tensor,
-    b: torch.Tensor,  # (n,) or (n, k) each
-) -> torch.Tensor:  # float64: a number, or of shape (k,), (j, k)
-    "a'b to the precision of the entries however many they are: pieces of the sum, added in double precision."
-    piece = 1 << 12 if a.device.type == "cpu" else len(a)
-    return sum(
-        torch.tensordot(x, y, ([0], [0])).double() for x, y in zip(a.split(piece), b.split(piece))
-    )
+    a: torch.Tensor,  # (n,) or (n, k)
+    b: torch.Tensor,  # (n,) or (n, j)
+) -> torch.Tensor:  # float64: a number, or of shape (k,), (k, j)
+    "a'b to the precision of the entries: pieces of the sum, added in double precision."
+    size = _PIECE if a.device.type == "cpu" else len(a)
+    pieces = zip(a.split(size), b.split(size))
+    return sum(torch.tensordot(x, y, ([0], [0])).double() for x, y in pieces)
 
 
 # %% ../../nbs/foundations/07_weights.ipynb #56a70d34
@@ -166,19 +210,28 @@ def check_mode(
     model: nn.Module,
 ):
     "Refuse dropout and batch norm in training mode."
-    for name, m in model.named_modules():
-        if not m.training:
-            continue
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            bad = "batch norm in training mode"
-        elif isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and getattr(m, "p", 1.0) > 0:
-            bad = "active dropout"
-        elif isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.dropout:
-            bad = "active dropout"
-        elif not type(m).__module__.startswith("torch.nn"):
-            bad = "a training mode that we cannot judge"
-        else:
-            continue
-        raise InputError(
-            f"the loss must be a fixed function of the weights. Module {name or type(m).__name__!r} has {bad}; call model.eval() first."
-        )
+    for name, module in model.named_modules():
+        reason = _why_not_fixed(module)
+        if reason is not None:
+            raise InputError(
+                "the loss must be a fixed function of the weights. "
+                f"Module {name or type(module).__name__!r} has {reason}; call model.eval() first."
+            )
+
+
+def _why_not_fixed(
+    module: nn.Module,
+) -> str | None:  # None: it is the same function on every pass, or may be taken to be
+    "What a module in training mode does to the loss."
+    if not module.training:
+        return None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "batch norm in training mode"
+    drops = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+    if drops and getattr(module, "p", 1.0) > 0:
+        return "active dropout"
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout:
+        return "active dropout"
+    if not type(module).__module__.startswith("torch.nn"):
+        return "a training mode that we cannot judge"
+    return None
