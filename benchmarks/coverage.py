@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hessian_surgery_nb.baselines import _change_ends, _pooled_ends, _sigma_ends
+from hessian_surgery_nb.foundations.intervals import _change_ends, _pooled_ends, _sigma_ends
 
 LEVEL = 0.95
 LESIONS = (30, 2500, 60, 100, 300, 700, 50, 1200)  # images a class, of 8

@@ -17,10 +17,10 @@ from many import parameters, prepared
 from problem import about, images, peak_gb, table, write
 from torch import nn
 
-from hessian_surgery_nb.deflation import deflated_operate
-from hessian_surgery_nb.evidence.experiments import phase_sizes
+from hessian_surgery_nb.deflated_surgery import deflated_operate
+from hessian_surgery_nb.evidence.deflation_experiments import phase_sizes
 from hessian_surgery_nb.foundations.networks import num_params
-from hessian_surgery_nb.surgery import SurgeryConfig
+from hessian_surgery_nb.settings import SurgeryConfig
 
 
 class Heartbeat:

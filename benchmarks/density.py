@@ -17,7 +17,8 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 from tqdm import tqdm
 
-from hessian_surgery_nb.foundations.images import load_digits, long_tail_splits
+from hessian_surgery_nb.foundations.datasets import load_digits
+from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.foundations.networks import digits_net
 from hessian_surgery_nb.slq import spectral_density

@@ -20,10 +20,13 @@ from torch import nn
 from tqdm import trange
 
 from hessian_surgery_nb import hvp
-from hessian_surgery_nb.foundations import training as train
+from hessian_surgery_nb.foundations import forward, objective
+from hessian_surgery_nb.foundations import accuracy
+from hessian_surgery_nb.foundations.watched import WatchedObjective
 from hessian_surgery_nb.foundations.networks import resnet20
 from hessian_surgery_nb.foundations.weight_files import load_weights
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 
 
 @contextlib.contextmanager
@@ -35,12 +38,12 @@ def unguarded():
         def replace(place, name, new):
             stack.enter_context(mock.patch.object(place, name, new))
 
-        replace(hvp.HessianOperator, "observe", lambda self: None)
-        replace(hvp.HessianOperator, "unchanged", lambda self, since: True)
-        replace(hvp.HessianOperator, "_compare", lambda self, trace, moved: None)
-        replace(hvp.HessianOperator, "_present", lambda self, probes: "present")
-        replace(hvp, "undisturbed", lambda model: nothing)
-        replace(train, "_check_repeats", lambda *args: None)
+        replace(WatchedObjective, "observe", lambda self: None)
+        replace(WatchedObjective, "unchanged", lambda self, since: True)
+        replace(WatchedObjective, "_compare", lambda self, record, moved=False: None)
+        replace(hvp, "_fingerprint", lambda objective, probes: ["present"])
+        replace(forward, "undisturbed", lambda model: nothing)
+        replace(accuracy, "_check_repeats", lambda *args: None)
         yield
 
 
@@ -87,12 +90,18 @@ def watched(clock: Clock):
         def replace(place, name, new):
             stack.enter_context(mock.patch.object(place, name, new))
 
-        for name in ("observe", "unchanged", "_compare", "_present"):
-            replace(hvp.HessianOperator, name, clock.around(getattr(hvp.HessianOperator, name)))
-        for place, name in ((hvp, "_noted"), (hvp, "_equal"), (train, "_check_repeats")):
+        for place, name in (
+            (WatchedObjective, "observe"),
+            (WatchedObjective, "unchanged"),
+            (WatchedObjective, "_compare"),
+            (hvp, "_fingerprint"),
+            (objective, "record_row"),
+            (forward, "_equal"),
+            (accuracy, "_check_repeats"),
+        ):
             replace(place, name, clock.around(getattr(place, name)))
-        block = hvp.undisturbed
-        replace(hvp, "undisturbed", lambda model: clock.ends(block(model)))
+        block = forward.undisturbed
+        replace(forward, "undisturbed", lambda model: clock.ends(block(model)))
         yield
 
 

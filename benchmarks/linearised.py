@@ -15,12 +15,14 @@ import torch
 from problem import about, arguments, table, write
 from torch import nn
 
-from hessian_surgery_nb.foundations.images import image_splits, read_dataset
+from hessian_surgery_nb.foundations.datasets import read_dataset
+from hessian_surgery_nb.foundations.splits import image_splits
 from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.foundations.networks import resnet20
 from hessian_surgery_nb.foundations.weight_files import load_weights
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
-from hessian_surgery_nb.foundations.training import class_report
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
+from hessian_surgery_nb.foundations.accuracy import class_report
 
 
 def main():

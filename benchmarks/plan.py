@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from problem import about, arguments, table, write
 
-from hessian_surgery_nb.foundations.images import torchvision_part, write_toy_images
+from hessian_surgery_nb.foundations.datasets import torchvision_part, write_toy_images
 from hessian_surgery_nb.foundations.networks import resnet20, resnet50
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.app.own_network import own_files, own_sets
 from hessian_surgery_nb.foundations.training import train
 
 FACTORY = """
-from hessian_surgery_nb.foundations.images import torchvision_part
+from hessian_surgery_nb.foundations.datasets import torchvision_part
 from hessian_surgery_nb.foundations.networks import resnet20, resnet50
 def small(): return resnet20(classes={c})
 def middle(): return torchvision_part("models").resnet18(num_classes={c})

@@ -23,7 +23,7 @@ from torch import nn
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.foundations.distributed import distributed
-from hessian_surgery_nb.foundations.training import predict
+from hessian_surgery_nb.foundations.accuracy import predict
 
 
 def median(f, repeats=3):

@@ -14,10 +14,11 @@ from problem import about, arguments, table, write
 from torch import nn
 from tqdm import tqdm
 
-from hessian_surgery_nb.foundations.images import load_digits, long_tail_splits
+from hessian_surgery_nb.foundations.datasets import load_digits
+from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.foundations.networks import digits_net
-from hessian_surgery_nb.surgery import operate, report_dict
+from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.training import FocalLoss, effective_number_loss, train
 
 LOSSES = {
@@ -38,8 +39,8 @@ def one(seed: int, ratio: float, loss: str) -> dict:
         ratio=ratio,
         loss=loss,
         look=look.to_dict(),
-        before=report_dict(r.before),
-        after=report_dict(r.after),
+        before=r.before.to_dict(),
+        after=r.after.to_dict(),
         passes=sum(h.passes for h in r.history),
         matvecs=sum(h.matvecs for h in r.history),
     )

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from hessian_surgery_nb.foundations.weights import unflatten
 from hessian_surgery_nb.hvp import HessianOperator
-from hessian_surgery_nb.lanczos import eigen_residuals, orthogonalise, top_eigenpairs
+from hessian_surgery_nb.foundations.krylov_basis import orthogonalise
+from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 
 K, TOL = 9, 1e-2
 

@@ -1,4 +1,4 @@
-"Post-hoc balancing of a trained classifier along the spikes of its Hessian. `dir()` lists what is here."
+"Balances the class accuracies of a trained network. `dir()` lists what is here."
 
 from hessian_surgery_nb.app.face import __dir__, __getattr__  # noqa: F401
 

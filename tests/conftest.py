@@ -2,11 +2,8 @@
 
 import pytest
 
-from hessian_surgery_nb.foundations.images import (
-    load_digits,
-    long_tail_splits,
-    write_toy_images,
-)
+from hessian_surgery_nb.foundations.datasets import load_digits, write_toy_images
+from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.foundations.networks import digits_net, resnet20
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.foundations.training import train

@@ -15,16 +15,18 @@ from hessian_surgery_nb.class_structure import class_gradients, class_subspace
 from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.comparison import compare
 from hessian_surgery_nb.foundations.checks import whole
-from hessian_surgery_nb.foundations.images import torchvision_part
-from hessian_surgery_nb.deflation import check_phases, deflated_operate
+from hessian_surgery_nb.foundations.datasets import torchvision_part
+from hessian_surgery_nb.deflated_surgery import deflated_operate
+from hessian_surgery_nb.deflation import check_phases
 from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.app.own_network import Preparation, own_sets
-from hessian_surgery_nb.surgery import SurgeryConfig, check_config, operate
+from hessian_surgery_nb.settings import SurgeryConfig, check_config
+from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
-from hessian_surgery_nb.foundations.training import class_accuracy, class_report
+from hessian_surgery_nb.foundations.accuracy import class_accuracy, class_report
 
 X, Y = tiny_data(120)
 H, S, O = ((X[i:j], Y[i:j]) for i, j in ((0, 30), (30, 75), (75, 120)))

@@ -11,10 +11,11 @@ import scipy.sparse.linalg as sla
 import torch
 from torch import nn
 
-from hessian_surgery_nb.foundations.images import load_digits
+from hessian_surgery_nb.foundations.datasets import load_digits
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.weights import vector_norm
-from hessian_surgery_nb.hvp import HessianOperator, as_operator
+from hessian_surgery_nb.hvp import HessianOperator
+from hessian_surgery_nb.matrices import as_operator
 from hessian_surgery_nb.lanczos import (
     angle_bounds,
     eigen_residuals,

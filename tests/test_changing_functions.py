@@ -33,8 +33,9 @@ from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.spike_validation import count_spikes
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
-from hessian_surgery_nb.foundations.training import class_report, predict
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
+from hessian_surgery_nb.foundations.accuracy import class_report, predict
 
 CE = nn.CrossEntropyLoss()
 F64 = torch.float64

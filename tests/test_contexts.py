@@ -21,25 +21,32 @@ from torch import nn
 
 import hessian_surgery_nb
 from hessian_surgery_nb import (
+    amplitude,
     baselines,
     class_structure,
     comparison,
+    deflated_surgery,
     deflation,
     effective_rank,
     hvp,
     lanczos,
     linearised,
+    matrices,
     sensitivity,
     slq,
     spectrum_type,
     spike_validation,
     surgery,
+    surgery_state,
 )
 from hessian_surgery_nb.foundations import (
+    accuracy,
     fingerprints,
+    forward,
     losses,
     networks as models,
     training as train,
+    weights,
     weight_files,
 )
 from hessian_surgery_nb.foundations.checks import InputError
@@ -73,7 +80,7 @@ def given():
     "Eigenpairs and logits made plainly, for entry points that take some."
     p = problem()
     op = HessianOperator(p.net, CE, p.hessian)
-    pairs, z = lanczos.top_eigenpairs(op, 2), train.predict(p.net, p.sensitive)[0]
+    pairs, z = lanczos.top_eigenpairs(op, 2), accuracy.predict(p.net, p.sensitive)[0]
     kind = spectrum_type.spectrum_type(op, num_probes=2, num_matvecs=8)
     return SimpleNamespace(
         pairs=pairs,
@@ -99,7 +106,7 @@ def product(p, **options):
 
 def steadily(p):
     op = operator(p)
-    with hvp.steady(op):
+    with matrices.steady(op):
         return op @ given().v, op @ given().v
 
 
@@ -114,30 +121,33 @@ def leaves(p):
 
 def batch_loss(p, ts):
     state = {k: t for (k, _), t in zip(p.net.named_parameters(), ts)}
-    return CE(hvp.functional_logits(hvp.Forward(p.net), state, p.hessian[0]), p.hessian[1])
+    return CE(forward.functional_logits(forward.Forward(p.net), state, p.hessian[0]), p.hessian[1])
 
 
 def by_hand(p, how):
     "The functions that a `HessianOperator` is made of."
     ts = leaves(p)
-    v = hvp.unflatten(given().v, ts)
+    v = weights.unflatten(given().v, ts)
     if how == "forward":
         return hvp.forward_over_reverse(lambda t: batch_loss(p, t), ts, v)
     state = [k for k, _ in p.net.named_parameters()]
-    net, (X, y) = hvp.Forward(p.net), p.hessian
+    net, (X, y) = forward.Forward(p.net), p.hessian
 
     def logits_of(t):
-        return hvp.functional_logits(net, dict(zip(state, t)), X)
+        return forward.functional_logits(net, dict(zip(state, t)), X)
 
     if how == "logits":
-        return hvp.logits_and_change(logits_of, ts, v)
+        return forward.logits_and_change(logits_of, ts, v)
     return hvp.gauss_newton(logits_of, lambda z: CE(z, y), ts, v)
 
 
 def graph_and_back(p):
     ts = leaves(p)
     return hvp.backward_through(
-        hvp.gradient_graph(lambda: batch_loss(p, ts), ts), ts, hvp.unflatten(given().v, ts), False
+        hvp.gradient_graph(lambda: batch_loss(p, ts), ts),
+        ts,
+        weights.unflatten(given().v, ts),
+        False,
     )
 
 
@@ -145,8 +155,16 @@ def surgery_config(**more):
     return surgery.SurgeryConfig(iterations=2, num_spikes=2, eps=0.3, **more)
 
 
+def proposed(p):
+    operation = surgery_state.prepare_surgery(
+        p.net, CE, p.hessian, p.sensitive, config=surgery_config()
+    )
+    proposal = surgery.propose_step(operation, operation.start)
+    return proposal.alpha, proposal.sensitivity, proposal.state.directions
+
+
 def deflated(p):
-    return deflation.deflated_operate(
+    return deflated_surgery.deflated_operate(
         p.net,
         CE,
         p.hessian,
@@ -194,9 +212,11 @@ ENTRIES = {
     "plan": lambda p: operator(p).plan().mode,
     "to_scipy": lambda p: operator(p).to_scipy() @ given().v.numpy(),
     "steady": steadily,
-    "as_operator": lambda p: hvp.as_operator(operator(p)) @ given().v,
-    "select_params": lambda p: hvp.select_params(p.net),
-    "functional_logits": lambda p: hvp.functional_logits(hvp.Forward(p.net), {}, p.hessian[0]),
+    "as_operator": lambda p: matrices.as_operator(operator(p)) @ given().v,
+    "select_params": lambda p: weights.select_params(p.net),
+    "functional_logits": lambda p: forward.functional_logits(
+        forward.Forward(p.net), {}, p.hessian[0]
+    ),
     "gradient_graph": graph_and_back,
     "forward_over_reverse": lambda p: by_hand(p, "forward"),
     "gauss_newton": lambda p: by_hand(p, "gauss_newton"),
@@ -229,14 +249,14 @@ ENTRIES = {
         operator(p), num_probes=2, num_matvecs=8
     ),
     "generalisation": lambda p: spectrum_type.generalisation(given().kind, given().kind),
-    "predict": lambda p: train.predict(p.net, p.sensitive),
-    "predict elsewhere": lambda p: train.predict(
+    "predict": lambda p: accuracy.predict(p.net, p.sensitive),
+    "predict elsewhere": lambda p: accuracy.predict(
         p.net,
         p.sensitive,
-        state=dict(sensitivity.moved_state(hvp.select_params(p.net), given().v / 9)),
+        state=dict(sensitivity.moved_state(weights.select_params(p.net), given().v / 9)),
     ),
-    "class_accuracy": lambda p: train.class_accuracy(p.net, p.sensitive),
-    "class_report": lambda p: train.class_report(p.net, p.sensitive),
+    "class_accuracy": lambda p: accuracy.class_accuracy(p.net, p.sensitive),
+    "class_report": lambda p: accuracy.class_report(p.net, p.sensitive),
     "train": trained,
     "class_gradients": lambda p: class_structure.class_gradients(p.net, p.hessian),
     "class_gradients, cross": lambda p: class_structure.class_gradients(
@@ -256,7 +276,7 @@ ENTRIES = {
     "logit_jacobian, jvp": lambda p: sensitivity.logit_jacobian(
         p.net, given().pairs, p.sensitive, scheme="jvp"
     ),
-    "choose_amplitude": lambda p: surgery.choose_amplitude(p.net, given().pairs, p.sensitive),
+    "choose_amplitude": lambda p: amplitude.choose_amplitude(p.net, given().pairs, p.sensitive),
     "operate": lambda p: surgery.operate(
         p.net, CE, p.hessian, p.sensitive, held_out=p.held, config=surgery_config(), progress=False
     ),
@@ -276,9 +296,9 @@ ENTRIES = {
         config=surgery_config(directions="gradients"),
         progress=False,
     ),
-    "SurgeryOperation": lambda p: surgery.SurgeryOperation(
-        p.net, CE, p.hessian, p.sensitive, surgery_config(), None, None
-    ).look(),
+    "prepare_surgery": lambda p: proposed(p),
+    "evaluate": lambda p: surgery_state.evaluate(p.net, p.sensitive),
+    "snapshot": lambda p: surgery_state.snapshot(p.net),
     "linearised_operate": linear,
     "compare": lambda p: comparison.compare(
         p.net, CE, p.hessian, p.sensitive, p.held, config=surgery_config(), draws=1, progress=False
@@ -293,7 +313,7 @@ ENTRIES = {
     "tau_norm_state": lambda p: baselines.tau_norm_state(p.net, CLASSES, 0.5),
     "head_inputs": lambda p: baselines.head_inputs(p.net, p.sensitive, given().z),
     "tau_norm_sweep": lambda p: baselines.tau_norm_sweep(p.net, p.sensitive, given().z, [0.5, 1.0]),
-    "Biased": lambda p: train.predict(
+    "Biased": lambda p: accuracy.predict(
         baselines.Biased(p.net, torch.ones(CLASSES)).eval(), p.sensitive
     ),
     "weights_bytes": lambda p: weight_files.weights_bytes(p.net),
@@ -322,21 +342,21 @@ LEFT_OUT = {
     "set_tensors",
     "state_facts",
     "check_storable",
-    "request_of",
     "logit_moments",
     "check_logit_moments",
     "DeflatedResult",
+    "DirectionSearch",  # a question: its model is looked at by what answers it
+    "SurgeryOperation",  # made by prepare_surgery
+    "move",  # changes the network it is given
+    "DirectionSearch",  # a question: its model is looked at by what answers it
+    "SurgeryOperation",  # made by prepare_surgery
+    "move",  # changes the network it is given
     "SurgeryResult",
     "Front",
     "difference",
 }
 PARTS_OF_COMMANDS = {
-    "commands",
-    "experiments",
-    "own_network",
-    "cli",
     "paper",
-    "pages",
     "runs",
     "isic",
     "testbed",
@@ -347,7 +367,8 @@ def test_every_entry_point_is_tried():
     tried = " ".join(ENTRIES) + " " + inspect.getsource(inspect.getmodule(problem))
     for info in pkgutil.walk_packages(hessian_surgery_nb.__path__, "hessian_surgery_nb."):
         short = info.name.rpartition(".")[2]
-        if info.ispkg or short.startswith("_") or short in PARTS_OF_COMMANDS:
+        parts = any(door in info.name for door in (".app.", ".evidence."))
+        if info.ispkg or parts or short.startswith("_") or short in PARTS_OF_COMMANDS:
             continue
         module = importlib.import_module(info.name)
         for name in module.__all__:

@@ -12,7 +12,8 @@ from torch import nn
 from hessian_surgery_nb.deflation import SpikeStore
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
-from hessian_surgery_nb.lanczos import eigen_residuals, orthogonalise, random_unit, top_eigenpairs
+from hessian_surgery_nb.foundations.krylov_basis import orthogonalise, random_unit
+from hessian_surgery_nb.lanczos import eigen_residuals, top_eigenpairs
 from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.spike_validation import spike_agreement
 from hessian_surgery_nb.foundations.testbed import (

@@ -18,9 +18,10 @@ from hessian_surgery_nb.lanczos import top_eigenpairs
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.foundations.weight_files import write_atomic
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
-from hessian_surgery_nb.foundations.training import class_report
+from hessian_surgery_nb.foundations.accuracy import class_report
 
 NAMES = ("cat", "dog", "ship")
 loss = nn.CrossEntropyLoss()

@@ -18,14 +18,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from hessian_surgery_nb.app.cli import main
-from hessian_surgery_nb.foundations.images import (
-    class_files,
-    check_disjoint,
+from hessian_surgery_nb.foundations.datasets import (
     image_folder,
-    read_image,
     torchvision_part,
     write_toy_images,
 )
+from hessian_surgery_nb.foundations.images import class_files, read_image
+from hessian_surgery_nb.foundations.splits import check_disjoint
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.isic import is_isic, read_isic, write_toy_isic
 from hessian_surgery_nb.foundations.networks import copy_model
@@ -42,7 +41,8 @@ from hessian_surgery_nb.app.own_network import (
     own_files,
     own_sets,
 )
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 
 RAMP = np.linspace(0, 65535, 1024).reshape(32, 32)
 

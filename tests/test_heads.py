@@ -11,11 +11,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import hessian_surgery_nb.comparison as comparison
 from hessian_surgery_nb.baselines import head_of, post_hoc, tau_norm_state, tau_norm_sweep
 from hessian_surgery_nb.comparison import compare
-from hessian_surgery_nb.foundations.images import torchvision_part
+from hessian_surgery_nb.foundations.datasets import torchvision_part
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.networks import find_head
-from hessian_surgery_nb.surgery import SurgeryConfig
-from hessian_surgery_nb.foundations.training import class_report_of, predict
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.foundations.accuracy import class_report_of, predict
 
 X = torch.randn(150, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(150) % 3

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from hessian_surgery_nb.baselines import paired_interval, pooled_interval, sigma_interval
+from hessian_surgery_nb.foundations.intervals import (
+    paired_interval,
+    pooled_interval,
+    sigma_interval,
+)
 from hessian_surgery_nb.foundations.checks import InputError
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "coverage.py"

@@ -15,10 +15,11 @@ from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import top_eigenpairs
-from hessian_surgery_nb.linearised import cross_fitted, linearised_operate
-from hessian_surgery_nb.sensitivity import LogitJacobian, logit_jacobian
-from hessian_surgery_nb.surgery import SurgeryConfig
-from hessian_surgery_nb.foundations.training import predict
+from hessian_surgery_nb.best_step import cross_fitted
+from hessian_surgery_nb.linearised import linearised_operate
+from hessian_surgery_nb.predicted_logits import LogitJacobian, logit_jacobian
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.foundations.accuracy import predict
 
 
 class Squashed(torch.autograd.Function):
@@ -134,7 +135,9 @@ def test_a_front_is_what_it_says(digits):
                 and q.sensitivity.sigma <= p.sensitivity.sigma + 1e-12
                 and q.passes >= p.passes
             )
-            assert q.off <= max(0.005, 2 / 50 / 10**0.5) or torch.equal(p.alpha, q.alpha)
+            assert q.prediction_error <= max(0.005, 2 / 50 / 10**0.5) or torch.equal(
+                p.alpha, q.alpha
+            )
             z, y = predict(a.network(q.price), s.held_out.pair)
             with pytest.raises(InputError, match="0 or more"):
                 a.at(-0.1)

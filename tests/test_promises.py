@@ -20,7 +20,8 @@ from hessian_surgery_nb.foundations.networks import digits_net
 from hessian_surgery_nb.sensitivity import sensitivity_matrix
 from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.spike_validation import bulk_walk, count_spikes
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 
 loss = nn.CrossEntropyLoss()
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from hessian_surgery_nb.foundations.images import write_toy_images
+from hessian_surgery_nb.foundations.datasets import write_toy_images
 from hessian_surgery_nb.isic import write_toy_isic
 
 COMMAND = [

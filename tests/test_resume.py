@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from hessian_surgery_nb.app.commands import FILES as OPERATED
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.app.results import OPERATE_FILES as OPERATED
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 
 OPERATE = [
     sys.executable,

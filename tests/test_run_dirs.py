@@ -19,8 +19,8 @@ from torch import nn
 
 import hessian_surgery_nb.app.commands as commands
 from hessian_surgery_nb.app.cli import main
-from hessian_surgery_nb.foundations.images import write_toy_images
-from hessian_surgery_nb.deflation import deflated_operate
+from hessian_surgery_nb.foundations.datasets import write_toy_images
+from hessian_surgery_nb.deflated_surgery import deflated_operate
 from hessian_surgery_nb.foundations.fingerprints import (
     data_fingerprint,
     fingerprint,
@@ -29,7 +29,8 @@ from hessian_surgery_nb.foundations.fingerprints import (
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.networks import resnet20
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
-from hessian_surgery_nb.surgery import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.foundations.training import FocalLoss
 

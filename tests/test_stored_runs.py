@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hessian_surgery_nb.evidence.experiments import EXPERIMENTS
 from hessian_surgery_nb.evidence.results import FineTuningRun, SurgeryRun
+from hessian_surgery_nb.evidence.run_experiments import request
 from hessian_surgery_nb.evidence.stored_runs import (
     RESULT_TYPES,
     BenchmarkFile,
@@ -14,8 +16,10 @@ from hessian_surgery_nb.evidence.stored_runs import (
     read_run,
     read_stored,
 )
+from hessian_surgery_nb.evidence.study import Scale, Study
 from hessian_surgery_nb.foundations.checks import InputError
-from hessian_surgery_nb.foundations.runs import json_bytes
+from hessian_surgery_nb.foundations.runs import RunStore, json_bytes
+from hessian_surgery_nb.isic import write_toy_isic
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs" / "runs"
 FILES = sorted(RUNS.rglob("*.json"))
@@ -97,3 +101,43 @@ def test_a_record_cannot_be_changed():
     assert isinstance(results, SurgeryRun) and results.held_out == results.after
     with pytest.raises(AttributeError):
         results.returned_iteration = 0
+
+
+def test_every_experiment_has_its_record():
+    assert set(EXPERIMENTS) == set(RESULT_TYPES)
+
+
+# how the runs of each dataset were asked for
+STUDIES = {
+    "cifar10": dict(scale=Scale()),
+    "tinyimagenet100": dict(tau=None, held_back=50, reported_back=100),
+    "isic": dict(tau=None, scale=Scale(hessian=256, epochs=30)),
+}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    "A folder in which lesions lie, so that their layout is known; nothing else is looked at."
+    folder = tmp_path_factory.mktemp("datasets")
+    write_toy_isic(folder / "isic", counts=(1,) * 8)
+    return folder
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != RUNS], ids=lambda path: path.stem)
+def test_what_is_stored_is_asked_for_in_the_same_way(path, datasets):
+    "So `reproduce` finds it and does not run it again."
+    run = read_run(path)
+    network, dataset = run.config["network"], run.config["dataset"]
+    study = Study(
+        store=RunStore(path.parent, datasets),
+        seed=run.seed,
+        dataset=dataset,
+        network=network,
+        weights=Path("cifar10_resnet50.safetensors") if network == "resnet50" else None,
+        root=datasets,
+        **STUDIES[dataset],
+    )
+    asked = request(study, run.experiment)
+    assert study.store.read(path.stem, asked) is not None
+    assert json.loads(json_bytes(asked)) == run.config
+    assert path.stem == f"{study.label}_{run.experiment}"

@@ -238,7 +238,7 @@ def test_the_sidebar_has_every_notebook_in_reading_order():
 
 @every_notebook
 def test_imports_stand_alone_in_their_cells(path):
-    "The site's build runs every cell that holds an import, wherever in it, and no other lesson cell."
+    "The site runs every cell that holds an import, wherever in it, and no other lesson cell."
     for cell in code_cells(path):
         source = text(cell["source"])
         if source.startswith("%%") or re.search(r"^#\|\s*(exports?|eval:\s*false)", source, re.M):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 
-from ..baselines import mean_interval, pooled_interval, shown
 from .published import PAPER
 from .records import ReportRecord, SpreadRecord, StoredRecord
 from .stored_runs import StoredRun, read_run
+from ..foundations.intervals import mean_interval, pooled_interval, shown
 from ..foundations.runs import unpack_bits
 
 # %% auto #0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..baselines import mean_interval, sigma_interval
 from hessian_surgery_nb.evidence.reading import (
     Results,
     interval_text,
@@ -20,6 +19,7 @@ from hessian_surgery_nb.evidence.reading import (
 )
 from .records import StoredRecord
 from .results import PostHocRun, SurgeryRun, WalkRecord
+from ..foundations.intervals import mean_interval, sigma_interval
 from ..foundations.runs import unpack_bits
 
 # %% auto #0

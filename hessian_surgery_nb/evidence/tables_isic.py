@@ -23,7 +23,7 @@ from hessian_surgery_nb.evidence.reading import (
     without_empty_columns,
 )
 from .records import ReportRecord, StoredRecord
-from ..foundations.training import wilson_interval
+from ..foundations.accuracy import wilson_interval
 
 # %% auto #0
 __all__ = [

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -17,15 +18,18 @@ from torch.func import functional_call
 from .batches import map_tensors, tensors_in
 from .checks import InputError
 from .guards import plainly, undisturbed
-from .layers import LeanLayers, TrueGradients
+from .layers import LeanLayers
+from .true_gradients import TrueGradients
 
 # %% auto #0
 __all__ = [
     "Forward",
     "functional_logits",
+    "explain_missing_derivative",
     "nodes_of",
     "python_functions",
     "dual_level",
+    "make_duals",
     "logits_and_change",
 ]
 
@@ -37,185 +41,243 @@ class Forward(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        forward=None,  # forward(model, X) -> logits; None: call the model on X
+        forward: Callable[[nn.Module, Any], torch.Tensor] | None = None,  # None: model(X)
     ):
         super().__init__()
-        self.model, self.fn = model, forward
-        self.writes = None  # does a pass write its weights? None: not known yet
+        self.model = model
+        self.custom = forward
+        self.writes: bool | None = None  # does a pass write its weights? None: not known yet
 
-    def forward(self, X):
-        if self.fn is not None:
-            out = self.fn(self.model, X)
-        elif isinstance(X, Mapping):
-            out = self.model(**X)
-        elif isinstance(X, (tuple, list)):
-            out = self.model(*X)
-        else:
-            out = self.model(X)
+    def forward(self, X: Any) -> torch.Tensor:
+        "Logits of a batch."
+        out = self._call(X)
         out = getattr(out, "logits", out)
-        if not torch.is_tensor(out):
-            raise InputError(
-                f"a network must return one tensor of logits. Got a {type(out).__name__}; pass forward=lambda model, "
-                "X: model(X)[0] or similar."
-            )
-        return out
+        if torch.is_tensor(out):
+            return out
+        raise InputError(
+            f"a network must return one tensor of logits. Got a {type(out).__name__}; pass "
+            "forward=lambda model, X: model(X)[0] or similar."
+        )
+
+    def _call(self, X):
+        if self.custom is not None:
+            return self.custom(self.model, X)
+        if isinstance(X, Mapping):
+            return self.model(**X)
+        if isinstance(X, (tuple, list)):
+            return self.model(*X)
+        return self.model(X)
 
 
-# %% ../../nbs/foundations/09_forward.ipynb #b8d71618
-@plainly(derivatives=False)
-def functional_logits(
-    net: Forward,
-    state: dict[str, torch.Tensor],  # parameter (or buffer) name -> tensor to use in its place
-    X,  # one batch of inputs
-    *,
-    short: bool = False,  # run the network in bfloat16
-) -> torch.Tensor:  # logits
-    "Logits at other weights. Parameters, buffers, attributes and inputs stay as they are, whatever the network writes."
-    model, careful = net.model, net.writes is not False
-    buffers = dict(model.named_buffers())
-    lent = {k: t.clone() if careful or k in buffers else t for k, t in state.items()}
-    if careful:  # the first time, to find out, and always where a pass does write
-        lent = {k: p.detach().clone() for k, p in model.named_parameters() if k not in state} | lent
-    X = map_tensors(torch.clone, X)  # a network may scale its inputs in place
-    watched = [t for k, t in lent.items() if k not in buffers] + (
-        [] if careful else list(model.parameters())
-    )
-    versions = [t._version for t in watched if not t.is_inference()]
-    everything = {k: b.clone() for k, b in buffers.items() if k not in lent} | lent
-    try:
-        precision = (
-            torch.autocast(
-                next(iter(lent.values())).device.type, torch.bfloat16, cache_enabled=False
-            )
-            if short
-            else contextlib.nullcontext()
-        )
-        with undisturbed(model), TrueGradients(), precision:
-            out = functional_call(net, {f"model.{k}": t for k, t in everything.items()}, (X,))
-    except (InputError, NotImplementedError, torch.OutOfMemoryError):
-        raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AssertionError,
-        AttributeError,
-        ArithmeticError,
-    ) as e:
-        shapes = (
-            ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X))
-            or type(X).__name__
-        )
-        raise InputError(
-            f"the network must accept the inputs. Given {shapes} it said: {str(e) or type(e).__name__}; check their shape and type, or pass forward=."
-        ) from e
-    wrote = versions != [t._version for t in watched if not t.is_inference()]
-    if (
-        net.writes is None
-    ):  # a write through .data leaves no version behind: compare the numbers, once
-        originals = dict(model.named_parameters()) | {
-            k: t for k, t in state.items() if k not in buffers
-        }
-        net.writes = wrote or not all(_equal(lent[k], t) for k, t in originals.items())
-    elif wrote and not careful:
-        raise InputError(
-            "a pass must write weights always or never. This network wrote some on this batch and none on the first; mend it."
-        )
-    return out
+# %% ../../nbs/foundations/09_forward.ipynb #99094e01
+def _lent_weights(net: Forward, weights: dict) -> dict[str, torch.Tensor]:
+    "What the network runs on in place of its parameters: copies of all, if it may write them."
+    if net.writes is False:
+        return weights
+    own = {name: p.detach() for name, p in net.model.named_parameters()}
+    return {name: t.clone() for name, t in (own | weights).items()}
+
+
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    "Counters that a write raises, except one through `.data`."
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
 
 
+def _check_writes(net: Forward, wrote: bool, lent: dict, weights: dict):
+    "On the first pass find out whether the network writes; later it must be as it was then."
+    if net.writes is None:
+        # a write through .data leaves no version behind: compare the numbers, once
+        originals = dict(net.model.named_parameters()) | weights
+        unmoved = all(_equal(lent[name], t) for name, t in originals.items())
+        net.writes = wrote or not unmoved
+    elif wrote and not net.writes:
+        raise InputError(
+            "a pass must write weights always or never. This network wrote some on this batch "
+            "and none on the first; mend it."
+        )
+
+
+# %% ../../nbs/foundations/09_forward.ipynb #4c2f13f4
+_REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    ArithmeticError,
+)
+
+
+def _call(net: Forward, state: dict[str, torch.Tensor], X, short: bool) -> torch.Tensor:
+    "The network with this state; where it cannot take its inputs, its own words are passed on."
+    precision = contextlib.nullcontext()
+    if short:
+        device = next(net.model.parameters()).device.type
+        precision = torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    named = {f"model.{name}": t for name, t in state.items()}
+    try:
+        with undisturbed(net.model), TrueGradients(), precision:
+            return functional_call(net, named, (X,))
+    except (InputError, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except _REFUSALS as e:
+        shapes = [f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)]
+        given = ", ".join(shapes) or type(X).__name__
+        said = str(e) or type(e).__name__
+        raise InputError(
+            f"the network must accept the inputs. Given {given} it said: {said}; check their "
+            "shape and type, or pass forward=."
+        ) from e
+
+
+# %% ../../nbs/foundations/09_forward.ipynb #b8d71618
+@plainly(derivatives=False)
+def functional_logits(
+    net: Forward,
+    state: dict[str, torch.Tensor],  # name -> tensor, in place of parameters and buffers
+    X: Any,  # one batch of inputs
+    *,
+    short: bool = False,  # run the network in bfloat16
+) -> torch.Tensor:  # logits
+    """Logits at other weights.
+
+    Parameters, buffers, attributes and inputs stay as they are, whatever the network writes.
+    """
+    buffers = dict(net.model.named_buffers())
+    weights = {name: t for name, t in state.items() if name not in buffers}
+    lent = _lent_weights(net, weights)
+    lent_buffers = {name: state.get(name, t).clone() for name, t in buffers.items()}
+    watched = list(lent.values())
+    if net.writes is False:
+        watched += net.model.parameters()
+    before = _versions(watched)
+    out = _call(net, lent_buffers | lent, map_tensors(torch.clone, X), short)
+    _check_writes(net, before != _versions(watched), lent, weights)
+    return out
+
+
 # %% ../../nbs/foundations/09_forward.ipynb #0ee4c286
+_NO_DERIVATIVE = (
+    "not implemented",
+    "not differentiable",
+    "does not support",
+    "double backward",
+    "jvp",
+)
+
+
 @contextlib.contextmanager
-def _explained(rule, way_out):
+def explain_missing_derivative(
+    rule: str,  # what the caller needs
+    remedy: str,  # and what to do without it
+) -> Iterator[None]:
     "What PyTorch says of a derivative it does not have, as an error that helps."
     try:
         yield
     except (NotImplementedError, RuntimeError) as e:
-        known = (
-            "not implemented",
-            "not differentiable",
-            "does not support",
-            "double backward",
-            "jvp",
-        )
-        if not isinstance(e, NotImplementedError) and not any(s in str(e) for s in known):
+        known = isinstance(e, NotImplementedError) or any(w in str(e) for w in _NO_DERIVATIVE)
+        if not known:
             raise
-        raise InputError(f"{rule}. PyTorch says: {str(e).splitlines()[0]}; {way_out}.") from e
+        said = str(e).splitlines()[0]
+        raise InputError(f"{rule}. PyTorch says: {said}; {remedy}.") from e
 
 
 # %% ../../nbs/foundations/09_forward.ipynb #f5ed6abc
-def nodes_of(tensors):
+def nodes_of(
+    tensors: Iterable[torch.Tensor],
+) -> Iterator[torch.autograd.graph.Node]:
     "All nodes of the graphs that made these tensors."
-    seen, stack = set(), [t.grad_fn for t in tensors]
+    seen = set()
+    stack = [t.grad_fn for t in tensors]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        stack += [n for n, _ in node.next_functions]
+        stack += [following for following, _ in node.next_functions]
         yield node
 
 
-def python_functions(tensors) -> list[str]:
+def python_functions(
+    tensors: Iterable[torch.Tensor],
+) -> list[str]:  # names of their classes
     "Autograd functions written in Python by others, in the graphs of these tensors."
-    classes = {getattr(n, "_forward_cls", None) for n in nodes_of(tensors)} - {None}
+    classes = {getattr(node, "_forward_cls", None) for node in nodes_of(tensors)} - {None}
     return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
 
 
 # %% ../../nbs/foundations/09_forward.ipynb #cf8e24c8
-_FORWARD_MODE = (
-    threading.RLock()
-)  # PyTorch has one level of forward differentiation for the whole process
+_FORWARD_MODE = threading.RLock()
 
 
 @contextlib.contextmanager
-def dual_level():
+def dual_level() -> Iterator[None]:
     "Forward-mode differentiation, a thread at a time."
     with _FORWARD_MODE, fwAD.dual_level():
         yield
 
 
+def make_duals(
+    leaves: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],  # direction, like leaves
+) -> list[torch.Tensor]:
+    "Tensors that carry a direction with them, inside `dual_level`."
+    return [fwAD.make_dual(leaf, part) for leaf, part in zip(leaves, v)]
+
+
+def _lacks_forward_mode(e: Exception) -> bool:
+    "Does an error say that a layer has no forward-mode derivative?"
+    if isinstance(e, NotImplementedError):
+        return True
+    words = ["forward AD", "jvp"]
+    if not isinstance(e, InputError):
+        words.append("not implemented")
+    return any(word in str(e) for word in words)
+
+
+# %% ../../nbs/foundations/09_forward.ipynb #c0195bda
 @plainly()
 def logits_and_change(
-    logits_of,  # function from a list of tensors to logits
-    leaves,
-    v,  # parameters and direction, lists of one shape
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # z, and J v; None where v does not reach the logits
-    "Logits and their derivative along v, by forward mode; where a layer has none, by two backward passes: J'u is linear in u."
+    logits_of: Callable[[list[torch.Tensor]], torch.Tensor],  # weights -> logits
+    leaves: Sequence[torch.Tensor],  # the weights
+    v: Sequence[torch.Tensor],  # direction, like leaves
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits z, and their derivative J v; None where v does not reach the logits.
+
+    By forward mode; where a layer has none, by two backward passes.
+    """
     try:
         with dual_level():
-            return tuple(
-                fwAD.unpack_dual(logits_of([fwAD.make_dual(p, t) for p, t in zip(leaves, v)]))
-            )
+            return tuple(fwAD.unpack_dual(logits_of(make_duals(leaves, v))))
     except (InputError, RuntimeError) as e:
-        if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e):
+        if not _lacks_forward_mode(e):
             raise
-        if not isinstance(e, (InputError, NotImplementedError)) and not any(
-            s in str(e) for s in ("forward AD", "jvp", "not implemented")
-        ):
-            raise
-    z = logits_of(leaves)
-    if not z.requires_grad:
-        return z, None
-    u = torch.zeros_like(z).requires_grad_()
-    with _explained(
+    logits = logits_of(leaves)
+    if not logits.requires_grad:
+        return logits, None
+    return logits, _change_by_backward(logits, leaves, v)
+
+
+def _change_by_backward(logits, leaves, v) -> torch.Tensor | None:
+    "J v as the derivative of J' w with respect to w."
+    w = torch.zeros_like(logits).requires_grad_()
+    with explain_missing_derivative(
         "a Gauss-Newton product needs the derivative of the logits along a direction",
         "replace the layer, or leave its parameters out with params=",
     ):
-        pulled = torch.autograd.grad(
-            z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True
+        pulled_back = torch.autograd.grad(
+            logits, leaves, w, create_graph=True, allow_unused=True, materialize_grads=True
         )
-        if any(n.name().endswith("::Error") for n in nodes_of(pulled)):
-            raise NotImplementedError(
-                f"one of {', '.join(python_functions([z]))} is marked once_differentiable"
-            )
-        reached = [(g, t) for g, t in zip(pulled, v) if g.requires_grad]
+        if any(node.name().endswith("::Error") for node in nodes_of(pulled_back)):
+            functions = ", ".join(python_functions([logits]))
+            raise NotImplementedError(f"one of {functions} is marked once_differentiable")
+        reached = [(g, part) for g, part in zip(pulled_back, v) if g.requires_grad]
         if not reached:
-            return z, None
-        parts, directions = zip(*reached)
-        return z, torch.autograd.grad(parts, u, directions)[0]
+            return None
+        gradients, directions = zip(*reached)
+        return torch.autograd.grad(gradients, w, directions)[0]

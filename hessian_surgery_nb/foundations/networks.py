@@ -13,9 +13,9 @@ from torch import nn
 
 from .batches import Data, Inputs, as_batches, rows_of, to_device
 from .checks import InputError, first_line, seed_of, whole
+from .datasets import torchvision_part
 from .forward import Forward, functional_logits
 from .guards import plainly
-from .images import torchvision_part
 from .testbed import seeded
 
 # %% auto #0
