@@ -18,9 +18,10 @@ import torch.autograd.forward_ad as fwAD
 from fastcore.basics import patch
 from torch import nn
 
-from .foundations.batches import tensors_in
+from .foundations.batches import Data, tensors_in
 from .foundations.checks import InputError, seed_of
 from hessian_surgery_nb.foundations.forward import (
+    ForwardFunction,
     dual_level,
     explain_missing_derivative,
     logits_and_change,
@@ -30,8 +31,8 @@ from hessian_surgery_nb.foundations.forward import (
 )
 from .foundations.guards import checksum, plainly
 from .foundations.layers import LeanLayers
-from .foundations.losses import call_loss
-from .foundations.objective import Batch, BatchLoss, DataPass, cut_batch
+from .foundations.losses import LossFunction, call_loss
+from .foundations.objective import BatchLoss, DataPass, LoadedBatch, cut_batch
 from .foundations.plans import Plan, PlanRequest
 from .foundations.same_function import weights_fingerprint
 from .foundations.trials import Candidate, difference
@@ -191,7 +192,7 @@ class _Mode:
         return objective.mean(objective.sum_batches(each))
 
     def _batch_product(
-        self, data_pass: DataPass, batch: Batch, leaves: list[torch.Tensor], v: list[torch.Tensor]
+        self, data_pass: DataPass, batch: LoadedBatch, leaves: list, v: list
     ) -> tuple[Sequence[torch.Tensor], BatchLoss]:
         "The product for one batch, undivided, and its loss."
         raise NotImplementedError
@@ -358,13 +359,13 @@ class HessianOperator:
     def __init__(
         self,
         model: nn.Module,  # returns logits
-        loss_fn: Callable,  # loss_fn(logits, y) -> scalar; a mean or a sum over images
-        data: Any,  # (X, y), a list of such pairs, or a loader
+        loss_fn: LossFunction,  # loss_fn(logits, y) -> scalar; a mean or a sum over images
+        data: Data,  # (X, y), a list of such pairs, or a loader
         *,
         params: str | Sequence[str] | None = None,  # None (all trainable), names and globs
         kind: str = "hessian",  # or "gauss_newton"
         mode: str = "auto",  # how to multiply
-        forward: Callable | None = None,  # forward(model, X) -> logits, for unusual networks
+        forward: ForwardFunction | None = None,  # forward(model, X) -> logits; None: model(X)
         reduction: str | None = None,  # "mean" or "sum" of a custom loss; None: found out
         memory: float | None = None,  # bytes for graphs; None: half of what is free
         micro_batch: int | None = None,  # images at a time; None: whole batches, cut if need be
@@ -424,10 +425,7 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 @patch(as_prop=True)
 def reduction(self: HessianOperator) -> str | None:
     "Whether the loss is a mean or a sum; None where that is not known yet."
-    divisor = self.objective.divisor
-    if divisor.found is not None:
-        return divisor.found
-    return divisor.said
+    return self.objective.divisor.reduction
 
 
 @patch(as_prop=True)

@@ -74,7 +74,7 @@ class Lesions:
         )
 
 
-# %% ../nbs/07_isic.ipynb #c0d80aec
+# %% ../nbs/07_isic.ipynb #1c66dfd2
 def is_isic(
     path: str | Path,
 ) -> bool:
@@ -87,6 +87,7 @@ def _visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(file for file in folder.glob(pattern) if file.name[0] != ".")
 
 
+# %% ../nbs/07_isic.ipynb #44025492
 def _read_table(
     folder: Path, ending: str, columns: Sequence[str]
 ) -> tuple[Path, Any]:  # the file, and its pandas DataFrame
@@ -141,6 +142,7 @@ def _labels(
     return marks.to_numpy().argmax(1)
 
 
+# %% ../nbs/07_isic.ipynb #cff46500
 def _lesion_names(
     truth: Any, truth_file: Path, metadata: Any, metadata_file: Path
 ) -> list[str]:  # of each image of the ground truth
@@ -196,6 +198,7 @@ def read_isic(
     )
 
 
+# %% ../nbs/07_isic.ipynb #37f45db0
 def _joined(
     lesions: list[str],  # of each image, as the table has it
     digests: list[bytes],  # of each image
@@ -263,6 +266,7 @@ def write_toy_isic(
     metadata.to_csv(folder / "ISIC_2019_Training_Metadata.csv", index=False)
 
 
+# %% ../nbs/07_isic.ipynb #90806f18
 def _photographs(counts: Sequence[int]) -> list[tuple[int, int]]:  # class and lesion of each
     photographs = []
     for label, num_lesions in enumerate(counts):
@@ -295,6 +299,7 @@ def check_lesions(
                 )
 
 
+# %% ../nbs/07_isic.ipynb #12bb5d6e
 def hessian_images(
     train: Samples,
     n: int = 256,  # the paper's number for ISIC-2019
@@ -391,7 +396,7 @@ def lesion_splits(
     return Splits(**normal, hessian=curvature, seed=seed)
 
 
-# %% ../nbs/07_isic.ipynb #5d32b2a1
+# %% ../nbs/07_isic.ipynb #393ad5b9
 def _chosen_rows(images: Lesions, names: list[str]) -> list[int]:
     "Rows of the named images, whose lesions none of the rest may show."
     strange = set(names) - set(images.names)

@@ -317,7 +317,7 @@ def stability(
     )
 
 
-# %% ../nbs/03_spike_validation.ipynb #b837f5a1
+# %% ../nbs/03_spike_validation.ipynb #05305f3e
 def _check_nested(
     inputs: Any, labels: torch.Tensor, sizes: Sequence[int], k: int, subspaces: Sequence[int]
 ):
@@ -341,6 +341,7 @@ class _Compared:
     seconds: float
 
 
+# %% ../nbs/03_spike_validation.ipynb #a4ea1002
 def _compared(
     pairs: Eigenpairs, reference: torch.Tensor, subspaces: Sequence[int], seconds: float
 ) -> _Compared:
@@ -429,6 +430,7 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
     return vector / vector_norm(vector).to(vector)
 
 
+# %% ../nbs/03_spike_validation.ipynb #cb40cee4
 def _new_direction(
     generator: torch.Generator, within: str, spikes: torch.Tensor, archive: list[torch.Tensor]
 ) -> torch.Tensor:  # (n,)
@@ -444,7 +446,7 @@ def _new_direction(
     return _unit(part)
 
 
-# %% ../nbs/03_spike_validation.ipynb #fdd8ca92
+# %% ../nbs/03_spike_validation.ipynb #7a423cd5
 @dataclass(frozen=True, kw_only=True)
 class _Point:
     "What is measured at one point of a walk."
@@ -457,6 +459,7 @@ class _Point:
     cosine: float
 
 
+# %% ../nbs/03_spike_validation.ipynb #cbdbe167
 def _walk_of(within: str, points: list[_Point], walls: int) -> Walk:
     start = points[0].report
     return Walk(

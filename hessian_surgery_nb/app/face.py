@@ -23,7 +23,7 @@ _FACE = {
     "class_subspace": "class_structure",
     "generalisation": "spectrum_type",
     "sensitivity_matrix": "sensitivity",
-    "logit_jacobian": "sensitivity",
+    "logit_jacobian": "predicted_logits",
     "class_weights": "coefficients",
     "solve_coefficients": "coefficients",
     "SurgeryConfig": "settings",
@@ -33,10 +33,10 @@ _FACE = {
     "DeflatedOperator": "deflation",
     "deflated_operate": "deflated_surgery",
     "screen": "effective_rank",
-    "class_accuracy": "foundations.training",
-    "predict": "foundations.training",
-    "load_weights": "foundations.networks",
-    "InputError": "foundations.guards",
+    "class_accuracy": "foundations.accuracy",
+    "predict": "foundations.accuracy",
+    "load_weights": "foundations.weight_files",
+    "InputError": "foundations.checks",
 }
 _MODULES = (
     "effective_rank",

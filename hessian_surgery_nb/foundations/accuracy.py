@@ -143,7 +143,7 @@ def _all_logits(
     return team.all_reduce(full)
 
 
-# %% ../../nbs/foundations/14_accuracy.ipynb #a3b0bb54
+# %% ../../nbs/foundations/14_accuracy.ipynb #b2c7935f
 def _check_repeats(net: Forward, batches: Iterable, batch: tuple, device: torch.device):
     "Warn where a network or a loader gives something else the second time."
     inputs = to_device(rows_of(batch, slice(0, 2))[0], device)
@@ -172,6 +172,7 @@ def _check_repeats(net: Forward, batches: Iterable, batch: tuple, device: torch.
     )
 
 
+# %% ../../nbs/foundations/14_accuracy.ipynb #f561bba8
 def _plain_logits(net: Forward, inputs: Any, derivatives: bool = False) -> torch.Tensor:
     with torch.set_grad_enabled(derivatives):
         return functional_logits(net, {}, inputs).detach().nan_to_num()
@@ -188,7 +189,7 @@ def _contents(batch: tuple) -> list[float]:
     return [checksum(tensor).item() for tensor in (labels, *tensors_in(inputs))]
 
 
-# %% ../../nbs/foundations/14_accuracy.ipynb #f357cafa
+# %% ../../nbs/foundations/14_accuracy.ipynb #aa36a770
 def _check_alone(net: Forward, batch: tuple, device: torch.device):
     "Where several processes share a batch, images must not see each other."
     one, two = (
@@ -202,7 +203,7 @@ def _check_alone(net: Forward, batch: tuple, device: torch.device):
         )
 
 
-# %% ../../nbs/foundations/14_accuracy.ipynb #d3ac106a
+# %% ../../nbs/foundations/14_accuracy.ipynb #3402f3e9
 def check_order(
     data: Iterable,  # as for predict
     labels: torch.Tensor,  # (N,) of a pass over them
@@ -327,7 +328,7 @@ class ClassReport:
         )
 
 
-# %% ../../nbs/foundations/14_accuracy.ipynb #c79fc449
+# %% ../../nbs/foundations/14_accuracy.ipynb #3d9a5499
 @patch
 def to_dict(self: ClassReport) -> dict[str, Any]:
     "For JSON; in percent and percentage points."
@@ -356,6 +357,7 @@ def error_ratio(
     return math.inf if errors.max() > 0 else 1.0
 
 
+# %% ../../nbs/foundations/14_accuracy.ipynb #5cc97c1d
 def class_report(
     model: nn.Module,  # in evaluation mode
     data: Iterable,  # (X, y), a list of pairs, or a loader

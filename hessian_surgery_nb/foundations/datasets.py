@@ -170,6 +170,7 @@ def write_toy_images(
                 Image.fromarray(pixels).save(folder / f"{number:03d}.png")
 
 
+# %% ../../nbs/foundations/11_datasets.ipynb #5ef46694
 def draw_disc(
     rng: np.random.Generator,
     colour: np.ndarray,  # (3,) in 0..1
@@ -236,6 +237,7 @@ def _data_root(root: str | Path | None) -> Path:
     return Path(root).expanduser()
 
 
+# %% ../../nbs/foundations/11_datasets.ipynb #5c9ad29d
 def dataset_folder(
     name: str | Path,
     root: str | Path | None = None,  # as for read_dataset
@@ -257,7 +259,7 @@ def unseen_folder(
     return None
 
 
-# %% ../../nbs/foundations/11_datasets.ipynb #ead226a8
+# %% ../../nbs/foundations/11_datasets.ipynb #ec41702f
 def check_same_classes(
     learned: Iterable[str],  # class names of the training images
     unseen: Iterable[str],  # class names of the others
@@ -278,7 +280,7 @@ def check_same_classes(
         )
 
 
-# %% ../../nbs/foundations/11_datasets.ipynb #2636982f
+# %% ../../nbs/foundations/11_datasets.ipynb #de5b9d3c
 # where torchvision keeps them
 _CIFAR_FOLDERS = dict(cifar10="cifar-10-batches-py", cifar100="cifar-100-python")
 
@@ -337,6 +339,7 @@ def read_dataset(
     return _torchvision_cifar(name, root, download)
 
 
+# %% ../../nbs/foundations/11_datasets.ipynb #bf639431
 def _train_and_test(folder: Path, size: int | None, progress: bool) -> tuple[Samples, Samples]:
     unseen = unseen_folder(folder)
     if unseen is None:

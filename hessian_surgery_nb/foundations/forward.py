@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
 from torch.func import functional_call
 
-from .batches import map_tensors, tensors_in
+from .batches import Inputs, map_tensors, tensors_in
 from .checks import InputError
 from .guards import plainly, undisturbed
 from .layers import LeanLayers
@@ -23,6 +22,7 @@ from .true_gradients import TrueGradients
 
 # %% auto #0
 __all__ = [
+    "ForwardFunction",
     "Forward",
     "functional_logits",
     "explain_missing_derivative",
@@ -33,22 +33,24 @@ __all__ = [
     "logits_and_change",
 ]
 
-
 # %% ../../nbs/foundations/09_forward.ipynb #70a6fbee
+ForwardFunction = Callable[[nn.Module, Inputs], torch.Tensor]  # (model, X) -> logits
+
+
 class Forward(nn.Module):
     "A network as a function from inputs to logits, whatever its calling convention."
 
     def __init__(
         self,
         model: nn.Module,
-        forward: Callable[[nn.Module, Any], torch.Tensor] | None = None,  # None: model(X)
+        forward: ForwardFunction | None = None,  # None: model(X)
     ):
         super().__init__()
         self.model = model
         self.custom = forward
         self.writes: bool | None = None  # does a pass write its weights? None: not known yet
 
-    def forward(self, X: Any) -> torch.Tensor:
+    def forward(self, X: Inputs) -> torch.Tensor:
         "Logits of a batch."
         out = self._call(X)
         out = getattr(out, "logits", out)
@@ -140,7 +142,7 @@ def _call(net: Forward, state: dict[str, torch.Tensor], X, short: bool) -> torch
 def functional_logits(
     net: Forward,
     state: dict[str, torch.Tensor],  # name -> tensor, in place of parameters and buffers
-    X: Any,  # one batch of inputs
+    X: Inputs,  # of one batch
     *,
     short: bool = False,  # run the network in bfloat16
 ) -> torch.Tensor:  # logits

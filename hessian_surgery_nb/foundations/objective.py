@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
 import torch
 from fastcore.basics import patch
 from torch import nn
 
 from hessian_surgery_nb.foundations.batches import (
+    Batch,
+    Data,
+    Inputs,
     check_batch,
     check_inputs,
     my_batches,
@@ -24,10 +25,11 @@ from hessian_surgery_nb.foundations.batches import (
 )
 from .checks import InputError
 from .distributed import current_team
-from .forward import Forward, functional_logits
+from .forward import Forward, ForwardFunction, functional_logits
 from .guards import checksum
 from hessian_surgery_nb.foundations.losses import (
     LossDivisor,
+    LossFunction,
     as_loss_module,
     call_loss,
     is_cross_entropy,
@@ -39,7 +41,7 @@ __all__ = [
     "EachBatch",
     "Objective",
     "cut_batch",
-    "Batch",
+    "LoadedBatch",
     "BatchLoss",
     "PassRecord",
     "record_row",
@@ -55,11 +57,11 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,  # returns logits
-        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # a mean or a sum
-        data: Any,  # (X, y), a list of such pairs, or a loader
+        loss_fn: LossFunction,  # a mean or a sum over images
+        data: Data,  # (X, y), a list of such pairs, or a loader
         *,
         params: str | Sequence[str] | None = None,  # None (all trainable), names and globs
-        forward: Callable[[nn.Module, Any], torch.Tensor] | None = None,  # None: model(X)
+        forward: ForwardFunction | None = None,  # None: model(X)
         reduction: str | None = None,  # "mean" or "sum" where a loss cannot be asked
         precision: str | None = None,  # "bf16": the network runs in bfloat16
     ):
@@ -68,7 +70,8 @@ class Objective:
             raise InputError(f"precision must be None or 'bf16'. Got {precision!r}.")
         self.model = model
         self.loss_fn = as_loss_module(loss_fn)
-        self.data = my_batches(data)
+        self.team = current_team()
+        self.data = my_batches(data, self.team)
         chosen = select_params(model, params)
         first = next(iter(chosen.values()))
         self.names = list(chosen)
@@ -77,8 +80,7 @@ class Objective:
         self.device = first.device
         self.precision = precision
         self.network = Forward(model, forward)
-        self.divisor = LossDivisor(self.loss_fn, reduction)
-        self.team = current_team()
+        self.divisor = LossDivisor(self.loss_fn, reduction, self.team)
 
 
 def _check_loss(loss_fn):
@@ -122,8 +124,8 @@ def leaves(self: Objective) -> list[torch.Tensor]:
 @patch
 def load(
     self: Objective,
-    batch: tuple,  # (X, y) as the data give it
-) -> tuple[Any, torch.Tensor]:
+    batch: Batch,  # as the data give it
+) -> Batch:
     "Inputs and labels where the network is."
     X, y = split_batch(batch)
     X, y = to_device(X, self.device), to_device(y, self.device)
@@ -137,7 +139,7 @@ def load(
 def logits(
     self: Objective,
     leaves: Iterable[torch.Tensor],  # in place of the selected parameters
-    X: Any,  # one batch of inputs
+    X: Inputs,  # of one batch
 ) -> torch.Tensor:
     "Logits in the wanted precision; at least single precision when they come out."
     state = dict(zip(self.names, leaves))
@@ -149,7 +151,7 @@ def logits(
 @patch
 def first_batch(
     self: Objective,
-) -> tuple:  # (X, y) as the data give it
+) -> Batch:  # as the data give it
     "The first of this process's batches."
     first = next(iter(self.data), None)
     if first is None:
@@ -159,9 +161,9 @@ def first_batch(
 
 # %% ../../nbs/foundations/09a_objective.ipynb #a50af7a6
 def cut_batch(
-    batch: tuple,  # (X, y)
+    batch: Batch,
     size: int | None,  # images in a piece; None: in one piece
-) -> Iterator[tuple]:
+) -> Iterator[Batch]:
     "A batch in pieces."
     X, y = split_batch(batch)
     if size is None or not y.ndim or len(y) <= size:
@@ -172,11 +174,11 @@ def cut_batch(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class LoadedBatch:
     "A batch, or a piece of one, where the network is."
 
     position: int  # in the pass
-    inputs: Any
+    inputs: Inputs
     labels: torch.Tensor  # (N, ...)
 
 
@@ -246,13 +248,13 @@ class DataPass:
     micro_batch: int | None = None  # images at a time; None: whole batches
     earlier: PassRecord | None = None  # of an earlier pass; None: this is the first
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[LoadedBatch]:
         "All data, piece by piece."
         position = 0
         for batch in self.objective.data:
             for piece in cut_batch(batch, self.micro_batch):
                 X, y = self.objective.load(piece)
-                yield Batch(position=position, inputs=X, labels=y)
+                yield LoadedBatch(position=position, inputs=X, labels=y)
                 position += 1
 
     @cached_property
@@ -268,7 +270,7 @@ class DataPass:
 def loss(
     self: DataPass,
     logits: torch.Tensor,  # (N, C, ...)
-    batch: Batch,
+    batch: LoadedBatch,
 ) -> BatchLoss:
     "The loss of a batch, and what it was divided by."
     loss_fn = self.objective.loss_fn
@@ -290,14 +292,14 @@ def loss(
 
 
 @patch
-def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: Batch) -> BatchLoss:
+def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: LoadedBatch) -> BatchLoss:
     "The loss of a batch at given weights."
     return self.loss(self.objective.logits(leaves, batch.inputs), batch)
 
 
 # %% ../../nbs/foundations/09a_objective.ipynb #39e27dd6
 @patch
-def _denominator(self: DataPass, logits: torch.Tensor, batch: Batch) -> float:  # 1 for a sum
+def _denominator(self: DataPass, logits: torch.Tensor, batch: LoadedBatch) -> float:  # 1 for a sum
     divisor = self.objective.divisor
     if not divisor.known:
         if self.in_one_piece:
@@ -310,7 +312,7 @@ def _denominator(self: DataPass, logits: torch.Tensor, batch: Batch) -> float:  
 
 
 @patch
-def _seen_earlier(self: DataPass, batch: Batch) -> bool:
+def _seen_earlier(self: DataPass, batch: LoadedBatch) -> bool:
     "Did an earlier pass find these labels at this place?"
     if self.earlier is None or batch.position >= len(self.earlier.rows):
         return False
@@ -340,7 +342,7 @@ def _prepare_divisor(self: DataPass):
 
 # %% ../../nbs/foundations/09a_objective.ipynb #4ca2ff25
 # of a pass and a batch: whatever adds up, and the loss of the batch
-EachBatch = Callable[[DataPass, Batch], tuple[Sequence[torch.Tensor], BatchLoss]]
+EachBatch = Callable[[DataPass, LoadedBatch], tuple[Sequence[torch.Tensor], BatchLoss]]
 
 
 @patch
@@ -377,7 +379,7 @@ def total_weight(self: DataPass, record: PassRecord) -> float:  # 1 for a sum
 # %% ../../nbs/foundations/09a_objective.ipynb #7a10ac58
 def loss_and_gradient(
     data_pass: DataPass,
-    batch: Batch,
+    batch: LoadedBatch,
     leaves: Sequence[torch.Tensor],  # weights
 ) -> tuple[BatchLoss, tuple[torch.Tensor, ...]]:  # gradient of the undivided loss, like leaves
     "The loss of a batch and its gradient."

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from .batches import check_batch, split_batch
+from .batches import Batch, check_batch, split_batch
 from .checks import InputError
 from .distributed import Team, current_team
 from .losses import call_loss
@@ -167,7 +167,7 @@ def choose_plan(
 
 
 # %% ../../nbs/foundations/09d_plans.ipynb #85e50da8
-def _is_sound(objective: Objective, batch: tuple) -> bool:
+def _is_sound(objective: Objective, batch: Batch) -> bool:
     "Do network and loss take a batch? The first pass also finds out whether passes write weights."
     try:
         X, y = objective.load(batch)
@@ -180,7 +180,7 @@ def _is_sound(objective: Objective, batch: tuple) -> bool:
     return True
 
 
-def _is_separable(objective: Objective, small: tuple, large: tuple) -> bool:
+def _is_separable(objective: Objective, small: Batch, large: Batch) -> bool:
     "Are the logits of a few images the same among more?"
     weights = objective.weights()
     with torch.no_grad():
@@ -203,7 +203,7 @@ GradientGraph = Callable[[Callable[[], torch.Tensor], Sequence[torch.Tensor]], A
 
 
 def _graph_size(
-    objective: Objective, batch: tuple, kind: str, gradient_graph: GradientGraph
+    objective: Objective, batch: Batch, kind: str, gradient_graph: GradientGraph
 ) -> float:
     "Bytes that a product keeps for a batch; nan for a network that lets nobody look."
     X, y = objective.load(batch)
@@ -226,7 +226,7 @@ def _graph_size(
 
 
 def _memory_line(
-    objective: Objective, small: tuple, large: tuple, kind: str, gradient_graph: GradientGraph
+    objective: Objective, small: Batch, large: Batch, kind: str, gradient_graph: GradientGraph
 ) -> MemoryLine:
     "Twice the size of a graph, for a few images and for twice as many."
     few, more = (_count(labels) for _, labels in (small, large))

@@ -199,6 +199,7 @@ def long_tail_splits(
     )
 
 
+# %% ../../nbs/foundations/11a_splits.ipynb #65415dec
 def _check_class_sizes(samples: Samples, least: int):
     short = [name for name, n in zip(samples.classes, samples.counts.tolist()) if n < least]
     if short:
@@ -253,7 +254,7 @@ def _colour_statistics(
     return mean, variance.sqrt().clamp(min=1e-6)
 
 
-# %% ../../nbs/foundations/11a_splits.ipynb #5572eede
+# %% ../../nbs/foundations/11a_splits.ipynb #8c1cec7e
 def _without(samples: Samples, others: Samples) -> Samples:
     "Images that are not among the others, each once."
     seen = set(input_digests(others.pair))
@@ -265,6 +266,7 @@ def _without(samples: Samples, others: Samples) -> Samples:
     return samples[torch.tensor(rows, dtype=torch.int64)]
 
 
+# %% ../../nbs/foundations/11a_splits.ipynb #d75285e0
 def image_splits(
     train: Samples,  # uint8, what read_dataset gives
     test: Samples,  # uint8, what read_dataset gives
@@ -325,7 +327,7 @@ def _check_same_kind(train: Samples, test: Samples):
         )
 
 
-# %% ../../nbs/foundations/11a_splits.ipynb #79ae7866
+# %% ../../nbs/foundations/11a_splits.ipynb #b6ea8ca9
 def held_back_splits(
     train: Samples,  # uint8, what read_dataset gives
     test: Samples,  # uint8, what read_dataset gives
@@ -366,6 +368,7 @@ def held_back_splits(
     return Splits(**parts, held_out=normalised(train[to_report], learned), other=test)
 
 
+# %% ../../nbs/foundations/11a_splits.ipynb #352fd5f6
 def _held_back_rows(
     train: Samples, per_class: int, report: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:  # rows to tune on and to report on, ascending

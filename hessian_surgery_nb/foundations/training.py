@@ -162,6 +162,7 @@ def _save_run(run: _Run, file: Path, request: dict):
     write_tensors(file, tensors, facts)
 
 
+# %% ../../nbs/foundations/15_training.ipynb #f2d55242
 def _plain_numbers(state: dict) -> dict:
     "What of a scheduler's state changes, and JSON can hold."
     plain = (bool, int, float, str, list)
@@ -173,7 +174,7 @@ def _without(group: dict, name: str) -> dict:
     return {k: v for k, v in group.items() if k != name}
 
 
-# %% ../../nbs/foundations/15_training.ipynb #2f42821d
+# %% ../../nbs/foundations/15_training.ipynb #78115433
 def _load_run(run: _Run, file: Path, request: dict):
     "Set a run to the state in a file, if that was asked for with the same request."
     tensors, facts = read_tensors(file, request)
@@ -239,7 +240,7 @@ def _remove_from_gradients(
         p.grad = part.clone()
 
 
-# %% ../../nbs/foundations/15_training.ipynb #c75638ee
+# %% ../../nbs/foundations/15_training.ipynb #68daf945
 def _train_epoch(
     run: _Run,
     data: tuple[torch.Tensor, torch.Tensor],  # images and labels
@@ -336,7 +337,7 @@ def train(
     return TrainLog(losses, accuracies)
 
 
-# %% ../../nbs/foundations/15_training.ipynb #85fcdd6d
+# %% ../../nbs/foundations/15_training.ipynb #4da0e7bf
 def _new_run(model: nn.Module, settings: _Settings, steps: int) -> _Run:
     optimizer = _make_optimizer(model, settings)
     return _Run(

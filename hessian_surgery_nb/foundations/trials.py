@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .batches import map_tensors
+from .batches import Batch, Inputs, map_tensors
 from .checks import InputError
 from .forward import functional_logits, python_functions
 from .losses import call_loss
@@ -140,7 +139,7 @@ def product_error(
 
 
 # %% ../../nbs/foundations/09c_trials.ipynb #f60af59a
-def _network_trial(objective: Objective, X: Any, dtype: torch.dtype) -> Trial:
+def _network_trial(objective: Objective, X: Inputs, dtype: torch.dtype) -> Trial:
     "The network on a few images, in a type of choice."
 
     def cast(t):
@@ -193,7 +192,7 @@ class NetworkTrials:
     def __init__(
         self,
         objective: Objective,
-        batch: tuple,  # (X, y), a few images
+        batch: Batch,  # a few images
     ):
         self.objective = objective
         self.X, self.y = objective.load(batch)
@@ -245,7 +244,7 @@ class Candidate:
 
 def best_mode(
     objective: Objective,
-    batch: tuple,  # (X, y), a few images
+    batch: Batch,  # a few images
     candidates: Sequence[Candidate],  # the fastest first
     kind: str = "hessian",  # "gauss_newton" needs no second derivative of the network
 ) -> str:
@@ -306,7 +305,7 @@ def _disagrees(candidate: Candidate, trials: Sequence[Trial]) -> bool:
     return not max(errors, default=0.0) < 1.0
 
 
-def _check_differences(objective: Objective, X: Any, reason: str):
+def _check_differences(objective: Objective, X: Inputs, reason: str):
     "Differences of gradients are the last resort, if two steps agree."
     trial = _network_trial(objective, X, objective.dtype)
     short = difference(trial.gradient_at, trial.theta, trial.v, 1.0)
@@ -327,7 +326,7 @@ def _check_differences(objective: Objective, X: Any, reason: str):
 # %% ../../nbs/foundations/09c_trials.ipynb #53e593aa
 def check_chosen_mode(
     objective: Objective,
-    batch: tuple,  # (X, y), a few images
+    batch: Batch,  # a few images
     mode: str,  # chosen by hand
     candidates: Sequence[Candidate],
 ):

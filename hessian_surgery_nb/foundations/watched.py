@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .batches import Data
 from .checks import InputError
 from .guards import plainly
 from .layers import LeanLayers
+from .losses import LossFunction
 from hessian_surgery_nb.foundations.objective import (
     DataPass,
     EachBatch,
@@ -42,8 +43,8 @@ class WatchedObjective(Objective):
     def __init__(
         self,
         model: nn.Module,  # returns logits
-        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # a mean or a sum
-        data: Any,  # (X, y), a list of such pairs, or a loader
+        loss_fn: LossFunction,  # a mean or a sum over images
+        data: Data,  # (X, y), a list of such pairs, or a loader
         *,
         request: PlanRequest,  # what the caller wants of the plan
         candidates: Sequence[Candidate],  # ways to multiply, the fastest first
