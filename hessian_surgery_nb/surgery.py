@@ -49,8 +49,6 @@ __all__ = [
 ]
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
-from .hvp import HessianOperator
-from .lanczos import Eigenpairs, top_eigenpairs
 from .surgery_records import StepRecord, SurgeryResult
 from .sensitivity import Sensitivity, sensitivity_matrix
 from .settings import SurgeryConfig, check_config, with_reduction
