@@ -5,6 +5,10 @@ Class accuracies of a given sigma; a second method that flips some answers and c
 known factor; seeds whose changes differ or not. Images are counted again and again, and an
 interval of 95 % is made of each count. The percentile bootstrap, which draws the images once more,
 stands beside.
+
+Rows "mean as counted" ask something else of `mean_interval`: whether it holds the mean of sigma
+over seeds as counted on sets of this size. How often it holds the sigma of the population stands
+beside.
 """
 
 from __future__ import annotations
@@ -18,7 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hessian_surgery_nb.foundations.intervals import _change_ends, _pooled_ends, _sigma_ends
+from hessian_surgery_nb.foundations.intervals import (
+    _change_ends,
+    _pooled_ends,
+    _sigma_ends,
+    mean_interval,
+)
 
 LEVEL = 0.95
 LESIONS = (30, 2500, 60, 100, 300, 700, 50, 1200)  # images a class, of 8
@@ -133,6 +142,35 @@ def cell(
     return row
 
 
+def mean_as_counted(sigma, images, repeats, seed, between, n):
+    "One row: how many intervals of a mean over seeds hold the mean as counted on such sets."
+    rng = np.random.default_rng([seed, round(1e4 * sigma), sum(images), n, round(1e4 * between)])
+    p = accuracies(sigma, len(images), rng)
+
+    def counted(number):  # (number,) sigmas, each of another network on images of its own
+        kinds = seeds(p, 1.0, between, images, number, 1, rng)[:, 0]
+        right = kinds[..., 1::2].sum(-1)
+        return (right / kinds.sum(-1)).std(-1)
+
+    expected = counted(20_000).mean()
+    values = counted(repeats * n).reshape(repeats, n)
+    _, low, high = np.transpose([mean_interval(row, LEVEL) for row in values])
+    return {
+        "interval": f"mean as counted over {n} seeds",
+        "sigma (pp)": round(100 * sigma),
+        "images a class": min(images),
+        "between seeds (pp)": 100 * between,
+        "repeats": repeats,
+        "classes": str(len(images)) + ("" if min(images) == max(images) else ", uneven"),
+        "mean as counted (pp)": float(100 * expected),
+        "covered (%)": held((low, high), expected),
+        "truth below (%)": float(100 * np.mean(expected < low)),
+        "truth above (%)": float(100 * np.mean(expected > high)),
+        "holds the population's (%)": held((low, high), sigma),
+        "width (pp)": float(100 * np.mean(high - low)),
+    }
+
+
 def cells(sigma, images, repeats, seed, beside=0):
     "All kinds of intervals in one world."
     yield cell(sigma, images, "single", repeats, seed, beside=beside)
@@ -143,6 +181,8 @@ def cells(sigma, images, repeats, seed, beside=0):
             yield cell(
                 sigma, images, "pooled", repeats, seed, factor, between=between, n=n, beside=beside
             )
+        for between in (0.0, 0.005):
+            yield mean_as_counted(sigma, images, repeats, seed, between, n)
 
 
 def commit():

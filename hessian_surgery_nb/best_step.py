@@ -121,14 +121,14 @@ class _SoftProblem:
 def _minimise_variance(
     soft: _SoftProblem,
     start: np.ndarray,  # (K,)
-    slack: float,
+    allowed_fall: float,
     radius: float,
 ) -> np.ndarray:  # (K,)
     "SLSQP in units of the radius and of the variance at 0."
     from scipy.optimize import minimize
 
     origin = soft.at(0 * start)
-    floor = origin.overall - slack
+    floor = origin.overall - allowed_fall
     scale = origin.variance
     if scale == 0:
         scale = 1.0
@@ -154,7 +154,7 @@ def _minimise_variance(
 # %% ../nbs/04h_best_step.ipynb #1347346c
 def best_step(
     jacobian: LogitJacobian,
-    slack: float,  # by how much the global accuracy may fall, a fraction
+    allowed_fall: float,  # by how much the global accuracy may fall, a fraction
     radius: float,  # bound on |alpha|
     *,
     temperatures: Sequence[float] = (1.0, 0.3, 0.1),  # in units of the median |margin|, in turn
@@ -167,7 +167,7 @@ def best_step(
     alpha = np.zeros(len(jacobian))
     for temperature in temperatures:
         soft = _SoftProblem(jacobian, temperature * unit)
-        alpha = _minimise_variance(soft, alpha, slack, radius)
+        alpha = _minimise_variance(soft, alpha, allowed_fall, radius)
     return torch.as_tensor(alpha)
 
 
@@ -212,7 +212,7 @@ class Step:
 # %% ../nbs/04h_best_step.ipynb #3e3f90f8
 def _out_of_fold_accuracies(
     jacobian: LogitJacobian,
-    slack: float,
+    allowed_fall: float,
     radius: float,
     count: int,
     seed: int,
@@ -222,7 +222,7 @@ def _out_of_fold_accuracies(
     logits = {factor: jacobian.logits.clone() for factor in SHRINK}
     for f in range(count):
         left_out = (fold == f).to(jacobian.labels.device)
-        alpha = best_step(jacobian[~left_out], slack, radius)
+        alpha = best_step(jacobian[~left_out], allowed_fall, radius)
         for factor in SHRINK:
             logits[factor][left_out] = jacobian[left_out].at(factor * alpha)
     labels = jacobian.labels
@@ -237,7 +237,7 @@ def _out_of_fold_accuracies(
 def cross_fitted(
     jacobian: LogitJacobian,
     whole: torch.Tensor,  # (K,) the best step for all images
-    slack: float,
+    allowed_fall: float,
     radius: float,  # that it was found with
     *,
     count: int = 5,  # folds; 1: no cross-fitting
@@ -247,14 +247,14 @@ def cross_fitted(
     if count == 1:
         predicted = jacobian.accuracy(whole).cpu()
         return Step(alpha=whole, predicted=predicted, out_of_fold=predicted, shrink=1.0)
-    accuracies = _out_of_fold_accuracies(jacobian, slack, radius, count, seed)
+    accuracies = _out_of_fold_accuracies(jacobian, allowed_fall, radius, count, seed)
     counts = torch.bincount(jacobian.labels.cpu(), minlength=jacobian.logits.shape[1]).double()
 
     def overall(factor: float) -> float:
         return (accuracies[factor] @ counts / counts.sum()).item()
 
     def keeps_to_the_price(factor: float) -> bool:
-        return factor == 0 or overall(factor) >= overall(0.0) - slack - 1e-9
+        return factor == 0 or overall(factor) >= overall(0.0) - allowed_fall - 1e-9
 
     def sigma(factor: float) -> float:
         return accuracies[factor].std(correction=0).item()
@@ -291,7 +291,7 @@ def bias_jacobian(
 def tuned_to_price(
     logits: torch.Tensor,  # (N, C) of the sensitivity set
     labels: torch.Tensor,  # (N,)
-    slack: float,  # by how much the global accuracy may fall, a fraction
+    allowed_fall: float,  # by how much the global accuracy may fall, a fraction
     *,
     count: int = 5,  # folds
     seed: int = 0,  # of the folds
@@ -300,5 +300,5 @@ def tuned_to_price(
     jacobian = bias_jacobian(logits, labels)
     margin, _ = margins(logits, labels)
     radius = 4 * margin.abs().median().item() + 1e-6
-    whole = best_step(jacobian, slack, radius)
-    return cross_fitted(jacobian, whole, slack, radius, count=count, seed=seed)
+    whole = best_step(jacobian, allowed_fall, radius)
+    return cross_fitted(jacobian, whole, allowed_fall, radius, count=count, seed=seed)

@@ -222,7 +222,7 @@ def class_gradients(
         return functional_logits(network, state, X)
 
     sums = _Sums()
-    for batch in my_batches(data):
+    for batch in my_batches(data, team):
         X, y = split_batch(batch)
         X = to_device(X, device)
         y = y.to(device)
@@ -356,6 +356,7 @@ def class_subspace(
         residuals=torch.full((k,), math.nan, dtype=torch.float64),
         num_matvecs=0,
         converged=torch.zeros(k, dtype=torch.bool),
+        team=team,
     )
 
 

@@ -91,7 +91,8 @@ class Front:
         vectors = self.directions.vectors
         network = copy_model(self.model)
         step = vectors @ self.at(price).alpha.to(vectors)
-        moved = moved_state(select_params(self.model, self.params), step)
+        params = select_params(self.model, self.params)
+        moved = moved_state(params, step, self.directions.team)
         network.load_state_dict(moved, strict=False)
         return network
 

@@ -132,7 +132,8 @@ def _evaluate_at(
     "How the classes truly fare there."
     operation = search.operation
     network = operation.network(operation.start.weights)
-    weights = moved_state(operation.params(), search.step_of(alpha))
+    step = search.step_of(alpha)
+    weights = moved_state(operation.params(), step, search.directions.team)
     logits, labels = predict(network, data, state=weights, forward=operation.forward)
     report = class_report_of(logits, labels, operation.names, measured_on)
     return Evaluation(report=report, logits=logits, labels=labels)
@@ -166,9 +167,9 @@ class _Trial:
     at_edge: bool  # the radius stopped it
 
 
-def _try_step(search: _Search, path: _Path, slack: float) -> _Trial | None:
+def _try_step(search: _Search, path: _Path, allowed_fall: float) -> _Trial | None:
     "The best step within the radius, and what it truly does: one pass; None where there is none."
-    alpha = best_step(path.jacobian, slack, path.radius)
+    alpha = best_step(path.jacobian, allowed_fall, path.radius)
     alpha = search.operation.team.broadcast(alpha)
     if not alpha.norm() > 0:
         return None
@@ -185,13 +186,13 @@ def _try_step(search: _Search, path: _Path, slack: float) -> _Trial | None:
 def trust_region_step(
     search: _Search,
     path: _Path,
-    slack: float,  # by how much the global accuracy may fall, a fraction
+    allowed_fall: float,  # by how much the global accuracy may fall, a fraction
 ) -> tuple[_Path, _Trial | None]:  # with the new radius and its passes; None: no such step
     "The longest step worth taking that was predicted well."
     good = None
     too_long = torch.inf
     for _ in range(8):
-        trial = _try_step(search, path, slack)
+        trial = _try_step(search, path, allowed_fall)
         if trial is None:
             break
         path = replace(path, passes=path.passes + 1)
@@ -199,8 +200,8 @@ def trust_region_step(
         change = min(2.0, max(0.25, change))
         if trial.error > search.tolerance:
             too_long = path.radius
-            length = min(trial.alpha.norm().item(), path.radius)
-            path = replace(path, radius=change * length)
+            step_norm = min(trial.alpha.norm().item(), path.radius)
+            path = replace(path, radius=change * step_norm)
             if good is not None:
                 break
             continue
@@ -220,7 +221,7 @@ def _within_price(
     search: _Search,
     path: _Path,
     trial: _Trial,
-    slack: float,
+    allowed_fall: float,
     floor: float,  # smallest global accuracy
 ) -> tuple[_Path, torch.Tensor, ClassReport, float]:  # step, what it does, out-of-fold sigma
     "The part of a step that cross-fitting grants, cut until it keeps to the price."
@@ -228,7 +229,7 @@ def _within_price(
     fitted = cross_fitted(
         path.jacobian,
         trial.alpha,
-        slack,
+        allowed_fall,
         path.radius,
         count=search.folds,
         seed=operation.config.seed,
@@ -258,11 +259,11 @@ def advance_to_price(
     "Steps until the price is spent or nothing more is gained."
     for _ in range(max(search.rounds, 1)):
         path = _with_jacobian(search, path)
-        slack = max(0.0, path.base.report.overall - floor)
-        path, trial = trust_region_step(search, path, slack)
+        allowed_fall = max(0.0, path.base.report.overall - floor)
+        path, trial = trust_region_step(search, path, allowed_fall)
         if trial is None:
             return path
-        path, step, true, predicted_sigma = _within_price(search, path, trial, slack, floor)
+        path, step, true, predicted_sigma = _within_price(search, path, trial, allowed_fall, floor)
         gains = true.sigma < path.best.report.sigma - 1e-9
         if not step.norm() > 0 or not gains or true.overall < floor - 1e-9:
             return path
@@ -285,7 +286,7 @@ def _move_base(search: _Search, path: _Path, step: torch.Tensor) -> _Path:
     "To the best place so far; the Jacobian there is not known."
     operation = search.operation
     network = operation.network(path.base_weights)
-    move(network, operation.params(), search.step_of(step))
+    move(network, operation.params(), search.step_of(step), search.directions.team)
     return replace(path, base=path.best, base_weights=snapshot(network), jacobian=None)
 
 
@@ -320,7 +321,7 @@ def _check_folds(folds: int, report: ClassReport):
 def _given_directions(operation: SurgeryOperation, directions: Eigenpairs) -> SurgeryOperation:
     "The operation along directions that are known; refused where they are of other weights."
     num_params = sum(p.numel() for p in operation.params().values())
-    rows = operation.team.local_size(num_params)
+    rows = directions.team.local_size(num_params)
     if len(directions.vectors) != rows:
         raise InputError(
             f"directions must have a row for each of the {rows} parameters that may move here. "

@@ -220,8 +220,8 @@ def _difference_step(spikes: Eigenpairs | torch.Tensor, chosen: dict[str, torch.
         if torch.isfinite(spikes.values).all() and largest > 0:
             return 0.05 * largest**-0.5
     squares = sum(p.detach().double().square().sum().item() for p in chosen.values())
-    length = 0.1 * math.sqrt(squares)
-    return 0.05 * (length if length > 0 else 1.0)
+    step_norm = 0.1 * math.sqrt(squares)
+    return 0.05 * (step_norm if step_norm > 0 else 1.0)
 
 
 # %% ../nbs/04a_predicted_logits.ipynb #d3da2f9c

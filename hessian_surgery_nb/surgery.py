@@ -226,9 +226,10 @@ def _take_step(
     proposal: Proposal,
 ) -> Evaluation:
     "How the classes fare after a step; the operation's copy has made it."
-    vectors = proposal.state.directions.vectors
+    directions = proposal.state.directions
+    step = directions.vectors @ proposal.alpha.to(directions.vectors)
     model = operation.network(proposal.state.weights)
-    move(model, operation.params(), vectors @ proposal.alpha.to(vectors))
+    move(model, operation.params(), step, directions.team)
     return operation.evaluate(operation.sensitivity_data)
 
 

@@ -282,9 +282,10 @@ def move(
     model: nn.Module,  # changed
     params: dict[str, nn.Parameter],  # those of its parameters that move
     step: torch.Tensor,  # (n,), or this process's coordinates of it
+    team: Team,  # who holds the others
 ):
     "Add a step to a network's weights."
-    for name, value in moved_state(params, step).items():
+    for name, value in moved_state(params, step, team).items():
         model.get_parameter(name).copy_(value)
 
 

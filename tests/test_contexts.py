@@ -32,6 +32,7 @@ from hessian_surgery_nb import (
     lanczos,
     linearised,
     matrices,
+    predicted_logits,
     sensitivity,
     slq,
     spectrum_type,
@@ -43,6 +44,7 @@ from hessian_surgery_nb.foundations import (
     accuracy,
     fingerprints,
     forward,
+    krylov_basis,
     losses,
     networks as models,
     training as train,
@@ -227,7 +229,7 @@ ENTRIES = {
     "call_loss": lambda p: losses.call_loss(CE, given().z, p.sensitive[1]),
     "loss_denominator": lambda p: losses.loss_denominator(CE, given().z, p.sensitive[1]),
     "lanczos_tridiag": lambda p: lanczos.lanczos_tridiag(operator(p), 6),
-    "times": lambda p: lanczos.times(operator(p), given().v),
+    "matvec": lambda p: krylov_basis.matvec(operator(p), given().v),
     "top_eigenpairs": lambda p: lanczos.top_eigenpairs(operator(p), 2),
     "top_eigenpairs, verified": lambda p: lanczos.top_eigenpairs(operator(p), 2, verify=True),
     "eigen_residuals": lambda p: lanczos.eigen_residuals(operator(p), given().pairs),
@@ -272,8 +274,8 @@ ENTRIES = {
     "sensitivity_matrix, forward": lambda p: sensitivity.sensitivity_matrix(
         p.net, directions(), p.sensitive, eps=0.1, scheme="forward", metric="probability"
     ),
-    "logit_jacobian": lambda p: sensitivity.logit_jacobian(p.net, given().pairs, p.sensitive),
-    "logit_jacobian, jvp": lambda p: sensitivity.logit_jacobian(
+    "logit_jacobian": lambda p: predicted_logits.logit_jacobian(p.net, given().pairs, p.sensitive),
+    "logit_jacobian, jvp": lambda p: predicted_logits.logit_jacobian(
         p.net, given().pairs, p.sensitive, scheme="jvp"
     ),
     "choose_amplitude": lambda p: amplitude.choose_amplitude(p.net, given().pairs, p.sensitive),
@@ -310,6 +312,7 @@ ENTRIES = {
     "post_hoc": lambda p: list(
         baselines.post_hoc(p.net, p.sensitive, p.held, [8, 8, 8], scales=True, steps=5)
     ),
+    "predict_both": lambda p: baselines.predict_both(p.net, p.sensitive, p.held),
     "tau_norm_state": lambda p: baselines.tau_norm_state(p.net, CLASSES, 0.5),
     "head_inputs": lambda p: baselines.head_inputs(p.net, p.sensitive, given().z),
     "tau_norm_sweep": lambda p: baselines.tau_norm_sweep(p.net, p.sensitive, given().z, [0.5, 1.0]),
@@ -348,9 +351,14 @@ LEFT_OUT = {
     "DirectionSearch",  # a question: its model is looked at by what answers it
     "SurgeryOperation",  # made by prepare_surgery
     "move",  # changes the network it is given
-    "DirectionSearch",  # a question: its model is looked at by what answers it
-    "SurgeryOperation",  # made by prepare_surgery
-    "move",  # changes the network it is given
+    # parts of HessianOperator and of top_eigenpairs, which are tried
+    "Objective",
+    "WatchedObjective",
+    "ModelWatch",
+    "weights_fingerprint",
+    "Search",
+    "start_vector",
+    "random_direction",
     "SurgeryResult",
     "Front",
     "difference",

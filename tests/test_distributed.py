@@ -24,14 +24,16 @@ import sys
 import torch
 from torch import nn
 from safetensors.torch import save_file
-from hessian_surgery_nb.foundations.datasets import load_digits, long_tail_splits
+from hessian_surgery_nb.foundations.datasets import load_digits
+from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.lanczos import eigen_residuals, lanczos_tridiag, top_eigenpairs
 from hessian_surgery_nb.foundations.networks import digits_net
 from hessian_surgery_nb.foundations.distributed import distributed
 from hessian_surgery_nb.slq import spectral_density
 from hessian_surgery_nb.spectrum_type import spectrum_type
-from hessian_surgery_nb.settings import SurgeryConfig, operate
+from hessian_surgery_nb.settings import SurgeryConfig
+from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.training import train
 
 torch.set_num_threads(1)
@@ -373,7 +375,8 @@ def test_images_that_see_each_other_are_not_shared(tmp_path):
     (tmp_path / "job.py").write_text("""
 import torch
 from torch import nn
-from hessian_surgery_nb.hvp import HessianOperator, InputError
+from hessian_surgery_nb.foundations.checks import InputError
+from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.foundations.distributed import distributed
 from hessian_surgery_nb.foundations.accuracy import predict
 

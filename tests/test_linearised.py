@@ -93,7 +93,15 @@ def test_a_price_that_is_overdrawn_stays_where_it_is():
             torch.arange(1500) % 3,
         )
         step = cross_fitted(
-            LogitJacobian(z, J, None, y, 0.1, "logits", 5),
+            LogitJacobian(
+                logits=z,
+                jacobian=J,
+                curvature=None,
+                labels=y,
+                eps=0.1,
+                scheme="logits",
+                num_passes=5,
+            ),
             torch.tensor([0.01, 0.0], dtype=torch.float64),
             -0.0007,
             0.02,

@@ -225,12 +225,12 @@ def _what_surgery_did(summaries: list[MethodSummary], num_seeds: int) -> str:
     by_name = {summary.method: summary for summary in summaries}
     before = by_name["no change"]
     after = by_name["surgery"]
-    over = f" (means over {num_seeds} seeds)" if num_seeds > 1 else ""
+    heading_end = f" (means over {num_seeds} seeds)" if num_seeds > 1 else ""
     return (
         "Surgery moved sigma, the spread of the class accuracies, from "
         f"{before.sigma[0]:.1f} to {after.sigma[0]:.1f} pp on held-out images, "
         f"balanced accuracy from {before.balanced[0]:.1f} to {after.balanced[0]:.1f} %, "
-        f"the worst class from {before.worst[0]:.1f} to {after.worst[0]:.1f} %{over}."
+        f"the worst class from {before.worst[0]:.1f} to {after.worst[0]:.1f} %{heading_end}."
     )
 
 
@@ -251,14 +251,14 @@ def _who_did_best(summaries: list[MethodSummary]) -> str:
 def demo_text(runs: Sequence[DemoRun], out: Path) -> str:
     "The two tables, what they say, and where the files are."
     first = runs[0]
-    over = f"seed {first.seed}"
+    heading_end = f"seed {first.seed}"
     if len(runs) > 1:
-        over = f"mean and 95 % interval over {len(runs)} seeds"
+        heading_end = f"mean and 95 % interval over {len(runs)} seeds"
     parts = [
         f"Held-out accuracy of each digit, seed {first.seed}: {len(first.splits.held_out)} images "
         "that neither training nor tuning saw",
         text_table(CLASS_HEADER, class_rows(first)),
-        f"Every method on the same splits, held-out, {over}\n{sigma_note(runs)}",
+        f"Every method on the same splits, held-out, {heading_end}\n{sigma_note(runs)}",
         text_table(METHOD_HEADER, method_rows(runs)),
         " ".join(headline(runs)),
         f"{out / 'report.html'}: the same with pictures\n"

@@ -78,7 +78,7 @@ class JobQueue:
         self.workers = workers
         self.total = len(self.waiting)
 
-    def ready(self) -> list[Job]:
+    def startable(self) -> list[Job]:
         "Jobs that can begin: what they start from is there, and a worker is free."
         unfinished = [*self.waiting, *self.running]
         able = [
@@ -133,7 +133,7 @@ def _run_in_helpers(queue: JobQueue, threads: int) -> None:
     begun: dict[Future, Job] = {}
     with helpers:
         while queue.waiting or queue.running:
-            for job in queue.ready():
+            for job in queue.startable():
                 queue.begin(job)
                 begun[helpers.submit(_run, job, threads)] = job
             finished, _ = wait(begun, return_when=FIRST_COMPLETED)

@@ -57,12 +57,12 @@ def figure_1(
     nodes = torch.tensor(run.density.nodes, dtype=torch.float64)
     weights = torch.tensor(run.density.weights, dtype=torch.float64)
     density = SpectralDensity(
-        nodes,
-        weights,
-        results.of("network")[0].parameters,
-        torch.zeros(len(nodes)),
-        (nodes.min().item(), nodes.max().item()),
-        (math.nan, math.nan),
+        nodes=nodes,
+        weights=weights,
+        size=results.of("network")[0].parameters,
+        gauss_error=torch.zeros(len(nodes)),
+        edges=(nodes.min().item(), nodes.max().item()),
+        edge_residuals=(math.nan, math.nan),
     )
     largest = run.values[0]
     return plot_density(

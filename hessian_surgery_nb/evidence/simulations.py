@@ -409,7 +409,7 @@ class _NoiseProblem:
         few = fewer_images(self.jacobian, images, self.study.seed).first(spikes)
         return [
             NoiseRow(
-                **self.measured(alpha),
+                **self.spread_fields(alpha),
                 how=how,
                 spikes=spikes,
                 images=images,
@@ -420,7 +420,7 @@ class _NoiseProblem:
             for how, alpha in every_way(few, self.config, self.price).items()
         ]
 
-    def measured(self, alpha: torch.Tensor) -> dict[str, Any]:  # fields of a row
+    def spread_fields(self, alpha: torch.Tensor) -> dict[str, Any]:  # fields of a row
         "Move the network there, along as many spikes as there are coefficients, and measure it."
         vectors = self.pairs.vectors[:, : len(alpha)]
         state = moved_state(select_params(self.model), vectors @ alpha.to(vectors))

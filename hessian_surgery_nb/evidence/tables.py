@@ -375,8 +375,8 @@ def table_9(results: Results):
             reports = [run.epochs[epoch].held_out for run in runs]
             rows.append({"state": f"{method}, epoch {epoch + 1}"} | reports_text(reports))
     for method, (overall, sigma, *_) in results.paper("Table 9").items():
-        length = ", 15 epochs" if "tuning" in method else ""
-        state = f"the paper: {method}{length}"
+        duration_text = ", 15 epochs" if "tuning" in method else ""
+        state = f"the paper: {method}{duration_text}"
         rows.append({"state": state, "global (%)": overall, "sigma (pp)": sigma})
     return pd.DataFrame(rows).set_index("state")
 

@@ -18,7 +18,7 @@ from .guards import checksum
 from .objective import PassRecord
 
 # %% auto #0
-__all__ = ["same_pass", "weights_fingerprint", "warn_caller", "Watch"]
+__all__ = ["same_pass", "weights_fingerprint", "warn_caller", "ModelWatch"]
 
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #d48b504a
@@ -70,7 +70,7 @@ def _is_ours(module: str) -> bool:
 
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #51b4490a
-class Watch:
+class ModelWatch:
     "What every pass over the data should see, and whether it does."
 
     def __init__(

@@ -28,7 +28,7 @@ from hessian_surgery_nb.foundations.objective import (
     loss_and_gradient,
 )
 from .plans import GradientGraph, Plan, PlanRequest, make_plan
-from .same_function import Watch
+from .same_function import ModelWatch
 from .trials import Candidate
 from .weights import check_mode, flatten, unflatten
 
@@ -61,9 +61,9 @@ class WatchedObjective(Objective):
         self.watch = self._new_watch()
         check_mode(model)
 
-    def _new_watch(self, changing: bool = False) -> Watch:
+    def _new_watch(self, changing: bool = False) -> ModelWatch:
         of_logits = self.dtype if self.precision is None else torch.bfloat16
-        return Watch(self.model, torch.finfo(of_logits).eps, self.team, changing)
+        return ModelWatch(self.model, torch.finfo(of_logits).eps, self.team, changing)
 
     @plainly()
     def plan(self) -> Plan:
