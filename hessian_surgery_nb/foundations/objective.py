@@ -355,7 +355,7 @@ def sum_batches(self: DataPass, each: EachBatch) -> tuple[tuple[torch.Tensor, ..
         if total is None:
             total = tuple(parts)
         else:
-            total = tuple(a.add_(b) for a, b in zip(total, parts))
+            total = tuple(a.detach().add_(b) for a, b in zip(total, parts))
     if total is None:
         raise InputError("data must hold at least one batch. Got none.")
     return total, PassRecord(torch.stack(rows))
