@@ -73,7 +73,7 @@ def phase_amplitude(
     return eps * math.sqrt(then / now)
 
 
-# %% ../nbs/06a_deflated_surgery.ipynb #d7e542ed
+# %% ../nbs/06a_deflated_surgery.ipynb #3a22b5fd
 @dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
     "One phase of deflated surgery. Fractions."
@@ -93,6 +93,7 @@ class PhaseRecord:
     steps: tuple[StepRecord, ...] = field(repr=False)
 
 
+# %% ../nbs/06a_deflated_surgery.ipynb #d7e542ed
 @dataclass(frozen=True, kw_only=True)
 class DeflatedResult:
     "What surgery over many spikes did."
@@ -116,7 +117,7 @@ class DeflatedResult:
         )
 
 
-# %% ../nbs/06a_deflated_surgery.ipynb #4a0b9fdc
+# %% ../nbs/06a_deflated_surgery.ipynb #8d5eec32
 @dataclass(frozen=True, kw_only=True)
 class _PhasePlan:
     "What all phases have in common."
@@ -153,6 +154,7 @@ class _PhasePlan:
         )
 
 
+# %% ../nbs/06a_deflated_surgery.ipynb #4a0b9fdc
 @dataclass(frozen=True, kw_only=True)
 class _PhaseState:
     "Deflated surgery between two phases."
@@ -236,7 +238,7 @@ def _end_phase(
     return replace(state, surgery=surgery, store=store, records=(*state.records, record))
 
 
-# %% ../nbs/06a_deflated_surgery.ipynb #2eaf6b9c
+# %% ../nbs/06a_deflated_surgery.ipynb #e2918b9b
 def _record(
     plan: _PhasePlan,
     number: int,
@@ -272,6 +274,7 @@ def _record(
     )
 
 
+# %% ../nbs/06a_deflated_surgery.ipynb #2eaf6b9c
 def run_phase(
     plan: _PhasePlan,
     state: _PhaseState,
@@ -287,7 +290,7 @@ def run_phase(
     return _end_phase(plan, state, begun, surgery)
 
 
-# %% ../nbs/06a_deflated_surgery.ipynb #96f36db4
+# %% ../nbs/06a_deflated_surgery.ipynb #3dfdffe2
 _STATE = "phases.safetensors"
 
 
@@ -322,6 +325,7 @@ def _as_phase(record: dict) -> PhaseRecord:
     return PhaseRecord(**{**record, "steps": tuple(as_steps(record["steps"]))})
 
 
+# %% ../nbs/06a_deflated_surgery.ipynb #96f36db4
 def _check_directions(plan: _PhasePlan):
     "Refuse a directory whose directions are gone, or cut short."
     file = plan.directions_file
@@ -391,7 +395,7 @@ def deflated_operate(
     return _result(operation, state, before, after)
 
 
-# %% ../nbs/06a_deflated_surgery.ipynb #caa7b118
+# %% ../nbs/06a_deflated_surgery.ipynb #d2d78539
 def _check_settings(config: SurgeryConfig):
     check_config(config)
     if config.directions != "spikes":
@@ -420,6 +424,7 @@ def _plan(
     )
 
 
+# %% ../nbs/06a_deflated_surgery.ipynb #caa7b118
 def _result(
     operation: SurgeryOperation,
     state: _PhaseState,

@@ -65,7 +65,7 @@ def effective_rank(
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
 
 
-# %% ../nbs/08_effective_rank.ipynb #dbb436f6
+# %% ../nbs/08_effective_rank.ipynb #6ebb1641
 def _bootstrapped(s: Sensitivity, draws: int, seed: int) -> Iterator[torch.Tensor]:  # (C, K) each
     "Sensitivity matrices of images drawn again, within classes."
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +102,7 @@ def rank_interval(
     return _middle(ranks, level)
 
 
+# %% ../nbs/08_effective_rank.ipynb #dbb436f6
 def rank_noise_floor(
     s: Sensitivity,
     *,
@@ -185,7 +186,7 @@ class Screening:
         return found
 
 
-# %% ../nbs/08_effective_rank.ipynb #9a42963a
+# %% ../nbs/08_effective_rank.ipynb #b6a18480
 @plainly()
 def screening_of(
     s: Sensitivity,
@@ -221,6 +222,7 @@ def _flatness(singular_values: torch.Tensor) -> float:
     return (singular_values[1] / singular_values[0]).item()
 
 
+# %% ../nbs/08_effective_rank.ipynb #9a42963a
 def _cumulative_energy(singular_values: torch.Tensor) -> tuple[float, ...]:
     squares = singular_values**2
     if not singular_values.max() > 0:

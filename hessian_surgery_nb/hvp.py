@@ -260,6 +260,7 @@ class _Graphs:
     fingerprint: list
 
 
+# %% ../nbs/00_hvp.ipynb #29fa7642
 class _Cached(_Mode):
     """Double backward through graphs that stay in memory, for as long as nothing changes.
 
@@ -514,7 +515,7 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
     return torch.stack([op @ column for column in v.T], 1)
 
 
-# %% ../nbs/00_hvp.ipynb #75872576
+# %% ../nbs/00_hvp.ipynb #40460ea6
 @dataclass(frozen=True, kw_only=True)
 class OperatorCheck:
     "How an operator fared against itself."
@@ -525,6 +526,7 @@ class OperatorCheck:
     precision: float  # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
 
 
+# %% ../nbs/00_hvp.ipynb #75872576
 @patch
 @plainly()
 def check(

@@ -79,7 +79,7 @@ class Tridiagonal:
         return f"Tridiagonal({size}, last beta {self.beta[-1]:.2g})"
 
 
-# %% ../nbs/01_lanczos.ipynb #bc73e06d
+# %% ../nbs/01_lanczos.ipynb #a60cd636
 @plainly()
 def lanczos_tridiag(
     op: Operator | torch.Tensor,  # HessianOperator, SciPy LinearOperator or symmetric tensor
@@ -130,6 +130,7 @@ def lanczos_tridiag(
     )
 
 
+# %% ../nbs/01_lanczos.ipynb #bc73e06d
 def _is_negligible(dtype: torch.dtype, alpha: list[float], beta: list[float]) -> bool:
     "Whether the last beta is rounding: then the space is exhausted."
     largest = max(map(abs, alpha + beta))
@@ -296,7 +297,7 @@ def _rows_to_keep(search: Search, state: KrylovState) -> int:
     return min(search.k + (places - search.k) // 2, places - 1)
 
 
-# %% ../nbs/01_lanczos.ipynb #5328bce1
+# %% ../nbs/01_lanczos.ipynb #b66204a0
 _SMALL = 2**28  # bytes that nobody need ask for
 
 
@@ -332,6 +333,7 @@ def _certify(
     return pairs, _complaint(search, pairs, good, largest, floor, tol)
 
 
+# %% ../nbs/01_lanczos.ipynb #5328bce1
 def _room_for_vectors(search: Search, state: KrylovState) -> torch.Tensor:  # (k, n)
     "Rows for the result. A large basis becomes the result itself, which saves a copy."
     crowded = 2 * search.k > state.num_rows and state.basis.nbytes > _SMALL
@@ -405,7 +407,7 @@ def _check_storage(max_basis: int | None, basis_dtype: torch.dtype | None, n: in
         )
 
 
-# %% ../nbs/01_lanczos.ipynb #e7a10c07
+# %% ../nbs/01_lanczos.ipynb #4bd4c011
 def _basis_size(
     op: Operator,
     k: int,
@@ -437,6 +439,7 @@ def _basis_size(
     return size
 
 
+# %% ../nbs/01_lanczos.ipynb #e7a10c07
 def _directory(run_dir: str | Path | None, team: Team) -> Path | None:
     "A directory for the vectors, which holds nothing else."
     if run_dir is None:

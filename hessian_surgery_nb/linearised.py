@@ -405,7 +405,7 @@ def linearised_operate(
     )
 
 
-# %% ../nbs/05b_linearised.ipynb #985fc349
+# %% ../nbs/05b_linearised.ipynb #2e86bab5
 def _follow(
     search: _Search,
     prices: Sequence[float],
@@ -434,6 +434,7 @@ def _follow(
     return tuple(points), labels
 
 
+# %% ../nbs/05b_linearised.ipynb #985fc349
 def _point(
     search: _Search,
     path: _Path,

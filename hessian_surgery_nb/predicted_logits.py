@@ -86,7 +86,7 @@ class LogitJacobian:
         )
 
 
-# %% ../nbs/04a_predicted_logits.ipynb #ff208be3
+# %% ../nbs/04a_predicted_logits.ipynb #ebe29560
 @patch
 @plainly()
 def at(
@@ -124,6 +124,7 @@ def accuracy(
     return self._accuracy_of(self.at(alpha))
 
 
+# %% ../nbs/04a_predicted_logits.ipynb #ff208be3
 @patch
 def _accuracy_of(self: LogitJacobian, logits: torch.Tensor) -> torch.Tensor:
     return class_means(logits.argmax(1) == self.labels, self.labels, self.logits.shape[1])
@@ -153,7 +154,7 @@ def sensitivity(
     )
 
 
-# %% ../nbs/04a_predicted_logits.ipynb #61614b97
+# %% ../nbs/04a_predicted_logits.ipynb #928215e8
 @plainly()
 def logit_jacobian(
     model: nn.Module,
@@ -213,6 +214,7 @@ def logit_jacobian(
     )
 
 
+# %% ../nbs/04a_predicted_logits.ipynb #61614b97
 def _difference_step(spikes: Eigenpairs | torch.Tensor, chosen: dict[str, torch.Tensor]) -> float:
     "0.05 / sqrt(lambda_1); without curvature, half a per cent of the weights."
     if not torch.is_tensor(spikes):
@@ -224,7 +226,7 @@ def _difference_step(spikes: Eigenpairs | torch.Tensor, chosen: dict[str, torch.
     return 0.05 * (step_norm if step_norm > 0 else 1.0)
 
 
-# %% ../nbs/04a_predicted_logits.ipynb #d3da2f9c
+# %% ../nbs/04a_predicted_logits.ipynb #e0209547
 def _forward_derivatives(
     model: nn.Module,
     data: Data,
@@ -256,6 +258,7 @@ def _forward_derivatives(
     return torch.stack(tangents, -1)
 
 
+# %% ../nbs/04a_predicted_logits.ipynb #d3da2f9c
 def _tangent(
     model: nn.Module,
     data: Data,
@@ -275,7 +278,7 @@ def _tangent(
     return torch.zeros_like(logits) if tangent is None else tangent
 
 
-# %% ../nbs/04a_predicted_logits.ipynb #9d336516
+# %% ../nbs/04a_predicted_logits.ipynb #6edf3295
 def _facts(request: dict[str, object]) -> dict[str, object]:
     "Names and numbers as they are; of anything else a fingerprint."
     if not request:
@@ -303,6 +306,7 @@ def keep_jacobian(
     write_tensors(Path(path), tensors, dict(request=_facts(request)) | facts)
 
 
+# %% ../nbs/04a_predicted_logits.ipynb #9d336516
 def kept_jacobian(
     path: str | Path,
     **request: object,  # as it was kept

@@ -96,7 +96,7 @@ class Sensitivity:
         )
 
 
-# %% ../nbs/04_sensitivity.ipynb #8c91630d
+# %% ../nbs/04_sensitivity.ipynb #cd690a32
 def image_scores(
     logits: torch.Tensor,  # (N, C)
     labels: torch.Tensor,  # (N,)
@@ -122,6 +122,7 @@ def paired_noise(
     return torch.maximum(variance / (counts - 1).clamp(min=1), one_image).sqrt()
 
 
+# %% ../nbs/04_sensitivity.ipynb #8c91630d
 def sensitivity_from_changes(
     changes: torch.Tensor,  # (N, K) change of each image's score, over the whole difference
     labels: torch.Tensor,  # (N,)
@@ -203,7 +204,7 @@ def sensitivity_matrix(
     )
 
 
-# %% ../nbs/04_sensitivity.ipynb #0f44105d
+# %% ../nbs/04_sensitivity.ipynb #12da09c4
 def directions_and_team(
     spikes: Eigenpairs | torch.Tensor,  # or directions (n, K)
 ) -> tuple[torch.Tensor, Team]:
@@ -224,6 +225,7 @@ def counted(
     return tqdm(range(count), desc=label, leave=False, disable=not shown)
 
 
+# %% ../nbs/04_sensitivity.ipynb #0f44105d
 def check_directions(
     vectors: torch.Tensor,  # (n, K), or this process's rows
     team: Team,

@@ -109,7 +109,7 @@ def _joined(
     return _KnownPairs(values=torch.cat([known.values, values]), rows=joined)
 
 
-# %% ../nbs/02_slq.ipynb #4a7d4971
+# %% ../nbs/02_slq.ipynb #bf7a1df1
 @dataclass(frozen=True, kw_only=True)
 class _ProbeRun:
     "What one random vector has seen."
@@ -121,6 +121,7 @@ class _ProbeRun:
     edge_residuals: torch.Tensor  # (2,) of the lowest and the highest of these
 
 
+# %% ../nbs/02_slq.ipynb #4a7d4971
 def _probe(
     op: Operator,
     seed: int,
@@ -194,7 +195,7 @@ def _rounding(op: Operator, theta: torch.Tensor) -> torch.Tensor:  # float64 sca
     return torch.tensor(floor, dtype=torch.float64)
 
 
-# %% ../nbs/02_slq.ipynb #dfc77630
+# %% ../nbs/02_slq.ipynb #817fae0b
 @plainly()
 def spectral_density(
     op: Operator | torch.Tensor,  # HessianOperator, SciPy LinearOperator or symmetric tensor
@@ -247,6 +248,7 @@ def spectral_density(
     return _density_of(runs, op.shape[0])
 
 
+# %% ../nbs/02_slq.ipynb #dfc77630
 def _vectors_fit(op: Operator, count: int) -> bool:
     "Do so many vectors take less than half of the free memory, in every process?"
     size = count * op.team.local_size(op.shape[0]) * op.dtype.itemsize
@@ -329,7 +331,7 @@ def wasserstein_bound(
     return self.gauss_error.mean().item(), width * probes
 
 
-# %% ../nbs/02_slq.ipynb #025e5ee3
+# %% ../nbs/02_slq.ipynb #622ff9e6
 @patch
 def density(
     self: SpectralDensity,
@@ -370,6 +372,7 @@ def decades(
     return torch.asinh(torch.as_tensor(t, dtype=torch.float64) / (2 * t0)) / math.log(10)
 
 
+# %% ../nbs/02_slq.ipynb #025e5ee3
 @patch
 def count_above(
     self: SpectralDensity,
@@ -419,7 +422,7 @@ def plot_density(
     return ax
 
 
-# %% ../nbs/02_slq.ipynb #526f9938
+# %% ../nbs/02_slq.ipynb #0be0a311
 def _on_axis(t: torch.Tensor | float, decades_from: float | None) -> torch.Tensor:
     "Where eigenvalues stand on the axis."
     if decades_from is None:
@@ -458,6 +461,7 @@ def _mark_spikes(ax: Axes, places: list[float], height: float):
     ax.plot(places, heights, "v", color=COLOURS["red"], ms=6, label=label, clip_on=False)
 
 
+# %% ../nbs/02_slq.ipynb #526f9938
 def _decade_ticks(lowest: float, highest: float, decades_from: float) -> list[float]:
     "Powers of ten of both signs beyond the linear part, and zero."
     ticks = []

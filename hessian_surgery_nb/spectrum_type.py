@@ -233,7 +233,7 @@ def _searched_end(op: HessianOperator, which: str, end: _End, tol: float, seed: 
     return end
 
 
-# %% ../nbs/03b_spectrum_type.ipynb #d457400d
+# %% ../nbs/03b_spectrum_type.ipynb #03a96a94
 @plainly()
 def spectrum_type(
     op: HessianOperator | torch.Tensor | Any,  # or a SciPy LinearOperator; tensors are symmetric
@@ -276,6 +276,7 @@ def spectrum_type(
     return replace(found, shrunk=_shrunk(found, earlier), before=earlier.kind)
 
 
+# %% ../nbs/03b_spectrum_type.ipynb #d457400d
 def _shrunk(now: SpectrumType, earlier: SpectrumType) -> float:
     "What is left at most, of either end."
     right = _ratio(max(now.lambda_max, 0.0), max(earlier.lambda_max, 0.0))

@@ -83,7 +83,7 @@ def vote(
     return SpikeCount(count=count, share=share, votes=tuple(votes), values=values)
 
 
-# %% ../nbs/03_spike_validation.ipynb #a0b87385
+# %% ../nbs/03_spike_validation.ipynb #38e4fa08
 @plainly()
 def count_spikes(
     model: nn.Module,
@@ -115,6 +115,7 @@ def count_spikes(
     return vote(torch.stack(values))
 
 
+# %% ../nbs/03_spike_validation.ipynb #a0b87385
 def _joined_batches(data: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     batches = [split_batch(batch) for batch in as_batches(data)]
     if not batches or not all(torch.is_tensor(inputs) for inputs, _ in batches):
@@ -147,7 +148,7 @@ def plot_spike_count(
     return ax
 
 
-# %% ../nbs/03_spike_validation.ipynb #0b4b8487
+# %% ../nbs/03_spike_validation.ipynb #784a335d
 @dataclass(frozen=True)
 class Agreement:
     "How alike two sets of k directions are (appendix A, Tables 16 and 17)."
@@ -184,6 +185,7 @@ def spike_agreement(
     )
 
 
+# %% ../nbs/03_spike_validation.ipynb #0b4b8487
 def _greedily_matched(
     cosines: torch.Tensor,  # (k, k), not negative
 ) -> torch.Tensor:  # (k,) float64, of each row
@@ -218,7 +220,7 @@ class Stability:
         )
 
 
-# %% ../nbs/03_spike_validation.ipynb #0b6293fa
+# %% ../nbs/03_spike_validation.ipynb #2c34a765
 def _by_size(stability: Stability, rows: list[dict], table: int) -> Any:  # a pandas DataFrame
     import pandas as pd
 
@@ -257,6 +259,7 @@ def subspaces(self: Stability) -> Any:  # a pandas DataFrame
     return _by_size(self, rows, 17)
 
 
+# %% ../nbs/03_spike_validation.ipynb #0b6293fa
 @patch
 def timing(self: Stability) -> Any:  # a pandas DataFrame
     "Hessian-vector products and seconds."

@@ -457,7 +457,7 @@ def operate(
     return _result(operation, state, before, after)
 
 
-# %% ../nbs/05_surgery.ipynb #2b07b1c1
+# %% ../nbs/05_surgery.ipynb #f37a9380
 def _progress_bar(operation: SurgeryOperation, state: SurgeryState, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
@@ -479,6 +479,7 @@ def _tell(state: SurgeryState, bar: Any):
     bar.update()
 
 
+# %% ../nbs/05_surgery.ipynb #2b07b1c1
 def _result(
     operation: SurgeryOperation,
     state: SurgeryState,  # at the best weights

@@ -22,15 +22,7 @@ from .sensitivity import Sensitivity
 from .settings import SurgeryConfig, config_dict
 
 # %% auto #0
-__all__ = [
-    "StepRecord",
-    "as_steps",
-    "SurgeryResult",
-    "plot_before_after",
-    "plot_history",
-    "report_dict",
-    "report_dicts",
-]
+__all__ = ["StepRecord", "as_steps", "SurgeryResult", "plot_before_after", "plot_history"]
 
 
 # %% ../nbs/04e_surgery_records.ipynb #b7e2ce07
@@ -109,7 +101,7 @@ class SurgeryResult:
         )
 
 
-# %% ../nbs/04e_surgery_records.ipynb #b3dc1f8e
+# %% ../nbs/04e_surgery_records.ipynb #705dd8a2
 # column of `history_frame` -> field of `StepRecord`, a fraction
 _SHARES = {
     "sigma (pp)": "sigma",
@@ -137,6 +129,7 @@ def to_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
     return pd.DataFrame(columns, index=pd.Index(self.before.names, name="class"))
 
 
+# %% ../nbs/04e_surgery_records.ipynb #b3dc1f8e
 @patch
 def history_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
     "One row an iteration; accuracies and sigma in percent and pp, on the sensitivity set."
@@ -153,7 +146,7 @@ def history_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
     return pd.DataFrame(rows).set_index("iteration")
 
 
-# %% ../nbs/04e_surgery_records.ipynb #3145fc82
+# %% ../nbs/04e_surgery_records.ipynb #b6cbf5e4
 def _change_colour(before: float, after: float) -> str:
     "Green where a class gained, red where it lost."
     from hessian_surgery_nb.foundations.testbed import COLOURS
@@ -165,6 +158,7 @@ def _change_colour(before: float, after: float) -> str:
     return COLOURS["grey"]
 
 
+# %% ../nbs/04e_surgery_records.ipynb #3145fc82
 def plot_before_after(
     before: ClassReport,
     after: ClassReport,
@@ -244,31 +238,12 @@ def _plot_sigma(ax: Axes, result: SurgeryResult):
 
 
 # %% ../nbs/04e_surgery_records.ipynb #7ad0962d
-def report_dict(
-    report: ClassReport,
-) -> dict:
-    "A `ClassReport` for JSON; in percent and percentage points."
-    columns = zip(report.names, report.counts, report.accuracy.tolist())
-    classes = [
-        {"name": name, "images": int(count), "accuracy_percent": 100 * accuracy}
-        for name, count, accuracy in columns
-    ]
-    return {
-        "measured_on": report.measured_on,
-        "sigma_pp": 100 * report.sigma,
-        "balanced_percent": 100 * report.balanced,
-        "global_percent": 100 * report.overall,
-        "worst_percent": 100 * report.worst,
-        "classes": classes,
-    }
-
-
-def report_dicts(
+def _report_dicts(
     result: Any,  # anything that has the four
 ) -> dict:
     "The reports of a result, for JSON."
     names = "before", "after", "sensitivity_before", "sensitivity_after"
-    return {name: report_dict(getattr(result, name)) for name in names}
+    return {name: getattr(result, name).to_dict() for name in names}
 
 
 # %% ../nbs/04e_surgery_records.ipynb #cffe5325
@@ -278,7 +253,7 @@ def to_dict(self: SurgeryResult) -> dict:
     steps = [asdict(step) for step in self.history]
     seconds = [step.pop("seconds") for step in steps]
     return {
-        **report_dicts(self),
+        **_report_dicts(self),
         "config": config_dict(self.config),
         "returned_iteration": self.best,
         "history": steps,

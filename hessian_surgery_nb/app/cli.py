@@ -56,7 +56,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:  # the whole, and each c
     return parser, commands.choices
 
 
-# %% ../../nbs/app/06_cli.ipynb #0f2cabda
+# %% ../../nbs/app/06_cli.ipynb #394375ef
 def main(
     argv: list[str] | None = None,  # None: sys.argv[1:]
 ) -> int:  # exit code
@@ -95,6 +95,7 @@ def _draw_without_window() -> None:
     matplotlib.use("Agg")
 
 
+# %% ../../nbs/app/06_cli.ipynb #0f2cabda
 def _which_process() -> str:
     "Which of several processes speaks."
     several = os.environ.get("WORLD_SIZE", "1")

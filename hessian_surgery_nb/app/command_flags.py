@@ -65,7 +65,7 @@ def _add_own(
     return parser
 
 
-# %% ../../nbs/app/03a_command_flags.ipynb #200690af
+# %% ../../nbs/app/03a_command_flags.ipynb #d53f31d4
 def add_own_commands(
     commands: argparse._SubParsersAction,  # of the whole command line
 ) -> None:
@@ -102,6 +102,7 @@ def _add_operate(commands: argparse._SubParsersAction) -> None:
     )
 
 
+# %% ../../nbs/app/03a_command_flags.ipynb #200690af
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     summary = "surgery beside simpler methods, on your network"
     parser = _add_own(commands, "compare", run_compare, summary, pictures=True)
@@ -118,7 +119,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add_price_flag(parser, "the linearised search and its rival")
 
 
-# %% ../../nbs/app/03a_command_flags.ipynb #5c231543
+# %% ../../nbs/app/03a_command_flags.ipynb #29ccf8d4
 def _add_front(commands: argparse._SubParsersAction) -> None:
     summary = (
         "the trade-off between spread and global accuracy on your network, and the point you "
@@ -152,6 +153,7 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
     add_output_flags(parser, "hessian-surgery-front", ", ".join(FRONT_FILES))
 
 
+# %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:
     parser = _add_own(commands, "screen", run_screen, "is surgery worth trying on it?")
     add_spikes_flag(parser)

@@ -306,7 +306,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
     return 0
 
 
-# %% ../../nbs/app/03_commands.ipynb #7a6f26be
+# %% ../../nbs/app/03_commands.ipynb #d321b847
 def spectrum_images(
     args: argparse.Namespace,
 ) -> str | tuple[str, str]:  # a folder, or two: (train, test)
@@ -323,6 +323,7 @@ def spectrum_images(
     )
 
 
+# %% ../../nbs/app/03_commands.ipynb #7a6f26be
 def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     "The `spectrum` command."
     options = product_options(args)

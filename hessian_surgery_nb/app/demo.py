@@ -80,7 +80,7 @@ def _is_of_a_demo(result: Path) -> bool:
         return False
 
 
-# %% ../../nbs/app/04b_demo.ipynb #d0625902
+# %% ../../nbs/app/04b_demo.ipynb #883e1b2d
 def add_demo(
     commands: argparse._SubParsersAction,  # of the whole command line
 ) -> None:
@@ -118,6 +118,7 @@ def add_demo(
     add_debug_flag(parser)
 
 
+# %% ../../nbs/app/04b_demo.ipynb #d0625902
 _DESCRIPTION = (
     "Train a small network on a long-tailed split of 1,797 real handwritten digits, operate on "
     "it, and compare with simpler methods. All figures are on held-out images; accuracies in "

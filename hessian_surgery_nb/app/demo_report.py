@@ -125,7 +125,7 @@ def _comparison_section(run: DemoRun) -> list[Markup]:
     ]
 
 
-# %% ../../nbs/app/04a_demo_report.ipynb #5ca72eaa
+# %% ../../nbs/app/04a_demo_report.ipynb #63c40e6b
 def demo_report(
     runs: Sequence[DemoRun],
     command: str,  # that repeats this
@@ -161,6 +161,7 @@ def demo_report(
     return html_page(title, body)
 
 
+# %% ../../nbs/app/04a_demo_report.ipynb #5ca72eaa
 _CONTROLS_NOTE = (
     "The random subspaces are controls: the same dimension as the spikes, once with their step "
     "length, once with an amplitude of their own."
@@ -207,7 +208,7 @@ def provenance(runs: Sequence[DemoRun]) -> str:
     )
 
 
-# %% ../../nbs/app/04a_demo_report.ipynb #80d459ec
+# %% ../../nbs/app/04a_demo_report.ipynb #869c6464
 def demo_dict(
     runs: Sequence[DemoRun],
     command: str,  # that repeats this
@@ -241,6 +242,7 @@ def _run_dict(run: DemoRun) -> dict[str, Any]:
     }
 
 
+# %% ../../nbs/app/04a_demo_report.ipynb #80d459ec
 def _sets_dict(splits: Splits) -> dict[str, dict]:
     found = {}
     for name, part in vars(splits).items():

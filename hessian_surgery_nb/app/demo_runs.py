@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/app/04_demo_runs.ipynb #27cbf755
+# %% ../../nbs/app/04_demo_runs.ipynb #e1ba568f
 @dataclass(frozen=True, kw_only=True)
 class DemoRun:
     "Everything one seed produced."
@@ -62,6 +62,7 @@ class DemoRun:
         return self.comparison.surgery
 
 
+# %% ../../nbs/app/04_demo_runs.ipynb #27cbf755
 def run_seed(
     seed: int,
     *,
@@ -125,7 +126,7 @@ def _operate_and_compare(
     )
 
 
-# %% ../../nbs/app/04_demo_runs.ipynb #f523b0d5
+# %% ../../nbs/app/04_demo_runs.ipynb #51e90449
 Interval: TypeAlias = tuple[float, float, float]  # mean, and both ends of its 95 % interval
 
 
@@ -152,6 +153,7 @@ class MethodSummary:
         return {"method": self.method, **intervals}
 
 
+# %% ../../nbs/app/04_demo_runs.ipynb #f523b0d5
 def summarise_methods(runs: Sequence[DemoRun]) -> list[MethodSummary]:
     "Held-out figures over seeds, method by method."
     summaries = []
@@ -170,8 +172,10 @@ def summarise_methods(runs: Sequence[DemoRun]) -> list[MethodSummary]:
     return summaries
 
 
-# %% ../../nbs/app/04_demo_runs.ipynb #1666e9b0
+# %% ../../nbs/app/04_demo_runs.ipynb #7481ea24
 CLASS_HEADER = ["class", "training images", "before (%)", "after (%)", "change (pp)"]
+
+
 METHOD_HEADER = ["method", "sigma (pp)", "reduced by (%)", "balanced (%)", "worst class (%)"]
 
 
@@ -201,6 +205,7 @@ def method_rows(runs: Sequence[DemoRun]) -> list[list[str]]:
     ]
 
 
+# %% ../../nbs/app/04_demo_runs.ipynb #1666e9b0
 def sigma_note(runs: Sequence[DemoRun]) -> str:
     "What sigma and its interval are."
     if len(runs) == 1:

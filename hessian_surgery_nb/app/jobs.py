@@ -106,7 +106,7 @@ class JobQueue:
         self.seconds.setdefault(job.name, []).append(seconds)
 
 
-# %% ../../nbs/app/05_jobs.ipynb #53ae1992
+# %% ../../nbs/app/05_jobs.ipynb #4653574a
 def run_jobs(queue: JobQueue) -> None:
     "Run all experiments of a queue."
     threads = max(1, torch.get_num_threads() // queue.workers)
@@ -146,6 +146,7 @@ def _run(job: Job, threads: int) -> float:  # seconds
     return job.run()
 
 
+# %% ../../nbs/app/05_jobs.ipynb #53ae1992
 def _end_with(parent: int) -> None:
     "A helper process ends with the one that started it, however that one ended."
 

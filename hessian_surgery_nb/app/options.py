@@ -190,7 +190,7 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
 
 
-# %% ../../nbs/app/02_options.ipynb #e6dcd6da
+# %% ../../nbs/app/02_options.ipynb #53b20eb9
 def add_spikes_flag(
     parser: argparse.ArgumentParser,
     says: str = "directions; default: classes - 1",
@@ -224,6 +224,7 @@ def add_directions_flag(
     )
 
 
+# %% ../../nbs/app/02_options.ipynb #e6dcd6da
 def add_scheme_flag(parser: argparse.ArgumentParser) -> None:
     "How the sensitivity matrix is measured."
     parser.add_argument(

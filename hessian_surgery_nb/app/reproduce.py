@@ -244,7 +244,7 @@ def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
         load_weights(network, first.weights)
 
 
-# %% ../../nbs/app/05b_reproduce.ipynb #d272853e
+# %% ../../nbs/app/05b_reproduce.ipynb #59f10984
 def run_reproduce(args: argparse.Namespace) -> int:  # exit code
     "The `reproduce` command."
     asked = asked_for(args)
@@ -283,13 +283,14 @@ def _all_jobs(studies: Sequence[Study], experiments: Sequence[str]) -> list[Job]
     return [Job(study, name) for study in studies for name in experiments]
 
 
+# %% ../../nbs/app/05b_reproduce.ipynb #d272853e
 def _with_sources(job: Job, sources: dict[str, str]) -> Job:
     "The same job; its stored run says, and must say, what it was made from."
     store = replace(job.study.store, made_from=sources)
     return Job(replace(job.study, store=store), job.name)
 
 
-# %% ../../nbs/app/05b_reproduce.ipynb #002dc23e
+# %% ../../nbs/app/05b_reproduce.ipynb #aeda1d94
 def add_reproduce(
     commands: argparse._SubParsersAction,  # of the whole command line
 ) -> None:
@@ -315,12 +316,15 @@ _DESCRIPTION = (
     "With the small network on a processor, single tables take from minutes to hours and all of "
     "them many hours (see --dry-run)."
 )
+
+
 _DATASET_HELP = (
     "cifar10, cifar100, isic, or a directory with train/CLASS/* and test/CLASS/*, or in the "
     "layout of ISIC-2019"
 )
 
 
+# %% ../../nbs/app/05b_reproduce.ipynb #002dc23e
 def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     "Which tables, which figures."
     for kind in ("table", "figure"):
@@ -382,7 +386,7 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# %% ../../nbs/app/05b_reproduce.ipynb #3d6663d3
+# %% ../../nbs/app/05b_reproduce.ipynb #3ecde83e
 def _add_size_flags(parser: argparse.ArgumentParser) -> None:
     "Which images, how many, and how long training takes."
     add = parser.add_argument
@@ -421,6 +425,8 @@ _HELD_BACK_HELP = (
     "another kind; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, "
     "else 0"
 )
+
+# %% ../../nbs/app/05b_reproduce.ipynb #3d6663d3
 _TAU_HELP = (
     "classes at least this accurate are protected (a fraction); 0: those above the mean. "
     "Default: 0.85, the paper's, for cifar10, else 0"

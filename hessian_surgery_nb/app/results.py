@@ -170,10 +170,16 @@ def operate_files(
     return dict(zip(OPERATE_FILES, contents, strict=True))
 
 
-# %% ../../nbs/app/02e_results.ipynb #92eb4470
+# %% ../../nbs/app/02e_results.ipynb #0b8d178c
 _NUMBER = {"type": "number"}
+
+
 _TEXT = {"type": "string"}
+
+
 _COUNT = {"type": "integer"}
+
+
 _NUMBER_OR_NULL = {"type": ["number", "null"]}
 
 
@@ -194,6 +200,7 @@ def _record(**parts: dict) -> dict:
     }
 
 
+# %% ../../nbs/app/02e_results.ipynb #92eb4470
 def _report_schema() -> dict:
     "Of a ClassReport."
     one_class = _record(name=_TEXT, images=_COUNT, accuracy_percent=_NUMBER)
@@ -252,7 +259,7 @@ def result_schema() -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/app/02e_results.ipynb #935689f9
+# %% ../../nbs/app/02e_results.ipynb #37185eec
 COMPARE_FILES = ("result.json", "report.html")
 
 
@@ -287,6 +294,7 @@ def _method_cells(name: str, method) -> list[str]:
     ]
 
 
+# %% ../../nbs/app/02e_results.ipynb #935689f9
 def comparison_summary(
     comparison: Comparison,
     tuned_images: int,  # of the sensitivity set
@@ -329,7 +337,7 @@ def compare_files(
     return dict(zip(COMPARE_FILES, [json_bytes(found), page], strict=True))
 
 
-# %% ../../nbs/app/02e_results.ipynb #2e1ec0ec
+# %% ../../nbs/app/02e_results.ipynb #b412dd1b
 FRONT_FILES = ("weights.safetensors", "result.json", "report.html")
 
 
@@ -370,6 +378,7 @@ def _front_interval(
     return 100 * low, 100 * high
 
 
+# %% ../../nbs/app/02e_results.ipynb #2e1ec0ec
 def front_summary(
     front: Front,
     max_drop: float,  # of global accuracy at the chosen point, pp
@@ -387,7 +396,7 @@ def front_summary(
     )
 
 
-# %% ../../nbs/app/02e_results.ipynb #b451047f
+# %% ../../nbs/app/02e_results.ipynb #c2fa3fb1
 def _point_dict(point) -> dict[str, Any]:
     return {
         "price_pp": 100 * point.price,
@@ -425,6 +434,7 @@ def front_files(
     return dict(zip(FRONT_FILES, [weights, json_bytes(found), page], strict=True))
 
 
+# %% ../../nbs/app/02e_results.ipynb #b451047f
 def _front_page(front: Front, summary: str, model: str, directions: str, command: str) -> bytes:
     picture = plot_front({directions.replace("_", " "): front})
     pieces = [

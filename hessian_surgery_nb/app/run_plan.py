@@ -86,7 +86,7 @@ def _seconds(work: Callable[[], Any], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-# %% ../../nbs/app/02b_run_plan.ipynb #f9c4bc2e
+# %% ../../nbs/app/02b_run_plan.ipynb #91a849db
 def plan_run(
     model: nn.Module,
     loss_fn: Callable,
@@ -127,6 +127,7 @@ def plan_run(
     )
 
 
+# %% ../../nbs/app/02b_run_plan.ipynb #f9c4bc2e
 def _pass_seconds(model: nn.Module, batches: Iterable) -> float:
     "The time of a pass over a set, by that of its first batch."
     images, labels = next(iter(batches))

@@ -213,7 +213,7 @@ _SIMULATIONS = (
     ),
 )
 
-# %% ../../nbs/evidence/03_experiments.ipynb #5db9eba4
+# %% ../../nbs/evidence/03_experiments.ipynb #af57eb21
 _PRICES = dict(prices=(0.0025, 0.005, 0.01), rounds=1)
 
 
@@ -237,6 +237,7 @@ def _front_at_half_a_point(name: str) -> Experiment:
     )
 
 
+# %% ../../nbs/evidence/03_experiments.ipynb #5db9eba4
 _FRONTS = (
     _front("spikes"),
     _front("class_means", directions="class_means"),
@@ -338,7 +339,7 @@ _MANY_CLASSES = (
     ),
 )
 
-# %% ../../nbs/evidence/03_experiments.ipynb #442f05dc
+# %% ../../nbs/evidence/03_experiments.ipynb #890ab24b
 _LESION_STARTS = (
     Experiment(
         name="fl_start",
@@ -375,6 +376,7 @@ def _lesion_surgery(name: str, start: str) -> Experiment:
     )
 
 
+# %% ../../nbs/evidence/03_experiments.ipynb #442f05dc
 def _lesion_rivals(name: str, start: str) -> Experiment:
     return Experiment(
         name=name,

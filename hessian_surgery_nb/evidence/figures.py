@@ -80,13 +80,14 @@ def figure_2(
     return plot_sensitivity(matrix, results.of("network")[0].classes, ax)
 
 
-# %% ../../nbs/evidence/06_figures.ipynb #fe636591
+# %% ../../nbs/evidence/06_figures.ipynb #7b0491e4
 def _r_squared(values: np.ndarray, fitted: np.ndarray) -> float:
     "Share of the variance that a fit explains."
     spread = ((values - values.mean()) ** 2).sum()
     return float(1 - ((values - fitted) ** 2).sum() / max(spread, 1e-300))
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #aa45c90a
 def _fit_sweep(eps: np.ndarray, predicted: np.ndarray, measured: np.ndarray, error: np.ndarray):
     "Slopes of predicted and measured change; the error as c0 + c1 eps^q and as a power law."
     from scipy.optimize import curve_fit
@@ -131,6 +132,7 @@ def _fit_sweep(eps: np.ndarray, predicted: np.ndarray, measured: np.ndarray, err
     )
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #fe636591
 def linear_fits(results: Results) -> dict[str, list[float]]:
     """Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a
     power law, both fitted to relative accuracy over the two decades (choice). One value a seed.
@@ -150,7 +152,7 @@ def linear_fits(results: Results) -> dict[str, list[float]]:
     return {key: [fit[key] for fit in fits] for key in fits[0]}
 
 
-# %% ../../nbs/evidence/06_figures.ipynb #01f1bbcb
+# %% ../../nbs/evidence/06_figures.ipynb #7cf9ce16
 def figure_4(
     results: Results,
     ax: Any = None,  # matplotlib axes; None: new ones
@@ -173,6 +175,7 @@ def figure_4(
     return ax
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #01f1bbcb
 def figure_5(
     results: Results,
     ax: Any = None,  # matplotlib axes; None: new ones
@@ -196,7 +199,7 @@ def figure_5(
     return ax
 
 
-# %% ../../nbs/evidence/06_figures.ipynb #338b0adb
+# %% ../../nbs/evidence/06_figures.ipynb #3a2f2438
 def _relative_to(start: ReportRecord):
     "Report -> change of global accuracy (pp), change of sigma (%)."
 
@@ -207,6 +210,7 @@ def _relative_to(start: ReportRecord):
     return point
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #338b0adb
 def plot_tradeoff(
     results: Results,
     ax: Any = None,  # matplotlib axes; None: new ones
@@ -272,7 +276,7 @@ def figure_3(
     return ax
 
 
-# %% ../../nbs/evidence/06_figures.ipynb #1e463013
+# %% ../../nbs/evidence/06_figures.ipynb #9a1bc8c0
 def _tuned_changes(runs: list[StoredRecord]) -> list[float]:
     "Change of sigma on the sensitivity set after each phase, mean over seeds; 0 at the start."
     by_run = []
@@ -302,6 +306,7 @@ def _plot_phases(ax, results: Results, name: str, spikes: list[int], on: str):
     ax.plot(places, change, "o-", ms=4, lw=1, color=colour, label=label)
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #1e463013
 def plot_spikes(
     results: Results,
     axes: Any = None,  # matplotlib axes, one for each way of deflated surgery; None: new ones
@@ -336,7 +341,7 @@ def plot_spikes(
     return axes
 
 
-# %% ../../nbs/evidence/06_figures.ipynb #58eb4705
+# %% ../../nbs/evidence/06_figures.ipynb #086ec447
 _NOISE_COLOURS = ("red", "orange", "purple", "sky", "blue", "grey", "green")
 
 
@@ -357,6 +362,7 @@ def _noise_line(
     return places[order], np.mean(changes, 0)[order]
 
 
+# %% ../../nbs/evidence/06_figures.ipynb #58eb4705
 def plot_noise(
     results: Results,
     axes: Any = None,  # three matplotlib axes; None: new ones

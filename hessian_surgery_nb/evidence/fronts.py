@@ -154,7 +154,7 @@ def _price_record(point: Point, then_biases: WithBiasesRecord) -> PriceRecord:
     )
 
 
-# %% ../../nbs/evidence/02e_fronts.ipynb #58d94fb6
+# %% ../../nbs/evidence/02e_fronts.ipynb #c81a1b1e
 def front_along(
     study: Study,
     folder: Path,
@@ -194,12 +194,13 @@ def front_along(
     return FrontRun(points=points, matvecs=front.num_matvecs, weights_norm=weights_norm)
 
 
+# %% ../../nbs/evidence/02e_fronts.ipynb #58d94fb6
 def _norm(parts: Iterable[torch.Tensor]) -> float:
     "Of a vector in several parts."
     return math.sqrt(sum(part.detach().double().square().sum().item() for part in parts))
 
 
-# %% ../../nbs/evidence/02e_fronts.ipynb #5261a7aa
+# %% ../../nbs/evidence/02e_fronts.ipynb #e6d170cf
 def front_in_small_steps(
     study: Study,
     folder: Path,
@@ -240,6 +241,7 @@ def front_in_small_steps(
     return SmallStepsRun(points=points)
 
 
+# %% ../../nbs/evidence/02e_fronts.ipynb #5261a7aa
 def _small_step_record(front: Front, price: float, moved: float) -> SmallStepRecord:
     point = front.points[-1]
     return SmallStepRecord(

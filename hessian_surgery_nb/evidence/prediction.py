@@ -19,7 +19,7 @@ from ..foundations.testbed import COLOURS, new_axes
 # %% auto #0
 __all__ = ["beforehand", "rank_correlation", "predicted_correlations", "plot_beforehand"]
 
-# %% ../../nbs/evidence/07_prediction.ipynb #bb0aff56
+# %% ../../nbs/evidence/07_prediction.ipynb #8e6b528d
 _SCREENINGS = {  # operation -> the screening before it
     "surgery_gamma_p2": "sensitivity",
     "ce_surgery": "sensitivity",
@@ -47,6 +47,7 @@ def _row(data: str, start: str, seed: int, screening: SensitivityRun, run: Surge
     }
 
 
+# %% ../../nbs/evidence/07_prediction.ipynb #bb0aff56
 def beforehand(
     results: Sequence[Results],
     rows: Sequence[ScreenedNetwork] = (),  # of benchmarks/screening.py

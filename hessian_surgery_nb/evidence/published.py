@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ["CLASSES", "PAPER", "PAPER_FITS"]
 
-# %% ../../nbs/evidence/00_published.ipynb #9438905a
+# %% ../../nbs/evidence/00_published.ipynb #cde8af86
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+# %% ../../nbs/evidence/00_published.ipynb #59b0e171
 PAPER = {
     "Table 1": dict(zip(CLASSES, (89.2, 90.7, 81.7, 68.6, 85.2, 69.0, 90.6, 90.5, 93.1, 89.5))),
     "Table 2": (828.6, 577.8, 310.7, 243.5, 153.2, 112.5, 58.9, 20.5, 0.0, -1.1),
@@ -145,6 +147,8 @@ PAPER = {
     },
     "Table 18": {64: (5.5, 97), 128: (6.3, 126), 256: (9.3, 174), 512: (12.7, 261)},
 }
+
+# %% ../../nbs/evidence/00_published.ipynb #9438905a
 PAPER_FITS = dict(
     q="about 1", measured_slope="below the predicted one"
 )  # their digits were lost with the paper's formulas

@@ -36,7 +36,7 @@ __all__ = [
     "description",
 ]
 
-# %% ../../nbs/evidence/04_reading.ipynb #244f8ae0
+# %% ../../nbs/evidence/04_reading.ipynb #c8cb1c54
 # tables of the paper that are about other data than CIFAR-10 -> labels of the runs that are like it
 _OTHER_DATA = {
     "Table 10": ("cifar100_", "tinyimagenet100_"),
@@ -46,6 +46,7 @@ _OTHER_DATA = {
 }
 
 
+# %% ../../nbs/evidence/04_reading.ipynb #244f8ae0
 @dataclass(frozen=True)
 class Results:
     "The stored runs of one dataset and network."

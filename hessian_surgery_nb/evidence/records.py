@@ -70,7 +70,7 @@ def _rules(record: type) -> tuple[_Rule, ...]:
     )
 
 
-# %% ../../nbs/evidence/00a_records.ipynb #81570eff
+# %% ../../nbs/evidence/00a_records.ipynb #9ba6536e
 _SCALARS = {float: (float, int, type(None)), int: (int,), str: (str,), bool: (bool,)}
 
 
@@ -111,6 +111,7 @@ def _expect(fits: bool, where: str, what: str, value: Any):
         raise _misfit(f"{where} must be {what}, and is {value!r:.60}")
 
 
+# %% ../../nbs/evidence/00a_records.ipynb #81570eff
 def _misfit(what: str) -> InputError:
     return InputError(
         f"a stored run must hold what its experiment writes. {what}; "
@@ -118,7 +119,7 @@ def _misfit(what: str) -> InputError:
     )
 
 
-# %% ../../nbs/evidence/00a_records.ipynb #92cc07a1
+# %% ../../nbs/evidence/00a_records.ipynb #0b0d197c
 def _plain(value: Any) -> Any:
     "The same for JSON: records become dictionaries, tuples become lists."
     if isinstance(value, StoredRecord):
@@ -130,6 +131,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+# %% ../../nbs/evidence/00a_records.ipynb #92cc07a1
 class StoredRecord:
     "A frozen dataclass that JSON holds. Its fields are the keys."
 

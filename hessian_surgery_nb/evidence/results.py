@@ -181,7 +181,7 @@ class WalkRun(StoredRecord):
     anywhere: WalkRecord
 
 
-# %% ../../nbs/evidence/00b_results.ipynb #fedd0b4c
+# %% ../../nbs/evidence/00b_results.ipynb #7187a98b
 @dataclass(frozen=True, kw_only=True)
 class SensitivityRun(StoredRecord):
     "The sensitivity matrix at the start and what it says beforehand. Fractions."
@@ -217,6 +217,7 @@ class AmplitudePoint(StoredRecord):
     error: float  # their difference
 
 
+# %% ../../nbs/evidence/00b_results.ipynb #fedd0b4c
 @dataclass(frozen=True, kw_only=True)
 class LinearisationRun(StoredRecord):
     "Appendix D."
@@ -225,7 +226,7 @@ class LinearisationRun(StoredRecord):
     sweep: Sequence[AmplitudePoint]
 
 
-# %% ../../nbs/evidence/00b_results.ipynb #b0443000
+# %% ../../nbs/evidence/00b_results.ipynb #1a5e7fd8
 @dataclass(frozen=True, kw_only=True)
 class IterationRecord(StoredRecord):
     "One iteration of Algorithm 2. Fractions, on the sensitivity set."
@@ -256,6 +257,7 @@ class SurgeryTiming(StoredRecord):
     iteration_seconds: Sequence[float]
 
 
+# %% ../../nbs/evidence/00b_results.ipynb #b0443000
 @dataclass(frozen=True, kw_only=True)
 class SurgeryRun(StoredRecord):
     "Surgery: where it started, every iteration, where it ended."
@@ -538,7 +540,7 @@ class BiasesRun(StoredRecord):
     points: Sequence[BiasRecord]
 
 
-# %% ../../nbs/evidence/00b_results.ipynb #525ed5fe
+# %% ../../nbs/evidence/00b_results.ipynb #bbbecd68
 @dataclass(frozen=True, kw_only=True)
 class PhaseStep(StoredRecord):
     "One iteration in a phase. Fractions, on the sensitivity set."
@@ -574,6 +576,7 @@ class PhaseRow(StoredRecord):
     measured: SummaryRecord  # after the phase
 
 
+# %% ../../nbs/evidence/00b_results.ipynb #525ed5fe
 @dataclass(frozen=True, kw_only=True)
 class DeflationRun(StoredRecord):
     "Surgery over all spikes, a phase at a time."

@@ -29,7 +29,7 @@ from ..foundations.weight_files import load_weights
 __all__ = ["request", "perform", "model_of"]
 
 
-# %% ../../nbs/evidence/03a_run_experiments.ipynb #43dbd591
+# %% ../../nbs/evidence/03a_run_experiments.ipynb #be64b3ca
 def request(
     study: Study,
     name: str,  # one of EXPERIMENTS
@@ -53,6 +53,7 @@ def request(
     return asked | experiment.depends_on(study) | dict(experiment.settings)
 
 
+# %% ../../nbs/evidence/03a_run_experiments.ipynb #43dbd591
 def perform(
     study: Study,
     name: str,  # one of EXPERIMENTS

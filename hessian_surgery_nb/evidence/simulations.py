@@ -97,7 +97,7 @@ def forward_step(
     return solve(torch.stack(changes, 1) / eps)
 
 
-# %% ../../nbs/evidence/02d_simulations.ipynb #0ba722cf
+# %% ../../nbs/evidence/02d_simulations.ipynb #b29004ce
 def _spread(accuracy: torch.Tensor) -> float:
     return accuracy.std(correction=0).item()
 
@@ -113,6 +113,7 @@ def _solver(accuracy: torch.Tensor, eps: float, config: SurgeryConfig) -> Solve:
     return solve
 
 
+# %% ../../nbs/evidence/02d_simulations.ipynb #0ba722cf
 def simulate_surgery(
     jacobian: LogitJacobian,  # on the sensitivity set
     config: SurgeryConfig,
@@ -143,7 +144,7 @@ def simulate_surgery(
     return best
 
 
-# %% ../../nbs/evidence/02d_simulations.ipynb #5f28a429
+# %% ../../nbs/evidence/02d_simulations.ipynb #2eddf899
 def predicted_spread(
     jacobian: LogitJacobian,
     alpha: torch.Tensor,  # (K,)
@@ -172,6 +173,7 @@ def predicted_on_both(
     )
 
 
+# %% ../../nbs/evidence/02d_simulations.ipynb #5f28a429
 def both_jacobians(
     study: Study,
     model: nn.Module,
@@ -186,7 +188,7 @@ def both_jacobians(
     )
 
 
-# %% ../../nbs/evidence/02d_simulations.ipynb #56fd555c
+# %% ../../nbs/evidence/02d_simulations.ipynb #2148fa93
 SWEEP = dict(
     amplitude=(0.25, 0.5, 1.0, 2.0),
     p=(0.0, 0.5, 1.0, 2.0, 4.0),
@@ -204,6 +206,7 @@ def simulation_settings(
     return dict(iterations=study.scale.iterations, tau=study.tau)
 
 
+# %% ../../nbs/evidence/02d_simulations.ipynb #56fd555c
 def varied_settings(
     study: Study,
     sweep: Mapping[str, Sequence[Any]],  # setting -> its values
@@ -433,7 +436,7 @@ class _NoiseProblem:
         return (sensitivity.matrix.norm(dim=0) / sensitivity.noise.norm(dim=0)).tolist()
 
 
-# %% ../../nbs/evidence/02d_simulations.ipynb #5ae3722a
+# %% ../../nbs/evidence/02d_simulations.ipynb #108b6833
 def _noise_problem(study: Study, model: nn.Module, price: float) -> _NoiseProblem:
     eps = first_amplitude(study, model)
     # in phases, since the last are a hundredth of the first
@@ -458,6 +461,7 @@ def _noise_problem(study: Study, model: nn.Module, price: float) -> _NoiseProble
     )
 
 
+# %% ../../nbs/evidence/02d_simulations.ipynb #5ae3722a
 def noise_of_images(
     study: Study,
     folder: Path,

@@ -208,7 +208,7 @@ def class_mean_structure(
     )
 
 
-# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #3665a271
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #294378b1
 def density_record(
     density: SpectralDensity,
 ) -> DensityRecord:
@@ -221,6 +221,7 @@ def density_record(
     )
 
 
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #3665a271
 def leading_spectrum(
     study: Study,
     folder: Path,
@@ -284,7 +285,7 @@ def batch_stability(
     )
 
 
-# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #a52cefc4
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #59215703
 def _walk(study: Study, model: nn.Module, within: str) -> WalkRecord:
     splits = study.splits
     found = bulk_walk(
@@ -314,6 +315,7 @@ def _walk(study: Study, model: nn.Module, within: str) -> WalkRecord:
     )
 
 
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #a52cefc4
 def walks(
     study: Study,
     folder: Path,
@@ -378,7 +380,7 @@ def sensitivity_at_start(
     )
 
 
-# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #9d44a212
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #f31ff12c
 def linearisation_settings(
     study: Study,
 ) -> dict[str, Any]:
@@ -405,6 +407,7 @@ def linearisation(
     return LinearisationRun(eps=eps, sweep=sweep)
 
 
+# %% ../../nbs/evidence/02_spectrum_experiments.ipynb #9d44a212
 def _at_amplitude(
     study: Study, model: nn.Module, pairs: Eigenpairs, sensitivity: Sensitivity, eps: float
 ) -> AmplitudePoint:

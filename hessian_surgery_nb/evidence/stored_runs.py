@@ -62,7 +62,7 @@ __all__ = [
     "read_stored",
 ]
 
-# %% ../../nbs/evidence/00c_stored_runs.ipynb #5bce3584
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #3fe048b4
 _EXPERIMENTS = {
     NetworkRun: ("network",),
     StartRun: ("fl_start", "cb_start"),
@@ -111,10 +111,12 @@ _EXPERIMENTS = {
     BiasesRun: ("front_biases",),
     DeflationRun: ("deflated", "deflated_smooth"),
 }
+
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #5bce3584
 RESULT_TYPES = {name: kind for kind, names in _EXPERIMENTS.items() for name in names}
 
 
-# %% ../../nbs/evidence/00c_stored_runs.ipynb #c7cd1a66
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #94639099
 @dataclass(frozen=True, kw_only=True)
 class Circumstances(StoredRecord):
     "When, where and with what something was run."
@@ -131,6 +133,7 @@ class Circumstances(StoredRecord):
     note: str | None = None  # by hand
 
 
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #d980090d
 @dataclass(frozen=True, kw_only=True)
 class StoredRun(StoredRecord):
     "One experiment with one seed: a file."
@@ -166,6 +169,7 @@ class StoredRun(StoredRecord):
         return self.config["seed"]
 
 
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #c7cd1a66
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -210,7 +214,7 @@ class BenchmarkFile(StoredRecord):
     details: Mapping[str, Any] = remaining_keys()  # what the table sums up
 
 
-# %% ../../nbs/evidence/00c_stored_runs.ipynb #299bdcc3
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #d6cc88f3
 @dataclass(frozen=True, kw_only=True)
 class ScreeningRecord(StoredRecord):
     "What is known of a network before surgery. Fractions."
@@ -244,6 +248,7 @@ class ScreenedNetwork(StoredRecord):
     matvecs: int
 
 
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #299bdcc3
 @dataclass(frozen=True, kw_only=True)
 class ScreeningFile(StoredRecord):
     "Whether what is known before tells what surgery brings."
@@ -253,7 +258,7 @@ class ScreeningFile(StoredRecord):
     rows: Sequence[ScreenedNetwork]
 
 
-# %% ../../nbs/evidence/00c_stored_runs.ipynb #f67cd940
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #2c9741ac
 @dataclass(frozen=True, kw_only=True)
 class CoverageCell(StoredRecord):
     "One kind of interval in one world."
@@ -288,6 +293,7 @@ class CoverageConditions(StoredRecord):
     seconds: float
 
 
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #f67cd940
 @dataclass(frozen=True, kw_only=True)
 class CoverageFile(StoredRecord):
     "How often intervals of sigma hold the truth."
@@ -296,7 +302,7 @@ class CoverageFile(StoredRecord):
     cells: Sequence[CoverageCell]
 
 
-# %% ../../nbs/evidence/00c_stored_runs.ipynb #48387844
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #3cd75b0f
 @dataclass(frozen=True, kw_only=True)
 class IntervalRecord(StoredRecord):
     "A mean over seeds with its 95 % interval."
@@ -326,6 +332,7 @@ class DemoSet(StoredRecord):
     classes: Sequence[int]  # (C,) images
 
 
+# %% ../../nbs/evidence/00c_stored_runs.ipynb #48387844
 @dataclass(frozen=True, kw_only=True)
 class DemoFile(StoredRecord):
     "The demo over several seeds."

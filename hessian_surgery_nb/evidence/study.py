@@ -327,7 +327,7 @@ class StartingPoint:
     model: nn.Module
 
 
-# %% ../../nbs/evidence/01_study.ipynb #7be41c05
+# %% ../../nbs/evidence/01_study.ipynb #faa8f3ca
 def report_record(
     report: ClassReport,
 ) -> ReportRecord:
@@ -351,6 +351,7 @@ class Evaluation:
     labels: torch.Tensor  # (N,)
 
 
+# %% ../../nbs/evidence/01_study.ipynb #7be41c05
 def evaluate(
     study: Study,
     model: nn.Module,

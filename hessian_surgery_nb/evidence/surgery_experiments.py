@@ -136,7 +136,7 @@ def lesion_surgery(
     return surgery_run(study, folder, start, images, iterations=study.scale.iterations, **settings)
 
 
-# %% ../../nbs/evidence/02a_surgery_experiments.ipynb #f6a76b12
+# %% ../../nbs/evidence/02a_surgery_experiments.ipynb #f94cb9eb
 ABLATION = (
     dict(box=True, p=0.0, how="natural"),
     dict(box=True, p=0.5, how="natural"),
@@ -163,6 +163,7 @@ def ablation(
     return AblationRun(rows=[_ablation_row(study, folder, start, each) for each in settings])
 
 
+# %% ../../nbs/evidence/02a_surgery_experiments.ipynb #f6a76b12
 def _ablation_row(
     study: Study, folder: Path, start: StartingPoint, setting: AblationSetting
 ) -> AblationRow:

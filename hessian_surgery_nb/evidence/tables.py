@@ -124,7 +124,7 @@ def table_4(
     return without_empty_columns(pd.DataFrame(rows).T)
 
 
-# %% ../../nbs/evidence/05_tables.ipynb #a81e8d87
+# %% ../../nbs/evidence/05_tables.ipynb #9c8d0c20
 def _trace(run: SurgeryRun, weak: list[str]) -> list[dict]:
     "The start of one operation and its steps, on the sensitivity set."
     first = run.sensitivity_before
@@ -151,6 +151,7 @@ def _trace(run: SurgeryRun, weak: list[str]) -> list[dict]:
     return rows
 
 
+# %% ../../nbs/evidence/05_tables.ipynb #a81e8d87
 def table_5(
     results: Results,
     seed: int | None = None,  # None: the first there is
@@ -173,7 +174,7 @@ def table_5(
     return without_empty_columns(frame.round(digits))
 
 
-# %% ../../nbs/evidence/05_tables.ipynb #13fb2459
+# %% ../../nbs/evidence/05_tables.ipynb #8c9d37ff
 def _overall(walk: WalkRecord, step: int) -> float:  # percent
     "Global accuracy at one step of a walk."
     counts = walk.counts
@@ -199,6 +200,7 @@ def _walk_row(within: str, walks: list[WalkRecord]) -> dict:
     }
 
 
+# %% ../../nbs/evidence/05_tables.ipynb #13fb2459
 def table_6(results: Results):
     "The walks: start and end, and the largest change of a class in units of its own noise."
     import pandas as pd
@@ -219,7 +221,7 @@ def table_6(results: Results):
     return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
 
 
-# %% ../../nbs/evidence/05_tables.ipynb #5c188ccd
+# %% ../../nbs/evidence/05_tables.ipynb #3a260b9b
 ROWS_7 = [  # method, experiment, part of its results (None: all of it)
     ("focal loss fine-tuning", "focal", None),
     ("class-balanced fine-tuning", "balanced", None),
@@ -249,6 +251,7 @@ def part_of(
     return getattr(run, part)
 
 
+# %% ../../nbs/evidence/05_tables.ipynb #5c188ccd
 def _method_row(results: Results, method: str, name: str, part: str | None) -> dict | None:
     "One row of Table 7; None where it has not been run."
     if name not in results or not results.seeds(name, "network"):
@@ -307,7 +310,7 @@ def table_8(results: Results):
     return without_empty_columns(pd.DataFrame(rows).set_index(["schedule", "p"]))
 
 
-# %% ../../nbs/evidence/05_tables.ipynb #1595e5c3
+# %% ../../nbs/evidence/05_tables.ipynb #448eed21
 def _against_the_rule(results: Results, goal: str, name: str, chosen: str) -> tuple:
     "Change of the goal's figure against the rule's choice: mean, low, high (pp)."
     if goal == "sigma":
@@ -329,6 +332,7 @@ def _rule_verdict(goal: str, change: tuple) -> str:
     return "undecided"
 
 
+# %% ../../nbs/evidence/05_tables.ipynb #1595e5c3
 def table_3(
     results: Results,
     schedule: str = "adam",  # or gamma
@@ -381,12 +385,16 @@ def table_9(results: Results):
     return pd.DataFrame(rows).set_index("state")
 
 
-# %% ../../nbs/evidence/05_tables.ipynb #aeea54b8
+# %% ../../nbs/evidence/05_tables.ipynb #2174dd71
 _STABILITY = {15: "eigenvalues", 16: "cosines", 17: "subspaces", 18: "timing"}
+
+
 _STABILITY_COLUMNS = {
     16: ["matched, mean", "matched, min", "by rank, mean"],
     18: ["s a product", "s a run"],
 }
+
+
 _STABILITY_DIGITS = {15: 1, 16: 3, 17: 1, 18: 2}
 
 
@@ -417,6 +425,7 @@ def table_15(results: Results):
     return stability_table(results, 15)
 
 
+# %% ../../nbs/evidence/05_tables.ipynb #aeea54b8
 def table_16(results: Results):
     "Cosines between eigenvectors of a batch and of the largest."
     return stability_table(results, 16)

@@ -107,12 +107,19 @@ def table_13(results: Results):
     return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
 
 
-# %% ../../nbs/evidence/05b_tables_isic.ipynb #bb071c23
+# %% ../../nbs/evidence/05b_tables_isic.ipynb #3af3c672
 _BELOW_0 = (-math.inf, 0)
+
+
 _ABOVE_0 = (0, math.inf)
+
+
 _AT_MOST_5_LOST = (-5, math.inf)
+
+
 _SAME_WITHIN_2 = (-2, 2)
 
+# %% ../../nbs/evidence/05b_tables_isic.ipynb #bb071c23
 # claim, method, what it is compared with, figure, where the change should lie (pp)
 CLAIMS_13 = (
     (
@@ -191,7 +198,7 @@ CLAIMS_13 = (
 )
 
 
-# %% ../../nbs/evidence/05b_tables_isic.ipynb #d5fbec97
+# %% ../../nbs/evidence/05b_tables_isic.ipynb #e83b801b
 def verdict(
     triple: tuple[float, float, float],  # change, and the ends of its interval
     where: tuple[float, float],  # the claim puts the change between these
@@ -208,6 +215,7 @@ def verdict(
     return "undecided"
 
 
+# %% ../../nbs/evidence/05b_tables_isic.ipynb #d5fbec97
 def claims_13(results: Results):
     "The claims of section 9.4, each with the paired change over seeds and held-out images."
     import pandas as pd

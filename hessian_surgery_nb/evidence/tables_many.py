@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/evidence/05a_tables_many.ipynb #df3cc95c
+# %% ../../nbs/evidence/05a_tables_many.ipynb #b6b98914
 def answers_after_phase(
     phase: int,  # from 0
     on: str = "held_out",  # or other
@@ -76,6 +76,7 @@ def _phase_row(results: Results, runs: list[StoredRecord], phase: int, first: in
     return row | paper_pair((overall, sigma))
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #df3cc95c
 def table_10(results: Results):
     """Deflated surgery, phase by phase: means over seeds on the sensitivity set, changes on
     held-out images.
@@ -130,7 +131,7 @@ def table_11(results: Results):
     return without_empty_columns(pd.DataFrame(rows).set_index("tenth"))
 
 
-# %% ../../nbs/evidence/05a_tables_many.ipynb #ae6fe7a7
+# %% ../../nbs/evidence/05a_tables_many.ipynb #f094231e
 def _total_row(
     runs: list[StoredRecord],
     before: list[ReportRecord],
@@ -149,6 +150,7 @@ def _total_row(
     }
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #30354eb9
 def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
     "What one way of deflated surgery brings, held-out and on images of another kind."
     runs = results.of(name, "network")
@@ -176,6 +178,7 @@ def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
     return rows | {f"{label}, on test images of another kind": row}
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #ae6fe7a7
 def table_12(results: Results):
     "What it all brings, held-out."
     import pandas as pd
@@ -196,7 +199,7 @@ def table_12(results: Results):
     return pd.DataFrame(rows).T.astype(object).fillna("")
 
 
-# %% ../../nbs/evidence/05a_tables_many.ipynb #94f19964
+# %% ../../nbs/evidence/05a_tables_many.ipynb #1d28a707
 def _limits_row(setting: str, found: list[StoredRecord], starts: list[StoredRecord]) -> dict:
     "One setting of the simulated loop: held-out changes over seeds."
     before = [start.held_out for start in starts]
@@ -224,6 +227,7 @@ def _setting_text(changed: dict) -> str:
     return ", ".join(f"{name} = {value}" for name, value in shown.items())
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #94f19964
 def limits_frame(results: Results):
     """The loop simulated on linearised logits, one setting varied at a time: held-out change of
     global accuracy and of sigma.
@@ -250,7 +254,7 @@ def limits_frame(results: Results):
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
 
 
-# %% ../../nbs/evidence/05a_tables_many.ipynb #ef80e084
+# %% ../../nbs/evidence/05a_tables_many.ipynb #a89a88af
 FRONTS = dict(  # name of the experiment, without front_ -> what is moved
     biases="biases",
     spikes="spikes",
@@ -270,6 +274,7 @@ def at_price(
     return point.then_biases if then else point
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #ef80e084
 def _price_row(results: Results, price: float, name: str, then: bool) -> dict:
     "What one kind of direction buys at one price."
     front = f"front_{name}"
@@ -310,7 +315,7 @@ def prices_frame(results: Results):
     return pd.DataFrame(rows).set_index(["price (pp)", "method"])
 
 
-# %% ../../nbs/evidence/05a_tables_many.ipynb #7b20f347
+# %% ../../nbs/evidence/05a_tables_many.ipynb #89c1f54f
 NOISE = dict(  # how the noise of S is dealt with -> in words
     accuracy="S from accuracies",
     shrunk="S shrunk by its noise",
@@ -349,6 +354,7 @@ def has_biases(results: Results) -> bool:
     return results.seeds("noise", "front_biases") == results.seeds("noise")
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #397dc9cc
 def answers_at(row_of: Callable[[StoredRecord], StoredRecord]) -> Callable[[StoredRecord], str]:
     "Which held-out images were right at one end: a function of a run."
     return lambda run: row_of(run).correct
@@ -386,6 +392,7 @@ def _noise_cells(results: Results, how: str, spikes: int, images: int) -> dict:
     return cells
 
 
+# %% ../../nbs/evidence/05a_tables_many.ipynb #7b20f347
 def _bias_cells(results: Results, spikes: int, images: int) -> dict:
     "The control: biases by the same solver, no weight moved."
     starts = results.of("noise", "network")

@@ -106,7 +106,7 @@ def _with_order_drawn(loader: DataLoader) -> DataLoader:
     return DataLoader(loader.dataset, **options)
 
 
-# %% ../../nbs/foundations/06_batches.ipynb #86bc382d
+# %% ../../nbs/foundations/06_batches.ipynb #e793e462
 def map_tensors(
     change: Callable[[torch.Tensor], Any],
     x: Inputs,
@@ -135,6 +135,7 @@ def tensors_in(
     return found
 
 
+# %% ../../nbs/foundations/06_batches.ipynb #86bc382d
 def to_device(
     x: Inputs,
     device: torch.device,
@@ -237,7 +238,7 @@ def my_batches(
     return shard
 
 
-# %% ../../nbs/foundations/06_batches.ipynb #eade7ba7
+# %% ../../nbs/foundations/06_batches.ipynb #44b71d7e
 def check_batch(
     X: Inputs,
     y: torch.Tensor,  # (N, ...)
@@ -266,6 +267,7 @@ def _check_finite(tensor: torch.Tensor):
     )
 
 
+# %% ../../nbs/foundations/06_batches.ipynb #eade7ba7
 def _check_class_numbers(y: torch.Tensor, logits: torch.Tensor, ignored: int):
     "One class number for each prediction, and no class without an output."
     if y.shape != logits.shape[:1] + logits.shape[2:]:

@@ -86,7 +86,7 @@ def shard(
     return v[share(len(v), self.rank, self.size)].clone()
 
 
-# %% ../../nbs/foundations/03_distributed.ipynb #c04e3a62
+# %% ../../nbs/foundations/03_distributed.ipynb #2aa320a5
 @contextmanager
 def _all_present(team: Team) -> Iterator:  # the module torch.distributed
     "Around a call that waits for all ranks: where it fails, one of them has ended."
@@ -116,6 +116,7 @@ def all_reduce(
     return t
 
 
+# %% ../../nbs/foundations/03_distributed.ipynb #c04e3a62
 @patch
 def gather(
     self: Team,
@@ -177,7 +178,7 @@ def current_team() -> Team:
     return _TEAMS[-1]
 
 
-# %% ../../nbs/foundations/03_distributed.ipynb #1b226d16
+# %% ../../nbs/foundations/03_distributed.ipynb #47a6711a
 _KEEPER = "The one that keeps the signs of life (rank 0, or torchrun)"
 
 
@@ -215,6 +216,7 @@ class Heartbeat(threading.Thread):
         )
 
 
+# %% ../../nbs/foundations/03_distributed.ipynb #1b226d16
 def _end_process(message: str):
     print(f"hessian-surgery: {message}", file=sys.stderr, flush=True)
     os._exit(3)
@@ -307,6 +309,7 @@ def _start_group(backend: str, patience: float) -> Heartbeat:
     return watch
 
 
+# %% ../../nbs/foundations/03_distributed.ipynb #b869d973
 @contextmanager
 def distributed(
     *,

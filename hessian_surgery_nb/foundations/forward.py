@@ -242,7 +242,7 @@ def _lacks_forward_mode(e: Exception) -> bool:
     return any(word in str(e) for word in words)
 
 
-# %% ../../nbs/foundations/09_forward.ipynb #c0195bda
+# %% ../../nbs/foundations/09_forward.ipynb #53f4376e
 @plainly()
 def logits_and_change(
     logits_of: Callable[[list[torch.Tensor]], torch.Tensor],  # weights -> logits
@@ -265,6 +265,7 @@ def logits_and_change(
     return logits, _change_by_backward(logits, leaves, v)
 
 
+# %% ../../nbs/foundations/09_forward.ipynb #c0195bda
 def _change_by_backward(logits, leaves, v) -> torch.Tensor | None:
     "J v as the derivative of J' w with respect to w."
     w = torch.zeros_like(logits).requires_grad_()

@@ -47,7 +47,7 @@ __all__ = [
     "load_state",
 ]
 
-# %% ../../nbs/foundations/20_krylov_state.ipynb #086578ab
+# %% ../../nbs/foundations/20_krylov_state.ipynb #e3e6c8f0
 WANTED_ENDS = {
     "LA": (1,),
     "SA": (-1,),
@@ -55,6 +55,7 @@ WANTED_ENDS = {
 }  # at which ends of the spectrum the wanted eigenvalues are
 
 
+# %% ../../nbs/foundations/20_krylov_state.ipynb #086578ab
 @dataclass(frozen=True, kw_only=True)
 class Search:
     "What is looked for, and with what: the same from the first matvec to the last."
@@ -97,7 +98,7 @@ class Search:
         return rows.view(count, local)
 
 
-# %% ../../nbs/foundations/20_krylov_state.ipynb #23065341
+# %% ../../nbs/foundations/20_krylov_state.ipynb #09f7edeb
 @dataclass(frozen=True, kw_only=True)
 class RitzPairs:
     "Eigenpairs of the projection, most wanted first: approximate eigenpairs of the operator."
@@ -107,6 +108,7 @@ class RitzPairs:
     residuals: torch.Tensor  # (m,) float64, bounds on |H y - theta y|, matvecs taken as exact
 
 
+# %% ../../nbs/foundations/20_krylov_state.ipynb #23065341
 @dataclass(frozen=True, kw_only=True)
 class KrylovState:
     """Where a search stands.
@@ -408,8 +410,10 @@ def thick_restart(
     )
 
 
-# %% ../../nbs/foundations/20_krylov_state.ipynb #bbf1acbe
+# %% ../../nbs/foundations/20_krylov_state.ipynb #f6fd411e
 _LAYOUT = 2  # of the file that a run_dir holds
+
+
 _STATE_FILE = "state.safetensors"
 
 
@@ -425,6 +429,7 @@ def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:  # (m,) or (m, m),
     return padded
 
 
+# %% ../../nbs/foundations/20_krylov_state.ipynb #bbf1acbe
 def save_state(search: Search, state: KrylovState):
     "The small state beside the vectors, in one step; then older vectors may go."
     chain = state.chain
@@ -455,7 +460,7 @@ def save_state(search: Search, state: KrylovState):
         (search.run_dir / f"basis{old}.bin").unlink(missing_ok=True)
 
 
-# %% ../../nbs/foundations/20_krylov_state.ipynb #0cd7c95a
+# %% ../../nbs/foundations/20_krylov_state.ipynb #5f1038d3
 def load_state(search: Search) -> KrylovState | None:
     "Take up an interrupted run, if there is one; refuse one that asked for something else."
     if search.run_dir is None or not (search.run_dir / _STATE_FILE).exists():
@@ -495,6 +500,7 @@ def load_state(search: Search) -> KrylovState | None:
     )
 
 
+# %% ../../nbs/foundations/20_krylov_state.ipynb #0cd7c95a
 def _check_request(search: Search):
     "Refuse the directory of another version, or of another request."
     with safe_open(search.run_dir / _STATE_FILE, "pt") as file:

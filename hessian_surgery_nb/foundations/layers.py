@@ -118,7 +118,7 @@ def _add_parts(shape: tuple, like, parts: Iterable[tuple[tuple, torch.Tensor]]):
     return total.permute(0, 3, 1, 2)
 
 
-# %% ../../nbs/foundations/08_layers.ipynb #747b5b84
+# %% ../../nbs/foundations/08_layers.ipynb #1ce1c25e
 def _taps_forward(x, w, geometry: ConvGeometry, plus=None):
     "The convolution, and plus a result that is used up."
     if plus is not None and _is_one_by_one(w) and _pixels(plus).is_contiguous():
@@ -150,6 +150,7 @@ def _taps_to_input(gy, x, w, geometry: ConvGeometry):
     return _add_parts((len(x), *x.shape[2:], x.shape[1]), gy, parts())
 
 
+# %% ../../nbs/foundations/08_layers.ipynb #747b5b84
 def _taps_to_weight(gy, x, w, geometry: ConvGeometry):
     "The gradient for the kernel."
     parts = {}
@@ -362,7 +363,7 @@ def _plus_product(total, a, b):
     return torch.addcmul(total, a, b)
 
 
-# %% ../../nbs/foundations/08_layers.ipynb #ef1dad84
+# %% ../../nbs/foundations/08_layers.ipynb #c95d48ed
 class LeanLayers(TorchFunctionMode):
     """While active, some layers are swapped for equals that are good to differentiate twice.
 
@@ -395,6 +396,7 @@ class LeanLayers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# %% ../../nbs/foundations/08_layers.ipynb #ef1dad84
 def _layers_stay() -> bool:
     """Whether layers run as they are.
 

@@ -92,7 +92,7 @@ def is_cross_entropy(
     return known_reduction(loss_fn) is not None
 
 
-# %% ../../nbs/foundations/05_losses.ipynb #a00a37f1
+# %% ../../nbs/foundations/05_losses.ipynb #665b70df
 _FAULTS_OF_INPUT = (
     RuntimeError,
     ValueError,
@@ -108,6 +108,7 @@ def _kind_and_shape(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
 
 
+# %% ../../nbs/foundations/05_losses.ipynb #a00a37f1
 def call_loss(
     loss_fn: LossFunction,
     output: torch.Tensor,  # (N, C, ...)
@@ -304,7 +305,7 @@ def _weigh_losses(
     return _Weighing(adds=adds, weight=weight, error=error / max(share * (1 - share), 1e-12))
 
 
-# %% ../../nbs/foundations/05_losses.ipynb #c7483180
+# %% ../../nbs/foundations/05_losses.ipynb #e96199cf
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
     "What a loss is, by all weighings of a batch against one reference."
@@ -334,6 +335,7 @@ def _answer(
     return _agreement(weighings)
 
 
+# %% ../../nbs/foundations/05_losses.ipynb #c7483180
 def _agreement(weighings: list[_Weighing]) -> _Answer:
     "What several weighings say together."
     if all(weighing.adds for weighing in weighings):
@@ -400,7 +402,7 @@ class LossDivisor:
         return self.reduction == "sum"
 
 
-# %% ../../nbs/foundations/05_losses.ipynb #1627f53d
+# %% ../../nbs/foundations/05_losses.ipynb #98828d67
 @patch
 def prepare(
     self: LossDivisor,
@@ -425,6 +427,7 @@ def _of_first_rank(reference: Reference, team: Team) -> Reference:
     return Reference(*[team.broadcast(part.detach().clone()) for part in parts])
 
 
+# %% ../../nbs/foundations/05_losses.ipynb #1627f53d
 @patch
 def __call__(
     self: LossDivisor,

@@ -224,6 +224,7 @@ class PassRecord:
         return self.rows[:, 4]
 
 
+# %% ../../nbs/foundations/09a_objective.ipynb #32accf94
 def record_row(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -297,7 +298,7 @@ def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: LoadedBatch) 
     return self.loss(self.objective.logits(leaves, batch.inputs), batch)
 
 
-# %% ../../nbs/foundations/09a_objective.ipynb #39e27dd6
+# %% ../../nbs/foundations/09a_objective.ipynb #3312eb60
 @patch
 def _denominator(self: DataPass, logits: torch.Tensor, batch: LoadedBatch) -> float:  # 1 for a sum
     divisor = self.objective.divisor
@@ -319,6 +320,7 @@ def _seen_earlier(self: DataPass, batch: LoadedBatch) -> bool:
     return bool(self.earlier.labels[batch.position] == checksum(batch.labels))
 
 
+# %% ../../nbs/foundations/09a_objective.ipynb #39e27dd6
 @patch
 def _prepare_divisor(self: DataPass):
     "Show the loss the logits and labels of a few dozen images."

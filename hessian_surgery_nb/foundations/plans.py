@@ -122,7 +122,7 @@ class PlanRequest:
             raise InputError(f"memory must be a positive number of bytes. Got {self.memory!r}.")
 
 
-# %% ../../nbs/foundations/09d_plans.ipynb #4816119b
+# %% ../../nbs/foundations/09d_plans.ipynb #63918130
 @dataclass(frozen=True)
 class MemoryLine:
     "Bytes against images: a line through two measurements."
@@ -142,6 +142,7 @@ class MemoryLine:
         return max(1, int((allowed - self.needed(0)) / self.slope))
 
 
+# %% ../../nbs/foundations/09d_plans.ipynb #4816119b
 def choose_plan(
     mode: str,  # the best that layers allow
     line: MemoryLine,

@@ -136,7 +136,7 @@ def no_missed_pair(
     return replace(state, chain=chain), certain
 
 
-# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #72b41d43
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #4375e89c
 def _lack(search: Search, state: KrylovState, couplings: torch.Tensor) -> torch.Tensor:
     "What the wanted pairs lack in the direction of each vector, from their couplings (j, m); (j,)."
     if not len(couplings):
@@ -176,6 +176,7 @@ def _forget_waiting(state: KrylovState, i: int) -> KrylovState:
     )
 
 
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #72b41d43
 def _without_row(rows: torch.Tensor, i: int) -> torch.Tensor:
     return torch.cat([rows[:i], rows[i + 1 :]])
 
@@ -204,7 +205,7 @@ def recall_waiting(search: Search, state: KrylovState, i: int) -> KrylovState:
     )
 
 
-# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #04aa8911
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #286447b0
 def random_restart(search: Search, state: KrylovState, wanted: Wanted) -> KrylovState:
     "Go on with a random vector orthogonal to all rows. What was to come next waits."
     if state.next_vector is not None:
@@ -239,6 +240,7 @@ def _new_chain(state: KrylovState, wanted: Wanted) -> Chain:
     )
 
 
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #04aa8911
 def _make_room_for_chain(search: Search, state: KrylovState) -> KrylovState:
     "Restart, if the basis has too few free rows for a chain."
     size = search.max_basis
@@ -265,7 +267,7 @@ def start_chain(search: Search, state: KrylovState, wanted: Wanted) -> KrylovSta
     return random_restart(search, state, wanted)
 
 
-# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #aae60758
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #dfc0a0ca
 def choose_next(
     search: Search,
     state: KrylovState,
@@ -304,6 +306,7 @@ def _next_for_certainty(search: Search, state: KrylovState, wanted: Wanted) -> K
     return _next_by_coupling(search, state, wanted)
 
 
+# %% ../../nbs/foundations/21_restarted_lanczos.ipynb #aae60758
 def _next_by_coupling(search: Search, state: KrylovState, wanted: Wanted) -> KrylovState:
     "The vector with the largest coupling; a chain, if there is none."
     sizes = state.waiting_coupling.norm(dim=1)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .checks import ChangingFunction
@@ -100,32 +101,37 @@ class ModelWatch:
         self.record = record
         self.weights = weights_fingerprint(self.model)
 
-    def compare(
-        self,
-        record: PassRecord,
-        look_again: Callable[[], PassRecord],  # one more forward pass
-        moved: bool = False,  # was this pass at other weights than the model's own?
-    ) -> bool:  # is the function another one, at the same weights, and for good?
-        "Take note of a first pass; of a later one that differs, find out why."
-        if self.record is None:
-            self.expect(record)
-            return False
-        if self.changing or self.same(record, self.record, moved):
-            return False
-        if not moved and self.weights_moved():
-            self.expect(record)
-            return False
-        if not moved and self.same(look_again(), record):
-            self.expect(record)
-            return True
-        self._warn()
-        return False
 
-    def _warn(self):
-        warn_caller(
-            "the loss must be a fixed function of the weights. Two passes over the same data gave "
-            "different logits or labels: random augmentation, dropout, a hidden state, or a "
-            "loader that shuffles? Products are computed, and nothing is certified.",
-            ChangingFunction,
-        )
-        self.changing = True
+# %% ../../nbs/foundations/09b_same_function.ipynb #b6b6d668
+@patch
+def compare(
+    self: ModelWatch,
+    record: PassRecord,
+    look_again: Callable[[], PassRecord],  # one more forward pass
+    moved: bool = False,  # was this pass at other weights than the model's own?
+) -> bool:  # is the function another one, at the same weights, and for good?
+    "Take note of a first pass; of a later one that differs, find out why."
+    if self.record is None:
+        self.expect(record)
+        return False
+    if self.changing or self.same(record, self.record, moved):
+        return False
+    if not moved and self.weights_moved():
+        self.expect(record)
+        return False
+    if not moved and self.same(look_again(), record):
+        self.expect(record)
+        return True
+    self._warn()
+    return False
+
+
+@patch
+def _warn(self: ModelWatch):
+    warn_caller(
+        "the loss must be a fixed function of the weights. Two passes over the same data gave "
+        "different logits or labels: random augmentation, dropout, a hidden state, or a "
+        "loader that shuffles? Products are computed, and nothing is certified.",
+        ChangingFunction,
+    )
+    self.changing = True

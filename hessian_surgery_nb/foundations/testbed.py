@@ -147,7 +147,7 @@ def new_axes(
     return ax
 
 
-# %% ../../nbs/foundations/02_testbed.ipynb #a43a3376
+# %% ../../nbs/foundations/02_testbed.ipynb #46a3460f
 def softmax_hessian(
     X: np.ndarray | torch.Tensor,  # inputs, (N, d)
     W: np.ndarray | torch.Tensor,  # weights, (C, d)
@@ -187,6 +187,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:  # (N, C) each
     return exponentials / exponentials.sum(1, keepdims=True)
 
 
+# %% ../../nbs/foundations/02_testbed.ipynb #a43a3376
 def _weights_before_biases(num_classes: int, num_features: int) -> np.ndarray:  # (C d + C,)
     "Where the entries of (W | b), row by row, stand when all of W comes before b."
     places = np.arange(num_classes * (num_features + 1)).reshape(num_classes, num_features + 1)

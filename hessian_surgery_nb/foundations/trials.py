@@ -59,10 +59,11 @@ def _relative_distance(a: torch.Tensor, b: torch.Tensor, negligible: float) -> f
 
 # %% ../../nbs/foundations/09c_trials.ipynb #181b9215
 Value = Callable[[Sequence[torch.Tensor]], torch.Tensor]  # tensors -> scalar
-# value, where it is taken, direction -> H v, like the direction
+# of a value, where it is taken, and a direction: H v, like the direction
 Product = Callable[[Value, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
+# %% ../../nbs/foundations/09c_trials.ipynb #f77b85f5
 class Trial:
     "A scalar function of a list of tensors, on which derivatives are compared with differences."
 
@@ -138,7 +139,7 @@ def product_error(
     return min(errors)
 
 
-# %% ../../nbs/foundations/09c_trials.ipynb #f60af59a
+# %% ../../nbs/foundations/09c_trials.ipynb #29405f35
 def _network_trial(objective: Objective, X: Inputs, dtype: torch.dtype) -> Trial:
     "The network on a few images, in a type of choice."
 
@@ -177,6 +178,7 @@ def _loss_trial(objective: Objective, logits, y, dtype: torch.dtype) -> Trial:
     return Trial(value, [logits.detach().to(dtype)])
 
 
+# %% ../../nbs/foundations/09c_trials.ipynb #f60af59a
 def _in_double(make: Callable[[torch.dtype], Trial], own: torch.dtype) -> Trial:
     "In double precision; in the network's own type where the code takes no doubles."
     try:
@@ -185,7 +187,7 @@ def _in_double(make: Callable[[torch.dtype], Trial], own: torch.dtype) -> Trial:
         return make(own)
 
 
-# %% ../../nbs/foundations/09c_trials.ipynb #cd3babe8
+# %% ../../nbs/foundations/09c_trials.ipynb #86c661fe
 class NetworkTrials:
     "The loss on a few images, and what of it must be compared with differences."
 
@@ -223,6 +225,7 @@ class NetworkTrials:
         return call_loss(self.objective.loss_fn, logits, self.y)
 
 
+# %% ../../nbs/foundations/09c_trials.ipynb #cd3babe8
 def _wrong_gradient(trials: Sequence[Trial]) -> float | None:  # relative error
     "The error of a gradient that is no derivative; None where all are."
     for trial in trials:
@@ -232,7 +235,7 @@ def _wrong_gradient(trials: Sequence[Trial]) -> float | None:  # relative error
     return None
 
 
-# %% ../../nbs/foundations/09c_trials.ipynb #68db6d1b
+# %% ../../nbs/foundations/09c_trials.ipynb #c3e806ab
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     "A way to multiply that layers may or may not allow."
@@ -266,6 +269,7 @@ def best_mode(
     return "difference"
 
 
+# %% ../../nbs/foundations/09c_trials.ipynb #68db6d1b
 def _check_gradients(tried: NetworkTrials):
     error = _wrong_gradient(tried.trials)
     if error is not None:
@@ -276,7 +280,7 @@ def _check_gradients(tried: NetworkTrials):
         )
 
 
-# %% ../../nbs/foundations/09c_trials.ipynb #1da10e02
+# %% ../../nbs/foundations/09c_trials.ipynb #6f0719a2
 def _why_not(candidate: Candidate, tried: NetworkTrials) -> str | None:  # None: it will do
     "What is wrong with a candidate, on a few images."
     try:
@@ -305,6 +309,7 @@ def _disagrees(candidate: Candidate, trials: Sequence[Trial]) -> bool:
     return not max(errors, default=0.0) < 1.0
 
 
+# %% ../../nbs/foundations/09c_trials.ipynb #1da10e02
 def _check_differences(objective: Objective, X: Inputs, reason: str):
     "Differences of gradients are the last resort, if two steps agree."
     trial = _network_trial(objective, X, objective.dtype)

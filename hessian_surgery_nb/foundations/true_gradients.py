@@ -139,6 +139,7 @@ def _true_instance_norm(
     return out
 
 
+# %% ../../nbs/foundations/08a_true_gradients.ipynb #7bad7dae
 def _true_squares(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
     "The mean of squares."
     if reduction != "mean" or any(a is not None for a in (size_average, reduce, weight)):

@@ -80,7 +80,7 @@ class WatchedObjective(Objective):
         return full
 
 
-# %% ../../nbs/foundations/09e_watched.ipynb #a5ced3f6
+# %% ../../nbs/foundations/09e_watched.ipynb #c74c8c65
 @patch
 def sum_batches(
     self: WatchedObjective,
@@ -115,6 +115,7 @@ def _check_denominator(self: WatchedObjective, weight: float):
         )
 
 
+# %% ../../nbs/foundations/09e_watched.ipynb #a5ced3f6
 @patch
 def mean(
     self: WatchedObjective,
