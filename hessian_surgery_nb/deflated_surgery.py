@@ -170,7 +170,7 @@ def _next_spikes(plan: _PhasePlan, state: _PhaseState, size: int) -> Eigenpairs:
     operation = plan.operation
     config = operation.config
     hessian = HessianOperator(
-        operation.network(state.surgery.weights),
+        operation.load(state.surgery.weights),
         operation.loss_fn,
         operation.hessian_data,
         params=config.params,
@@ -196,7 +196,7 @@ def _amplitude_of(plan: _PhasePlan, state: _PhaseState, pairs: Eigenpairs) -> fl
     if config.eps is not None:
         return config.eps
     sensitivity, _ = choose_amplitude(
-        operation.network(state.surgery.weights),
+        operation.load(state.surgery.weights),
         pairs,
         operation.sensitivity_data,
         params=config.params,
@@ -311,7 +311,7 @@ def _read_phases(plan: _PhasePlan) -> _PhaseState | None:  # None: nothing was k
     _check_directions(plan)
     operation = plan.operation
     records = tuple(_as_phase(record) for record in facts["records"])
-    network = operation.network(operation.start.weights | named_part(tensors, "model"))
+    network = operation.load(operation.start.weights | named_part(tensors, "model"))
     evaluation = operation.evaluate(operation.sensitivity_data)
     surgery = start_state(snapshot(network), evaluation)
     history = tuple(step for record in records for step in record.steps)
@@ -387,7 +387,7 @@ def deflated_operate(
     for size in bar:
         state = run_phase(plan, state, size)
         if after_phase is not None:
-            after_phase(state.records[-1], operation.network(state.surgery.weights))
+            after_phase(state.records[-1], operation.load(state.surgery.weights))
         _write_phases(plan, state)
         record = state.records[-1]
         bar.set_postfix_str(f"{record.spikes} spikes, sigma {100 * record.sigma:.2f} pp")
@@ -432,7 +432,7 @@ def _result(
     after: Evaluation,
 ) -> DeflatedResult:
     return DeflatedResult(
-        model=operation.network(state.surgery.weights),
+        model=operation.load(state.surgery.weights),
         before=before.report,
         after=after.report,
         sensitivity_before=operation.start.evaluation.report,

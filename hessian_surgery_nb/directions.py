@@ -170,7 +170,7 @@ def find_directions(
     "The directions that the settings name, at the weights of a state."
     iteration = len(state.history) if state.found_at is None else state.found_at
     search = DirectionSearch(
-        model=operation.network(state.weights),
+        model=operation.load(state.weights),
         loss_fn=operation.loss_fn,
         data=operation.hessian_data,
         count=operation.num_spikes,

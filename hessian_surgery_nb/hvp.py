@@ -274,7 +274,7 @@ class _Cached(_Mode):
     def refresh(self, objective: WatchedObjective):
         check_mode(objective.model)
         kept = self.kept
-        if kept is not None and objective.held:
+        if kept is not None and objective.num_holds:
             return
         moved = kept is None or kept.fingerprint != _fingerprint(objective, kept.probes)
         if not objective.team.any(moved):
@@ -493,9 +493,10 @@ def __matmul__(
     if v.ndim == 2:
         return _by_columns(self, v)
     self.num_matvecs += 1
-    self.objective.look_first()  # one forward pass, to compare all others with
-    self._mode().refresh(self.objective)  # kept graphs: built anew where anything has moved
-    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or through kept graphs
+    self.objective.ensure_reference()  # one forward pass, to compare all others with
+    self._mode().refresh(self.objective)  # cached graphs: built anew where anything has moved
+    # asked again: while graphs are built, the model may turn out to allow less
+    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or cached graphs
     return Hv.detach()
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -42,10 +41,15 @@ from hessian_surgery_nb.foundations.krylov_state import (
 )
 from .foundations.missed_pairs import Wanted
 from .foundations.plans import free_memory
-from .foundations.restarted_lanczos import assess, choose_next, no_missed_pair
+from hessian_surgery_nb.foundations.restarted_lanczos import (
+    assess,
+    check_missed_pairs,
+    choose_next,
+)
+from .foundations.same_function import warn_caller
 from .foundations.testbed import Axes, COLOURS, new_axes
 from .foundations.weights import inner
-from .matrices import as_operator, steady
+from .matrices import UnchangedDuring, as_operator
 
 # %% auto #0
 __all__ = [
@@ -238,19 +242,18 @@ def top_eigenpairs(
     if state is None:
         state = first_state(search, start_vector(v0, op, search.generator))
     bar = _progress_bar(k, hidden=not progress or op.team.rank > 0)
-    with steady(op) as watch:
+    with UnchangedDuring(op) as watch:
         outcome = _run(search, state, tol, max_matvecs, verify, bar)
     bar.close()
     pairs, complaint = _certify(search, outcome, tol)
     if complaint:
-        warnings.warn(complaint, stacklevel=3)
-    if watch.fixed:
+        warn_caller(complaint)
+    if watch.unchanged:
         return pairs
-    warnings.warn(
+    warn_caller(
         "eigenpairs of one matrix need one matrix. The network, its weights or the data changed "
         "during the search; none is certified.",
         ChangingFunction,
-        stacklevel=3,
     )
     return replace(pairs, converged=torch.zeros_like(pairs.converged))
 
@@ -269,17 +272,21 @@ class _Outcome:
 def _run(
     search: Search, state: KrylovState, tol: float, max_matvecs: int, verify: bool, bar
 ) -> _Outcome:
-    "Matvecs until the wanted pairs stand, and no other was missed."
+    """Matvecs until the wanted pairs stand, and no other was missed.
+
+    Where pairs may have been missed, the search goes on from a fresh random vector outside of what
+    was found; what it has grown since is called a chain.
+    """
     while True:
         state = multiply_newest(search, state)
         state, wanted, accepted = assess(search, state, tol)
         bar.update(int(accepted.sum()) - bar.n)
         complete = len(accepted) == search.k and bool(accepted.all())
-        look_outside = verify or state.space_closed
+        look_outside = verify or state.space_closed  # a closed space cannot see other copies
         exhausted = state.num_rows == search.n or state.num_matvecs >= max_matvecs
         certain = complete and not look_outside
         if complete and look_outside and not exhausted:
-            state, certain_ranks = no_missed_pair(search, state, wanted)
+            state, certain_ranks = check_missed_pairs(search, state, wanted)
             certain = bool(certain_ranks.all())
         if exhausted or certain:
             return _Outcome(
@@ -298,7 +305,7 @@ def _rows_to_keep(search: Search, state: KrylovState) -> int:
 
 
 # %% ../nbs/01_lanczos.ipynb #b66204a0
-_SMALL = 2**28  # bytes that nobody need ask for
+_SMALL = 2**28  # bytes that are there on any machine
 
 
 def _certify(
@@ -312,7 +319,7 @@ def _certify(
     floor = rounding_floor(search.op.dtype, search.n, largest, state.asymmetry)
     certain = torch.ones(k, dtype=torch.bool)
     if outcome.looked_outside:
-        _, certain = no_missed_pair(search, state, outcome.wanted, all_ranks=True)
+        _, certain = check_missed_pairs(search, state, outcome.wanted, all_ranks=True)
     vectors = _room_for_vectors(search, state)
     rows = state.basis[: state.num_rows]
     lost = linear_combination(ritz.coefficients[:, :k].T, rows, vectors, search.team)

@@ -110,7 +110,7 @@ def _with_jacobian(search: _Search, path: _Path) -> _Path:
         return path
     operation = search.operation
     jacobian = logit_jacobian(
-        operation.network(path.base_weights),
+        operation.load(path.base_weights),
         search.directions,
         operation.sensitivity_data,
         params=operation.config.params,
@@ -131,7 +131,7 @@ def _evaluate_at(
 ) -> Evaluation:
     "How the classes truly fare there."
     operation = search.operation
-    network = operation.network(operation.start.weights)
+    network = operation.load(operation.start.weights)
     step = search.step_of(alpha)
     weights = moved_state(operation.params(), step, search.directions.team)
     logits, labels = predict(network, data, state=weights, forward=operation.forward)
@@ -285,7 +285,7 @@ def advance_to_price(
 def _move_base(search: _Search, path: _Path, step: torch.Tensor) -> _Path:
     "To the best place so far; the Jacobian there is not known."
     operation = search.operation
-    network = operation.network(path.base_weights)
+    network = operation.load(path.base_weights)
     move(network, operation.params(), search.step_of(step), search.directions.team)
     return replace(path, base=path.best, base_weights=snapshot(network), jacobian=None)
 

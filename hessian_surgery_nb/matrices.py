@@ -17,7 +17,7 @@ from .foundations.watched import Observation
 from .hvp import HessianOperator
 
 # %% auto #0
-__all__ = ["MatrixOperator", "as_operator", "steady"]
+__all__ = ["MatrixOperator", "as_operator", "UnchangedDuring"]
 
 # %% ../nbs/00a_matrices.ipynb #8e8643f9
 _REAL = "a matrix must hold real floating-point numbers."
@@ -204,7 +204,7 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 # %% ../nbs/00a_matrices.ipynb #24e1ecf0
-class steady:
+class UnchangedDuring:
     """Around many products: what they are computed from is looked at before and after.
 
     `fixed` says whether it was the same.
@@ -219,11 +219,11 @@ class steady:
         self.op: HessianOperator | None = None
         if isinstance(op, HessianOperator):
             self.op = op
-        self.fixed = True
+        self.unchanged = True
         self.before: Observation | None = None
         self.stack = contextlib.ExitStack()
 
-    def __enter__(self) -> steady:
+    def __enter__(self) -> UnchangedDuring:
         if self.op is not None:
             self.before = self.op.observe()
             self.stack.enter_context(self.op.objective.hold())
@@ -232,4 +232,4 @@ class steady:
     def __exit__(self, kind, *exception):
         self.stack.close()
         if self.op is not None and kind is None:
-            self.fixed = self.op.unchanged(self.before)
+            self.unchanged = self.op.unchanged(self.before)

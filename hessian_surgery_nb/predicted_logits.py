@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from .foundations.distributed import Team
 from .foundations.fingerprints import fingerprint
 from .foundations.forward import dual_level
 from .foundations.guards import plainly
+from .foundations.same_function import warn_caller
 from .foundations.weight_files import read_tensors, write_tensors
 from .foundations.weights import select_params, unflatten
 from .lanczos import Eigenpairs
@@ -249,10 +249,9 @@ def _forward_derivatives(
     except (NotImplementedError, InputError) as e:
         if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e):
             raise
-        warnings.warn(
+        warn_caller(
             "scheme='jvp' needs layers with a forward derivative. "
             f"PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.",
-            stacklevel=4,
         )
         return None
     return torch.stack(tangents, -1)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,9 +22,10 @@ from hessian_surgery_nb.foundations.krylov_basis import (
     rounding_floor,
 )
 from .foundations.plans import free_memory
+from .foundations.same_function import warn_caller
 from .foundations.testbed import Axes, COLOURS, new_axes
 from .lanczos import Eigenpairs, lanczos_tridiag
-from .matrices import as_operator, steady
+from .matrices import UnchangedDuring, as_operator
 
 # %% auto #0
 __all__ = ["probe_quadrature", "SpectralDensity", "spectral_density", "decades", "plot_density"]
@@ -225,7 +225,7 @@ def spectral_density(
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (num_probes,), generator=generator).tolist()
     runs = []
-    with steady(op) as watch:
+    with UnchangedDuring(op) as watch:
         for i, probe_seed in enumerate(
             tqdm(seeds, desc="spectral density", leave=False, disable=not progress)
         ):
@@ -238,12 +238,11 @@ def spectral_density(
                 max_known=0 if i == num_probes - 1 else max_known,  # nobody learns from the last
             )
             runs.append(run)
-    if not watch.fixed:
-        warnings.warn(
+    if not watch.unchanged:
+        warn_caller(
             "the density of one matrix needs one matrix. The network, its weights or the data "
             "changed between the probes; this is the density of nothing.",
             ChangingFunction,
-            stacklevel=3,
         )
     return _density_of(runs, op.shape[0])
 

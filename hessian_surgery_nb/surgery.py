@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from .foundations.batches import Data
 from .foundations.checks import ChangingFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
+from .foundations.same_function import warn_caller
 from .foundations.splits import check_disjoint
 from .foundations.weights import select_params
 
@@ -144,7 +144,7 @@ def measure_effects(
 ) -> tuple[SurgeryState, Sensitivity, int]:  # with directions and amplitude; S; passes it took
     "What each direction does to every class, with the weights of a state."
     config = operation.config
-    operation.network(state.weights)
+    operation.load(state.weights)
     sensitivity = None
     passes = 0
     if state.control is None:
@@ -228,7 +228,7 @@ def _take_step(
     "How the classes fare after a step; the operation's copy has made it."
     directions = proposal.state.directions
     step = directions.vectors @ proposal.alpha.to(directions.vectors)
-    model = operation.network(proposal.state.weights)
+    model = operation.load(proposal.state.weights)
     move(model, operation.params(), step, directions.team)
     return operation.evaluate(operation.sensitivity_data)
 
@@ -321,7 +321,8 @@ def advance(
     if outcome.accepted:
         has_moved = bool(proposal.alpha.norm() > 0)
         return _keep_step(operation, state, after, has_moved)
-    # the smallest amplitude was rejected: the same step would be rejected again
+    # rejected: the state keeps the old weights. At the smallest amplitude, the same step would be
+    # rejected again
     return replace(state, finished=control.eps == eps)
 
 
@@ -339,17 +340,16 @@ def return_to_best(
 ) -> SurgeryState:
     "The best weights so far, measured once more; a warning where they fare otherwise now."
     best = state.best
-    operation.network(best.weights)
+    operation.load(best.weights)
     evaluation = operation.evaluate(operation.sensitivity_data)
     state = replace(state, weights=best.weights, evaluation=evaluation)
     if best.logits is None or _same_logits(best.logits, evaluation.logits):
         return state
-    warnings.warn(
+    warn_caller(
         "accuracies need a network and images that stay what they are. The best weights, "
         "measured again on the sensitivity set, gave other logits: random augmentation, "
         "dropout, a hidden state? No step of this run is certified.",
         ChangingFunction,
-        stacklevel=3,
     )
     return _uncertified(state)
 
@@ -374,7 +374,7 @@ def report_on(
     "How the state fares: on the held-out set where there is one, else on the sensitivity set."
     if held_out is None:
         return state.evaluation
-    operation.network(state.weights)
+    operation.load(state.weights)
     return operation.evaluate(held_out, "held_out")
 
 
@@ -488,7 +488,7 @@ def _result(
 ) -> SurgeryResult:
     spikes, sensitivity = state.first
     return SurgeryResult(
-        model=operation.network(state.weights),
+        model=operation.load(state.weights),
         before=before.report,
         after=after.report,
         sensitivity_before=operation.start.evaluation.report,

@@ -194,11 +194,11 @@ class SurgeryOperation:
     keep_directions: bool = False  # those of the state serve for every step
     cache: dict | None = field(default=None, repr=False)  # shared with other operations
 
-    def network(
+    def load(
         self,
         weights: Weights,
     ) -> nn.Module:  # the copy
-        "The model with these weights."
+        "Load these weights into the copy, and give it."
         self.model.load_state_dict(weights)
         return self.model
 
@@ -295,7 +295,7 @@ def _content(data: Data) -> str:
 
 
 def _fingerprints(operation: SurgeryOperation) -> dict[str, str]:
-    network = operation.network(operation.start.weights)
+    network = operation.load(operation.start.weights)
     sources = {
         "loss": fingerprint(operation.loss_fn),
         "hessian data": _content(operation.hessian_data),
@@ -525,7 +525,7 @@ def read_state(
         logits=None,  # not kept: measured once more at the end
     )
     first = _read_first(checkpoints, operation.team)
-    network = operation.network(start.weights | named_part(tensors, "model"))
+    network = operation.load(start.weights | named_part(tensors, "model"))
     evaluation = operation.evaluate(operation.sensitivity_data)
     beginning = amplitude_control(operation.config, 1.0, start.evaluation.report.sigma)
     return SurgeryState(

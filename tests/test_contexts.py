@@ -108,7 +108,7 @@ def product(p, **options):
 
 def steadily(p):
     op = operator(p)
-    with matrices.steady(op):
+    with matrices.UnchangedDuring(op):
         return op @ given().v, op @ given().v
 
 
@@ -213,7 +213,7 @@ ENTRIES = {
     "check of bf16": lambda p: operator(p, precision="bf16").check(),
     "plan": lambda p: operator(p).plan().mode,
     "to_scipy": lambda p: operator(p).to_scipy() @ given().v.numpy(),
-    "steady": steadily,
+    "UnchangedDuring": steadily,
     "as_operator": lambda p: matrices.as_operator(operator(p)) @ given().v,
     "select_params": lambda p: weights.select_params(p.net),
     "functional_logits": lambda p: forward.functional_logits(

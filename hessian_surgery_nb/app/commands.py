@@ -124,8 +124,8 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
     )
     summary = operate_summary(result, change)
     text = result_text(class_table(result), summary, out, OPERATE_FILES)
-    finished = None if interrupted else state
-    publish(out, files, text, as_json=args.json, finished=finished)
+    to_remove = None if interrupted else state
+    publish(out, files, text, as_json=args.json, remove=to_remove)
     return exit_code
 
 

@@ -107,14 +107,14 @@ def publish(
     text: str,  # what the terminal shows
     *,
     as_json: bool,  # show result.json in its place
-    finished: Path | None = None,  # what a run kept to go on with, not needed any more
+    remove: Path | None = None,  # what a run kept to go on with, not needed any more
 ) -> None:
     "Write each file whole, then show what was found."
     out_dir(out)
     for name, content in files.items():
         write_atomic(out / name, content)
-    if finished is not None:
-        shutil.rmtree(finished)
+    if remove is not None:
+        shutil.rmtree(remove)
     if as_json:
         print(files["result.json"].decode(), end="")
     else:

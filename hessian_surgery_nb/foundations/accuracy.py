@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from .checks import ChangingFunction, InputError
 from .distributed import Team, current_team
 from .forward import Forward, functional_logits
 from .guards import checksum, plainly
+from .same_function import warn_caller
 from .weights import check_mode, check_model
 
 # %% auto #0
@@ -164,11 +164,10 @@ def _check_repeats(net: Forward, batches: Iterable, batch: tuple, device: torch.
         changed = "loader (random augmentation, another order?)"
     else:
         return
-    warnings.warn(
+    warn_caller(
         f"accuracies need a network and images that stay what they are. This {changed} gave "
         "something else the second time; what is measured is one draw.",
         ChangingFunction,
-        stacklevel=4,
     )
 
 
@@ -226,11 +225,10 @@ def check_order(
         return
     if sorted(first) == sorted(second) or _label_sums(first) != _label_sums(second):
         raise InputError(f"{rule} Its batches changed places; {way_out}")
-    warnings.warn(
+    warn_caller(
         f"{where} must hold the same images on every pass. Two passes differ: random "
         "augmentation? What is measured is one draw.",
         ChangingFunction,
-        stacklevel=4,
     )
 
 

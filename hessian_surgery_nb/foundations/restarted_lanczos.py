@@ -38,7 +38,7 @@ from hessian_surgery_nb.foundations.missed_pairs import (
 # %% auto #0
 __all__ = [
     "assess",
-    "no_missed_pair",
+    "check_missed_pairs",
     "postpone_next",
     "recall_waiting",
     "random_restart",
@@ -116,7 +116,7 @@ def _values_converged(search: Search, state: KrylovState, threshold: float) -> t
 
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #f767344d
-def no_missed_pair(
+def check_missed_pairs(
     search: Search,
     state: KrylovState,
     wanted: Wanted,
@@ -124,7 +124,6 @@ def no_missed_pair(
     all_ranks: bool = False,  # False: stop at the first rank that is not certain, from the last on
 ) -> tuple[KrylovState, torch.Tensor]:  # certain (k,) bool
     "For which ranks nothing was missed, but with small odds; and whether the chain is hopeful."
-    chain = state.chain
     if state.num_rows == search.n:
         certain = torch.ones(search.k, dtype=torch.bool)
         hopeful = True

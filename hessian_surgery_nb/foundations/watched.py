@@ -56,7 +56,7 @@ class WatchedObjective(Objective):
         self.candidates = candidates
         self.gradient_graph = gradient_graph
         self.denominator: float | None = None  # what the loss of all data divides by
-        self.held = 0  # how many blocks of `hold` are open
+        self.num_holds = 0  # how many blocks of `hold` are open
         self._plan: Plan | None = None  # None: not made yet
         self.watch = self._new_watch()
         check_mode(model)
@@ -150,7 +150,7 @@ def _compare(self: WatchedObjective, record: PassRecord, moved: bool = False):
 
 
 @patch
-def look_first(self: WatchedObjective):
+def ensure_reference(self: WatchedObjective):
     "Before the first product, so that already it has something to be compared with."
     if self.watch.record is None:
         self.observe()
@@ -189,11 +189,11 @@ def unchanged(
 @contextlib.contextmanager
 def hold(self: WatchedObjective) -> Iterator[None]:
     "A block in which nobody asks before each product whether anything has moved."
-    self.held += 1
+    self.num_holds += 1
     try:
         yield
     finally:
-        self.held -= 1
+        self.num_holds -= 1
 
 
 # %% ../../nbs/foundations/09e_watched.ipynb #bab40b48
@@ -218,7 +218,7 @@ def gradient_at(
     theta: torch.Tensor,  # (n,)
 ) -> torch.Tensor:  # (n,)
     "The gradient at other weights than the model's own."
-    self.look_first()
+    self.ensure_reference()
     parts = unflatten(theta, self.params.values())
     leaves = [part.detach().requires_grad_() for part in parts]
 
