@@ -32,6 +32,8 @@ __all__ = [
     "StabilityRun",
     "WalkRecord",
     "WalkRun",
+    "ScreeningRecord",
+    "MatrixRecord",
     "SensitivityRun",
     "AmplitudePoint",
     "LinearisationRun",
@@ -181,16 +183,11 @@ class WalkRun(StoredRecord):
     anywhere: WalkRecord
 
 
-# %% ../../nbs/evidence/00b_results.ipynb #7187a98b
+# %% ../../nbs/evidence/00b_results.ipynb #94cc480c
 @dataclass(frozen=True, kw_only=True)
-class SensitivityRun(StoredRecord):
-    "The sensitivity matrix at the start and what it says beforehand. Fractions."
+class ScreeningRecord(StoredRecord):
+    "What is known of a network before surgery. Fractions."
 
-    values: Sequence[float]  # (K,) eigenvalues
-    matrix: Sequence[Sequence[float]]  # (C, K), change of accuracy a unit of alpha
-    noise: Sequence[Sequence[float]]  # (C, K) standard errors
-    singular_values: Sequence[float]
-    accuracy: Sequence[float]  # (C,)
     effective_rank: float  # energy weights
     rank_interval: Sequence[float]  # 2.5 and 97.5 % over images
     noise_floor: float  # effective rank with shuffled labels
@@ -206,6 +203,23 @@ class SensitivityRun(StoredRecord):
     signal_to_noise: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatrixRecord(StoredRecord):
+    "A sensitivity matrix. Fractions."
+
+    values: Sequence[float]  # (K,) eigenvalues
+    matrix: Sequence[Sequence[float]]  # (C, K), change of accuracy a unit of alpha
+    noise: Sequence[Sequence[float]]  # (C, K) standard errors
+    singular_values: Sequence[float]
+    accuracy: Sequence[float]  # (C,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityRun(ScreeningRecord, MatrixRecord):
+    "The sensitivity matrix at the start, and what it says beforehand."
+
+
+# %% ../../nbs/evidence/00b_results.ipynb #7187a98b
 @dataclass(frozen=True, kw_only=True)
 class AmplitudePoint(StoredRecord):
     "One amplitude of appendix D. Norms over classes, fractions."

@@ -29,6 +29,7 @@ from hessian_surgery_nb.evidence.results import (
     NetworkRun,
     NoiseRun,
     PostHocRun,
+    ScreeningRecord,
     SensitivityRun,
     SimulationRun,
     SmallStepsRun,
@@ -49,7 +50,6 @@ __all__ = [
     "read_run",
     "BenchmarkConditions",
     "BenchmarkFile",
-    "ScreeningRecord",
     "ScreenedNetwork",
     "ScreeningFile",
     "CoverageCell",
@@ -215,25 +215,6 @@ class BenchmarkFile(StoredRecord):
 
 
 # %% ../../nbs/evidence/00c_stored_runs.ipynb #d6cc88f3
-@dataclass(frozen=True, kw_only=True)
-class ScreeningRecord(StoredRecord):
-    "What is known of a network before surgery. Fractions."
-
-    effective_rank: float  # energy weights
-    rank_interval: Sequence[float]  # 2.5 and 97.5 % over images
-    noise_floor: float  # effective rank with shuffled labels
-    amplitude_rank: float  # Roy and Vetterli's weights
-    flatness: float  # s_2 / s_1
-    energy: Sequence[float]  # cumulative share of the singular directions
-    sigma: float  # now
-    predicted_sigma: float  # after one step of the linear model
-    predicted_interval: Sequence[float]  # 95 %, over images
-    eps: float  # amplitude of that step
-    matvecs: int
-    passes: int  # over the sensitivity set
-    signal_to_noise: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScreenedNetwork(StoredRecord):
     "One network of digits, screened and operated on."
