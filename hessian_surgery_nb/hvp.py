@@ -63,13 +63,18 @@ def backward_through(
     outputs = [(g, part) for g, part in zip(gradient, v) if g.requires_grad]
     if not outputs:
         return _zeros_like(leaves)
-    bent, directions = zip(*outputs)
+    differentiable, directions = zip(*outputs)
     with explain_missing_derivative(
         "a Hessian needs layers with a second derivative",
         "replace the layer, leave its parameters out with params=, or let mode='auto' find a way",
     ):
         return torch.autograd.grad(
-            bent, leaves, directions, retain_graph=keep, allow_unused=True, materialize_grads=True
+            differentiable,
+            leaves,
+            directions,
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
         )
 
 
@@ -264,33 +269,33 @@ class _Graphs:
 class _Cached(_Mode):
     """Double backward through graphs that stay in memory, for as long as nothing changes.
 
-    The pass that builds them may find another function, whose layers allow less; then the plan
-    names another mode, and nothing is kept.
+    While graphs are built the network may turn out to have changed, so that its layers allow less;
+    then the plan names another mode, and no graph stays.
     """
 
     def __init__(self):
-        self.kept: _Graphs | None = None
+        self.graphs: _Graphs | None = None
 
     def refresh(self, objective: WatchedObjective):
         check_mode(objective.model)
-        kept = self.kept
-        if kept is not None and objective.num_holds:
+        graphs = self.graphs
+        if graphs is not None and objective.num_holds:
             return
-        moved = kept is None or kept.fingerprint != _fingerprint(objective, kept.probes)
+        moved = graphs is None or graphs.fingerprint != _fingerprint(objective, graphs.probes)
         if not objective.team.any(moved):
             return
-        self.kept = kept = None  # the old ones go before new ones take as much memory
+        self.graphs = graphs = None  # the old ones go before new ones take as much memory
         graphs = _build_graphs(objective)
         if objective.plan().mode == "cached":
-            self.kept = graphs
+            self.graphs = graphs
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
-        leaves = self.kept.leaves
+        leaves = self.graphs.leaves
         direction = unflatten(v, leaves)
         try:
             products = [
                 backward_through(gradient, leaves, direction, True)
-                for gradient in self.kept.gradients
+                for gradient in self.graphs.gradients
             ]
         except RuntimeError as e:
             if "inplace operation" not in str(e):

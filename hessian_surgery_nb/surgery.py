@@ -79,7 +79,7 @@ def _with_directions(
         return state, 0
     directions = find_directions(operation, state)
     if state.found_at is not None:
-        # by an earlier run, which counted its products
+        # taken up from a checkpoint: found again, but counted already
         return replace(state, directions=directions), 0
     state = replace(state, directions=directions, found_at=len(state.history))
     return state, directions.num_matvecs
@@ -94,7 +94,7 @@ def _first_amplitude(
     if config.eps is not None:
         return config.eps, None, 0
     params = operation.params()
-    start = None  # the paper's scale
+    start = None  # choose_amplitude begins at the paper's scale
     if not torch.isfinite(state.directions.values).all():
         squares = [p.detach().double().square().sum().item() for p in params.values()]
         start = 0.1 * math.sqrt(sum(squares))
@@ -208,7 +208,7 @@ def propose_step(
     operation: SurgeryOperation,
     state: SurgeryState,
 ) -> Proposal:
-    "See, then decide."
+    "Find directions, measure S, solve for alpha."
     state, matvecs = _with_directions(operation, state)
     state, sensitivity, passes = measure_effects(operation, state)
     return Proposal(
