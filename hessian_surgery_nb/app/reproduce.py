@@ -27,6 +27,7 @@ from ..evidence.experiments import EXPERIMENTS, experiments_for
 from ..evidence.reading import read_results
 from hessian_surgery_nb.evidence.study import (
     NETWORKS,
+    STARTS,
     Scale,
     Study,
     build_network,
@@ -156,6 +157,7 @@ def studies_of(args: argparse.Namespace, store: RunStore) -> list[Study]:  # one
         seed=args.seed,
         dataset=args.dataset,
         network=args.network,
+        start=args.start,
         tau=tau,
         weights=weights,
         init=init,
@@ -274,7 +276,7 @@ def run_reproduce(args: argparse.Namespace) -> int:  # exit code
         return 0
 
     run_jobs(JobQueue(todo, seconds, args.jobs))
-    results = read_results(out, args.dataset, args.network)
+    results = read_results(out, args.dataset, args.network, args.start)
     show_results(results, out, asked, command_line(args.argv), args.json)
     return 0
 
@@ -353,6 +355,14 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
         default="resnet20",
         help="resnet20: 0.27 million weights; resnet50: 23.5 million; resnet50bias: the paper's, "
         "with a bias on every convolution",
+    )
+    add(
+        "--start",
+        choices=STARTS,
+        metavar="KIND",
+        default="annealed",
+        help="annealed: the learning rate falls to 0; constant: Adam at 1e-3 to the end; "
+        "pretrained: so from the weights of --init",
     )
     add(
         "--weights",

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .published import PAPER
 from .records import ReportRecord, SpreadRecord, StoredRecord
 from .stored_runs import StoredRun, read_run
+from .study import runs_label
 from ..foundations.intervals import mean_interval, pooled_interval, shown
 from ..foundations.runs import unpack_bits
 
@@ -119,11 +120,12 @@ def read_results(
     directory: str | Path,  # of the JSON files
     dataset: str = "cifar10",
     network: str = "resnet20",
+    start: str = "annealed",  # one of STARTS
 ) -> Results:
-    "All stored runs of a dataset and a network."
-    label = f"{Path(dataset).name}_{network}"
+    "All stored runs of a dataset, a network and a kind of start."
+    label = runs_label(dataset, network, start)
     runs = {}
-    for path in sorted(Path(directory).glob(f"{label}_s*_*.json")):
+    for path in sorted(Path(directory).glob(f"{label}_s[0-9]*_*.json")):
         run = read_run(path)
         runs.setdefault(run.experiment, {})[run.seed] = run
     return Results(label, runs)

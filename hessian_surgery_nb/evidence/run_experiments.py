@@ -41,7 +41,7 @@ def request(
         dataset=Path(study.dataset).name,
         network=study.network,
         seed=study.seed,
-        start="given weights" if study.weights else "trained",
+        start=_start_of(study),
         hessian=study.scale.hessian,
     )
     if study.held_back:
@@ -54,6 +54,13 @@ def request(
 
 
 # %% ../../nbs/evidence/03a_run_experiments.ipynb #43dbd591
+def _start_of(study: Study) -> str:
+    "In the words of stored runs."
+    if study.weights:
+        return "given weights"
+    return "trained" if study.start == "annealed" else study.start
+
+
 def perform(
     study: Study,
     name: str,  # one of EXPERIMENTS

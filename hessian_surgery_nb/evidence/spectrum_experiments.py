@@ -43,7 +43,11 @@ from ..foundations.accuracy import predict
 from ..foundations.datasets import Samples
 from ..foundations.networks import num_params
 from ..foundations.training import TrainLog, train
-from ..foundations.weight_files import load_weights
+from hessian_surgery_nb.foundations.weight_files import (
+    load_weights,
+    weights_bytes,
+    write_atomic,
+)
 from ..hvp import HessianOperator
 from ..isic import hessian_images
 from ..lanczos import Eigenpairs, top_eigenpairs
@@ -53,8 +57,9 @@ from ..spike_validation import bulk_walk, count_spikes, stability
 
 # %% auto #0
 __all__ = [
-    "RECIPE",
+    "RECIPES",
     "start_settings",
+    "snapshot_path",
     "starting_network",
     "curvature_images",
     "curvature",
@@ -71,8 +76,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #ffd72f2f
-RECIPE = dict(
-    lr=0.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4
+_CONSTANT = dict(
+    lr=1e-3, batch_size=128, weight_decay=0.0, optimizer="adam", schedule="constant", shift=4
+)
+RECIPES = dict(  # how a start is trained
+    annealed=dict(
+        lr=0.2, batch_size=128, weight_decay=5e-4, optimizer="sgd", schedule="onecycle", shift=4
+    ),
+    constant=_CONSTANT,
+    pretrained=_CONSTANT,
 )
 
 
@@ -84,7 +96,7 @@ def start_settings(
         return dict(weights=Path(study.weights).name)
     scale = study.scale
     return dict(
-        RECIPE,
+        RECIPES[study.start],
         epochs=scale.epochs,
         precision=scale.precision,
         width=scale.width,
@@ -93,7 +105,24 @@ def start_settings(
     )
 
 
+def snapshot_path(
+    folder: Path,  # of the starting network
+    epochs: float,  # done so far
+) -> Path:
+    "Where the network as it was then lies."
+    return folder / "snapshots" / f"epoch_{epochs:g}.safetensors"
+
+
+_SMALL = 1_000_000  # weights, of a network whose snapshots are kept
+
+
 def _trained(study: Study, folder: Path, model: nn.Module) -> TrainLog:
+    def keep(model: nn.Module, epochs: float):
+        path = snapshot_path(folder, epochs)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, weights_bytes(model))
+
+    small = num_params(model) <= _SMALL
     log = train(
         model,
         study.splits.train.pair,
@@ -102,7 +131,9 @@ def _trained(study: Study, folder: Path, model: nn.Module) -> TrainLog:
         seed=study.seed,
         run_dir=folder,
         progress=study.progress,
-        **RECIPE,
+        snapshot=keep if small else None,
+        snapshots=study.scale.snapshots,
+        **RECIPES[study.start],
     )
     store_start(study, "network", model)
     return log

@@ -38,10 +38,12 @@ from ..isic import is_isic, lesion_splits, read_isic
 # %% auto #0
 __all__ = [
     "NETWORKS",
+    "STARTS",
     "Scale",
     "Workbench",
     "shared_workbench",
     "find_dataset",
+    "runs_label",
     "Study",
     "build_network",
     "store_weights",
@@ -71,6 +73,7 @@ class Scale:
     width: int = 16  # channels of a ResNet-20
     blocks: int = 3  # a stage
     epochs: int = 10  # of training
+    snapshots: int = 2  # an epoch that are kept of a small network's training
     precision: str = "float32"  # of products in training, or "bf16"
     finetune_epochs: int = 3  # the paper: 15
     hessian: int = 128  # images that show the curvature
@@ -126,6 +129,9 @@ def shared_workbench() -> Workbench:
 # %% ../../nbs/evidence/01_study.ipynb #d3b7f341
 # torchvision's ResNet-50, and the paper's, which has a bias on every convolution
 NETWORKS = "resnet20", "resnet50", "resnet50bias"
+# how a network is trained: with a learning rate that falls to 0, with one that stays where it is,
+# and so from weights that were trained on other images
+STARTS = "annealed", "constant", "pretrained"
 _NAMES_OF_ISIC = "isic2019", "ISIC_2019", "ISIC2019"  # of its folder
 
 
@@ -140,6 +146,17 @@ def find_dataset(
     return next((folder for folder in folders if folder.is_dir()), named)
 
 
+# %% ../../nbs/evidence/01_study.ipynb #4de4e11b
+def runs_label(
+    dataset: str,  # a name or a path
+    network: str,
+    start: str = "annealed",  # one of STARTS
+) -> str:
+    "Begins the names of stored runs, before the seed."
+    label = f"{Path(dataset).name}_{network}"
+    return label if start == "annealed" else f"{label}_{start}"
+
+
 # %% ../../nbs/evidence/01_study.ipynb #a6eaf464
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -149,6 +166,7 @@ class Study:
     seed: int
     dataset: str = "cifar10"  # a name or a path, as for `read_dataset`
     network: str = "resnet20"  # one of NETWORKS
+    start: str = "annealed"  # one of STARTS
     scale: Scale = Scale()
     tau: float | None = 0.85  # accuracy from which a class is protected; the paper's for CIFAR-10
     weights: Path | None = None  # a trained starting point, safetensors; None: train one
@@ -164,6 +182,12 @@ class Study:
     def __post_init__(self):
         if self.network not in NETWORKS:
             raise InputError(f"network must be one of {', '.join(NETWORKS)}. Got {self.network!r}.")
+        if self.start not in STARTS:
+            raise InputError(f"start must be one of {', '.join(STARTS)}. Got {self.start!r}.")
+        if self.start == "pretrained" and self.init is None:
+            raise InputError(
+                "a pretrained start needs weights to begin from. Name a file, with --init."
+            )
 
     def __repr__(self):
         return f"Study({self.label}, runs in {self.store.directory})"
@@ -171,7 +195,7 @@ class Study:
     @property
     def label(self) -> str:
         "Begins the name of each of its runs."
-        return f"{Path(self.dataset).name}_{self.network}_s{self.seed}"
+        return f"{runs_label(self.dataset, self.network, self.start)}_s{self.seed}"
 
     @property
     def folder(self) -> Path:

@@ -47,7 +47,7 @@ from ..lanczos import top_eigenpairs
 # %% auto #0
 __all__ = [
     "FINETUNE",
-    "STARTS",
+    "TRAINING_ON",
     "cheapest_spread",
     "fine_tuning",
     "finetune_settings",
@@ -260,7 +260,7 @@ def fine_tuning_after_surgery(
 
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #79282c6f
-STARTS = dict(
+TRAINING_ON = dict(
     lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4
 )
 
@@ -269,7 +269,7 @@ def other_start_settings(
     study: Study,
 ) -> dict[str, Any]:
     "What a start with another loss depends on."
-    return dict(STARTS, epochs=study.scale.start_epochs)
+    return dict(TRAINING_ON, epochs=study.scale.start_epochs)
 
 
 def _train_on(
@@ -283,7 +283,7 @@ def _train_on(
         seed=study.seed,
         run_dir=run_dir,
         progress=study.progress,
-        **STARTS,
+        **TRAINING_ON,
     )
 
 

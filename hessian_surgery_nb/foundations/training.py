@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checks import InputError
+from .checks import InputError, whole
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
     data_fingerprint,
@@ -247,6 +248,7 @@ def _train_epoch(
     loss_fn: Callable[..., torch.Tensor],
     settings: _Settings,
     directions: torch.Tensor | None,  # as for _step
+    snapshots: dict[int, Callable[[], None]],  # what to do after which step
     bar: Any,  # of tqdm
 ) -> tuple[float, float]:  # mean loss, accuracy
     images, labels = data
@@ -255,7 +257,8 @@ def _train_epoch(
     half = settings.precision == "bf16"
     total_loss = 0.0
     num_correct = 0
-    for rows in order.tensor_split(_steps_an_epoch(labels, settings)):
+    batches = order.tensor_split(_steps_an_epoch(labels, settings))
+    for step, rows in enumerate(batches, 1):
         inputs = images[rows]
         if settings.shift:
             inputs = shifted(inputs, settings.shift, run.generator)
@@ -264,6 +267,10 @@ def _train_epoch(
         total_loss += loss * len(rows)
         num_correct += correct
         bar.update()
+        if step in snapshots:
+            run.model.eval()
+            snapshots[step]()
+            run.model.train()
     mean_loss = total_loss / len(labels)
     accuracy = num_correct / len(labels)
     bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}")
@@ -292,6 +299,8 @@ def train(
     project: Callable[[nn.Module], torch.Tensor] | None = None,  # model -> (n, K); see below
     seed: int = 0,  # order of the batches, augmentation, dropout
     after_epoch: Callable[[nn.Module, int], None] | None = None,  # after each, in evaluation mode
+    snapshot: Callable[[nn.Module, float], None] | None = None,  # with the epochs done so far
+    snapshots: int = 2,  # how often an epoch it is called, in evaluation mode
     run_dir: str | Path | None = None,  # keep the state there after every epoch, and go on
     progress: bool = False,  # a bar
 ) -> TrainLog:
@@ -313,6 +322,7 @@ def train(
     loss_fn = nn.CrossEntropyLoss() if loss_fn is None else loss_fn
     per_epoch = _steps_an_epoch(data[1], settings)
     run = _new_run(model, settings, epochs * per_epoch)
+    snapshots = whole("snapshots", snapshots)
     request = asdict(settings)
     file = None
     if run_dir is not None:
@@ -324,8 +334,9 @@ def train(
         with _bar(epochs * per_epoch, len(run.log) * per_epoch, progress) as bar:
             for epoch in range(len(run.log), epochs):
                 directions = None if project is None else project(model.eval())
+                calls = _snapshot_calls(model, snapshot, snapshots, epoch, per_epoch)
                 model.train()
-                loss, accuracy = _train_epoch(run, data, loss_fn, settings, directions, bar)
+                loss, accuracy = _train_epoch(run, data, loss_fn, settings, directions, calls, bar)
                 _check_loss(loss, epoch, lr)
                 run.log.append((loss, accuracy))
                 if after_epoch is not None:
@@ -347,6 +358,23 @@ def _new_run(model: nn.Module, settings: _Settings, steps: int) -> _Run:
         generator=torch.Generator().manual_seed(settings.seed),
         log=[],
     )
+
+
+def _snapshot_calls(
+    model: nn.Module,
+    snapshot: Callable[[nn.Module, float], None] | None,
+    number: int,  # an epoch
+    epoch: int,  # epochs done before
+    steps: int,  # an epoch
+) -> dict[int, Callable[[], None]]:
+    "What to do after which step of an epoch, counted from 1."
+    if snapshot is None:
+        return {}
+    parts = range(1, number + 1)
+    return {
+        math.ceil(part * steps / number): partial(snapshot, model, epoch + part / number)
+        for part in parts
+    }
 
 
 def _bar(steps: int, done: int, progress: bool) -> Any:
