@@ -297,13 +297,28 @@ def _nothing_to_join() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized()
 
 
+@contextmanager
+def _notices_on_stderr() -> Iterator[None]:
+    "What libraries print on standard output, past Python, goes to standard error."
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _start_group(backend: str, patience: float) -> Heartbeat:
     "Meet the other processes that torchrun started, and watch them."
     import torch.distributed as dist
 
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
     sums = dist.PrefixStore("sums", store)
-    dist.init_process_group(backend, store=sums, rank=rank, world_size=size)
+    with _notices_on_stderr():  # PyTorch 2.8 greets every rank
+        dist.init_process_group(backend, store=sums, rank=rank, world_size=size)
     watch = Heartbeat(dist.PrefixStore("watch", store), rank, size, patience)
     watch.start()
     return watch
@@ -325,7 +340,8 @@ def distributed(
     watch = group = None
     if dist.is_initialized():
         # whatever yours can add, this one adds numbers on processors and on GPUs
-        group = dist.new_group(backend=backend)
+        with _notices_on_stderr():
+            group = dist.new_group(backend=backend)
     else:
         watch = _start_group(backend, patience)
     team = Team(dist.get_rank(), dist.get_world_size(), group)
