@@ -181,7 +181,7 @@ def settledness(
     hessian_data: Data | None = None,  # others, some hundreds, for the curvature; None: data
     num_pairs: int | None = None,  # leading eigenvectors; None: twice the number of classes
     folds: int = 8,  # of the images, for the errors
-    images_at_once: int = 64,  # of the gradient; each piece goes to the next fold
+    images_at_once: int | None = None,  # of the gradient; None: 64, fewer where images are few
     params: str | Sequence[str] | None = None,  # as for HessianOperator
     forward: ForwardFunction | None = None,  # likewise
     tol: float = 1e-2,  # of the eigenpairs
@@ -193,9 +193,10 @@ def settledness(
     Errors are those of the gradient over images; the eigenpairs are taken as they are."""
     folds = whole("folds", folds, 3)
     options = dict(params=params, forward=forward)
-    for_gradient = HessianOperator(
-        model, loss_fn, data, micro_batch=whole("images_at_once", images_at_once, 1), **options
-    )
+    if images_at_once is None:
+        images_at_once = max(1, min(64, _num_images(data) // folds))
+    images_at_once = whole("images_at_once", images_at_once, 1)
+    for_gradient = HessianOperator(model, loss_fn, data, micro_batch=images_at_once, **options)
     parts = _fold_gradients(for_gradient, folds)
     if num_pairs is None:
         num_pairs = 2 * _num_classes(model, data, forward)
@@ -236,6 +237,8 @@ def plot_settledness(
     ax: Axes | None = None,
 ) -> Axes:
     "The predicted fall of the loss along each leading eigenvector, noise included."
+    from matplotlib.ticker import MaxNLocator
+
     ax = new_axes(
         ax,
         title="What one Newton step would take off the loss",
@@ -247,7 +250,8 @@ def plot_settledness(
         values = each.pairs.values.cpu().double()
         falls = (each.components**2 / (2 * values))[values > 0]
         ranks = range(1, len(falls) + 1)
-        ax.semilogy(ranks, falls, "o-", ms=4, lw=0.8, color=colour, label=name)
+        ax.plot(ranks, falls, "o-", ms=4, lw=0.8, color=colour, label=name)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     return ax
 

@@ -93,6 +93,9 @@ QUICK = Scale(  # to see that everything runs
     phase=1,
     phase_iterations=1,
     pixels=16,
+    gradient_images=60,
+    settle_steps=4,
+    temperature_looks=1,
     start_epochs=3,
 )
 

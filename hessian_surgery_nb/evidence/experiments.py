@@ -17,6 +17,14 @@ from hessian_surgery_nb.evidence.fronts import (
     front_of_biases,
 )
 from .records import StoredRecord
+from hessian_surgery_nb.evidence.settling_experiments import (
+    along_training,
+    settling,
+    settling_settings,
+    state_at_start,
+    temperature,
+    temperature_settings,
+)
 from hessian_surgery_nb.evidence.simulations import (
     SWEEP,
     noise_of_images,
@@ -424,6 +432,39 @@ _LESIONS = (
     ),
 )
 
+_SETTLING = (
+    Experiment(
+        name="state_at_start",
+        run=state_at_start,
+        summary="How settled the starting network is, and how biased between classes.",
+        depends_on=lambda study: dict(gradient_images=study.scale.gradient_images),
+    ),
+    Experiment(
+        name="settling",
+        run=settling,
+        summary="Newton's method in the leading space and short anneals, then biases.",
+        settings=dict(prices=(0.0, 0.002, 0.005)),
+        depends_on=settling_settings,
+    ),
+    Experiment(
+        name="along_training",
+        run=along_training,
+        summary="How settled and how biased the network was, every half epoch of its training.",
+        needs=(),
+        depends_on=lambda study: (
+            start_settings(study)
+            | dict(gradient_images=study.scale.gradient_images, snapshots=study.scale.snapshots)
+        ),
+    ),
+    Experiment(
+        name="temperature",
+        run=temperature,
+        summary="What an epoch of cooling and one of heating do to a network and its biases.",
+        depends_on=temperature_settings,
+    ),
+)
+
+# %% ../../nbs/evidence/03_experiments.ipynb #12608447
 _ALL = (
     *_START,
     *_ALONG_SPIKES,
@@ -431,6 +472,7 @@ _ALL = (
     *_SIMULATIONS,
     *_FRONTS,
     *_RIVALS,
+    *_SETTLING,
     *_MANY_CLASSES,
     *_LESIONS,
 )

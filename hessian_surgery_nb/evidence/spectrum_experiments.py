@@ -60,6 +60,7 @@ __all__ = [
     "RECIPES",
     "start_settings",
     "snapshot_path",
+    "train_start",
     "starting_network",
     "curvature_images",
     "curvature",
@@ -116,14 +117,20 @@ def snapshot_path(
 _SMALL = 1_000_000  # weights, of a network whose snapshots are kept
 
 
-def _trained(study: Study, folder: Path, model: nn.Module) -> TrainLog:
+def train_start(
+    study: Study,
+    folder: Path,  # of the starting network
+    model: nn.Module,  # before training; changed in place
+) -> TrainLog:
+    "Train it as the kind of start wants; snapshots of a small network are kept."
+
     def keep(model: nn.Module, epochs: float):
         path = snapshot_path(folder, epochs)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, weights_bytes(model))
 
     small = num_params(model) <= _SMALL
-    log = train(
+    return train(
         model,
         study.splits.train.pair,
         epochs=study.scale.epochs,
@@ -135,8 +142,6 @@ def _trained(study: Study, folder: Path, model: nn.Module) -> TrainLog:
         snapshots=study.scale.snapshots,
         **RECIPES[study.start],
     )
-    store_start(study, "network", model)
-    return log
 
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #d6f11ccc
@@ -151,7 +156,8 @@ def starting_network(
     if study.weights:
         load_weights(model, study.weights)
     else:
-        log = _trained(study, folder, model)
+        log = train_start(study, folder, model)
+        store_start(study, "network", model)
         training = TrainingRecord(loss=log.loss, accuracy=log.accuracy)
     digest = store_weights(study, folder, model)
     measured = report(study, model)

@@ -40,6 +40,7 @@ from hessian_surgery_nb.evidence.results import (
     SurgeryRun,
     WalkRun,
 )
+from .settling_results import SettlingRun, TrajectoryRun
 from ..foundations.checks import InputError
 
 # %% auto #0
@@ -110,6 +111,8 @@ _EXPERIMENTS = {
     SmallStepsRun: ("front_steps",),
     BiasesRun: ("front_biases",),
     DeflationRun: ("deflated", "deflated_smooth"),
+    TrajectoryRun: ("state_at_start", "along_training", "temperature"),
+    SettlingRun: ("settling",),
 }
 
 # %% ../../nbs/evidence/00c_stored_runs.ipynb #5bce3584

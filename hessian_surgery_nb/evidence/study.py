@@ -89,6 +89,9 @@ class Scale:
     phase: int = 15  # spikes a phase of deflated surgery takes
     phase_iterations: int = 3
     pixels: int = 32  # a side, where images come in many sizes (ISIC-2019)
+    gradient_images: int = 2560  # of training, that show the gradient
+    settle_steps: int = 80  # of a short anneal
+    temperature_looks: int = 4  # an epoch, while a network is cooled and heated
     start_epochs: int = 15  # of training on with another loss there; the paper's
 
 

@@ -248,7 +248,7 @@ def _train_epoch(
     loss_fn: Callable[..., torch.Tensor],
     settings: _Settings,
     directions: torch.Tensor | None,  # as for _step
-    snapshots: dict[int, Callable[[], None]],  # what to do after which step
+    snapshots: dict[int, list[Callable[[], None]]],  # what to do after which step
     bar: Any,  # of tqdm
 ) -> tuple[float, float]:  # mean loss, accuracy
     images, labels = data
@@ -269,7 +269,8 @@ def _train_epoch(
         bar.update()
         if step in snapshots:
             run.model.eval()
-            snapshots[step]()
+            for call in snapshots[step]:
+                call()
             run.model.train()
     mean_loss = total_loss / len(labels)
     accuracy = num_correct / len(labels)
@@ -366,15 +367,14 @@ def _snapshot_calls(
     number: int,  # an epoch
     epoch: int,  # epochs done before
     steps: int,  # an epoch
-) -> dict[int, Callable[[], None]]:
+) -> dict[int, list[Callable[[], None]]]:
     "What to do after which step of an epoch, counted from 1."
-    if snapshot is None:
-        return {}
-    parts = range(1, number + 1)
-    return {
-        math.ceil(part * steps / number): partial(snapshot, model, epoch + part / number)
-        for part in parts
-    }
+    calls = {}
+    if snapshot is not None:
+        for part in range(1, number + 1):
+            step = math.ceil(part * steps / number)
+            calls.setdefault(step, []).append(partial(snapshot, model, epoch + part / number))
+    return calls
 
 
 def _bar(steps: int, done: int, progress: bool) -> Any:
