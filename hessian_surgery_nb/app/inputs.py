@@ -15,16 +15,15 @@ from torch import nn
 
 from hessian_surgery_nb.app.own_network import (
     OwnSets,
-    Preparation,
     check_labels,
     label_order,
-    load_network,
     network_labels,
     own_files,
     own_sets,
 )
 from ..foundations.checks import InputError, first_line
 from ..foundations.distributed import current_team
+from ..foundations.named_networks import Preparation, load_network
 from ..foundations.weight_files import check_storable
 from ..foundations.weights import select_params
 
