@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .inputs import pick_device
+from torch import nn
+
+from .inputs import count_outputs, pick_device
 from .jobs import Job, JobQueue, run_jobs, time_left
 from hessian_surgery_nb.app.options import (
     add_command,
@@ -238,6 +240,18 @@ def _network_file(study: Study) -> Path | None:
     return Path(source)
 
 
+def _check_outputs(study: Study, network: nn.Module) -> None:
+    "A network by name must have an output for every class."
+    images = study.splits.train.x[:2].to(study.device)
+    outputs = count_outputs(network.eval(), images, study.network, "--pixels")
+    wanted = len(study.classes)
+    if outputs != wanted:
+        raise InputError(
+            f"the network needs an output for each class. {study.network} has {outputs}, "
+            f"{study.dataset} has {wanted} classes; give the function a parameter `classes`."
+        )
+
+
 def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
     "Deal out the images, build the network, load the weights."
     first = studies[0]
@@ -252,6 +266,8 @@ def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
             f"{first.dataset} leaves {there}; name other tables, with --table."
         )
     network = build_network(first)
+    if first.is_named:
+        _check_outputs(first, network)
     if first.weights is not None:
         load_weights(network, first.weights)
 
