@@ -22,7 +22,8 @@ from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.linearised import linearised_operate
-from hessian_surgery_nb.app.own_network import Preparation, own_sets
+from hessian_surgery_nb.app.own_network import own_sets
+from hessian_surgery_nb.foundations.named_networks import Preparation
 from hessian_surgery_nb.settings import SurgeryConfig, check_config
 from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
@@ -558,6 +559,13 @@ REPRODUCE = {
     "torn weights": ["toys", "--weights", "torn.safetensors"],
     "init": ["toys", "--init", "three.pt"],
     "weights of another network": ["toys", "--weights", "w.safetensors", "--network", "resnet50"],
+    "unknown network": ["toys", "--network", "resnet18"],
+    "unknown named network": ["toys", "--network", "torchvision:resnet17"],
+    "no such file of a network": ["toys", "--network", "nowhere.py:net"],
+    "pretrained from nothing": ["toys", "--start", "pretrained"],
+    "ten outputs for three classes": ["toys", "--network", "ten_outputs.py:net"],
+    "features in place of logits": ["toys", "--network", "features.py:net"],
+    "no pixels": ["toys", "--network", "torchvision:resnet18", "--pixels", "0"],
     "too few for a table": ["toys", "--table", "15"],
     "device": ["toys", "--device", "abacus"],
     "held back": ["toys", "--held-back", "99"],
@@ -575,7 +583,25 @@ def datasets(place):
     (place / "damaged" / "test" / "colour1" / "000.png").write_bytes(b"\x89PNG")
     os.symlink("/nowhere.png", place / "linked" / "train" / "colour1" / "zz.png")
     shutil.rmtree(place / "lopsided" / "test" / "colour1")
+    (place / "ten_outputs.py").write_text(TEN_OUTPUTS)
+    (place / "features.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(3, 3, 1)")
     return place
+
+
+TEN_OUTPUTS = """
+from hessian_surgery_nb.foundations.networks import resnet20
+def net(): return resnet20(classes=10, width=4, blocks=1)
+"""
+
+
+FILES_THERE = (
+    "toys/test",
+    "torn.safetensors",
+    "three.pt",
+    "w.safetensors",
+    "ten_outputs.py:net",
+    "features.py:net",
+)
 
 
 @pytest.mark.parametrize("fault", REPRODUCE)
@@ -583,12 +609,7 @@ def test_reproduce_leaves_nothing(datasets, tmp_path, monkeypatch, capsys, fault
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HESSIAN_SURGERY_DATA", str(datasets))
     monkeypatch.setenv("HESSIAN_SURGERY_CACHE", str(datasets / "cache"))
-    argv = [
-        str(datasets / a)
-        if a in ("toys/test", "torn.safetensors", "three.pt", "w.safetensors")
-        else a
-        for a in REPRODUCE[fault]
-    ]
+    argv = [str(datasets / a) if a in FILES_THERE else a for a in REPRODUCE[fault]]
     assert main(["reproduce", *argv, "--quick"]) == 2
     out, err = capsys.readouterr()
     assert (

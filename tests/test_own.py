@@ -13,7 +13,8 @@ from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.foundations.datasets import torchvision_part
 from hessian_surgery_nb.foundations.images import class_files
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
-from hessian_surgery_nb.app.own_network import Preparation, load_network, own_sets
+from hessian_surgery_nb.app.own_network import own_sets
+from hessian_surgery_nb.foundations.named_networks import Preparation, load_network
 
 FACTORY = """
 import torch

@@ -13,6 +13,8 @@ import time
 import pytest
 
 from hessian_surgery_nb.foundations.datasets import write_toy_images
+from hessian_surgery_nb.foundations.networks import resnet20
+from hessian_surgery_nb.foundations.weight_files import weights_bytes
 from hessian_surgery_nb.isic import write_toy_isic
 
 COMMAND = [
@@ -345,3 +347,44 @@ def test_lesions_have_their_own_experiments(place):
         and "TOY_00003 has MEL = 1.0, NV = 1.0" in p.stderr
         and "Traceback" not in p.stderr
     )
+
+
+NETWORK = """
+from hessian_surgery_nb.foundations.networks import resnet20
+def small(classes): return resnet20(classes=classes, width=4, blocks=1)
+"""
+
+
+def test_a_network_of_ones_own_begins_from_given_weights(place, tmp_path):
+    "Named by its function, on images that it scales; the head is for other classes."
+    code = tmp_path / "mine.py"
+    init = tmp_path / "five.safetensors"
+    code.write_text(NETWORK)
+    init.write_bytes(weights_bytes(resnet20(classes=5, width=4, blocks=1, seed=9)))
+    out = tmp_path / "out"
+    flags = [
+        *("--network", f"{code}:small", "--start", "pretrained", "--init", str(init)),
+        *("--pixels", "20", "--table", "1", "--quick", "--seeds", "1", "--tau", "0"),
+    ]
+
+    def reproduce(*more):
+        return subprocess.run(
+            [*COMMAND, "toys", *flags, "--out", str(out), *more],
+            env=os.environ | dict(HESSIAN_SURGERY_DATA=str(place), OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    first = reproduce()
+    assert first.returncode == 0, first.stderr
+    run = json.loads((out / "toys_mine-small_pretrained_s0_network.json").read_text())
+    asked = run["config"]
+    assert (asked["network"], asked["seen_pixels"]) == ("mine.py:small", 20)
+    assert (asked["start"], asked["epochs"], asked["init"]) == ("pretrained", 1, init.name)
+    assert "width" not in asked
+    assert set(run["made_from"]) == {"images", "init", "network"}
+    assert "1 runs are stored" in reproduce("--dry-run").stderr
+    assert "seen_pixels = 20 there, 24 now" in reproduce("--pixels", "24").stderr
+    code.write_text(NETWORK + "# another network")
+    assert "of other network" in reproduce().stderr

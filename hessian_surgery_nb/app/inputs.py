@@ -15,21 +15,20 @@ from torch import nn
 
 from hessian_surgery_nb.app.own_network import (
     OwnSets,
-    Preparation,
     check_labels,
     label_order,
-    load_network,
     network_labels,
     own_files,
     own_sets,
 )
 from ..foundations.checks import InputError, first_line
 from ..foundations.distributed import current_team
+from ..foundations.named_networks import Preparation, load_network
 from ..foundations.weight_files import check_storable
 from ..foundations.weights import select_params
 
 # %% auto #0
-__all__ = ["pick_device", "load_inputs"]
+__all__ = ["pick_device", "load_inputs", "count_outputs"]
 
 
 # %% ../../nbs/app/02a_inputs.ipynb #0f35a94b
@@ -87,7 +86,7 @@ def load_inputs(
         progress=_shows_progress(args),
     )
     images, _ = next(iter(sets.hessian))
-    outputs = _try_network(network, images[:2].to(device), args.model)
+    outputs = count_outputs(network, images[:2].to(device), args.model)
     if outputs != len(folders):
         raise InputError(
             f"the network needs an output for each class folder. {args.model} has {outputs} "
@@ -114,12 +113,13 @@ def _prepared_as_asked(preparation: Preparation, args: argparse.Namespace) -> Pr
 
 
 @torch.no_grad()
-def _try_network(
+def count_outputs(
     network: nn.Module,
     images: torch.Tensor,  # two of them
     name: str,
-) -> int:  # outputs
-    "Refuse a network that does not take these images, or is no classifier."
+    flags: str = "--resize and --crop",  # that say how large images are
+) -> int:
+    "Its outputs. A network that does not take these images, or is no classifier, is refused."
     try:
         outputs = network(images)
     except InputError:
@@ -127,8 +127,8 @@ def _try_network(
     except Exception as error:  # whatever a network raises on images that it was not made for
         raise InputError(
             f"the network must take the images, and nothing else. {name} "
-            f"refuses {tuple(images.shape)} ({first_line(error)}); give --resize and "
-            "--crop, or a function that returns a network of images alone."
+            f"refuses {tuple(images.shape)} ({first_line(error)}); give {flags}, or a function "
+            "that returns a network of images alone."
         ) from error
     if torch.is_tensor(outputs) and outputs.ndim == 2:
         return outputs.shape[1]

@@ -5,40 +5,24 @@
 # %% ../../nbs/app/00_own_network.ipynb #e098a82f
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from ..foundations.accuracy import predict
-from ..foundations.checks import InputError, first_line, seed_of, whole
-from hessian_surgery_nb.foundations.datasets import (
-    check_same_classes,
-    torchvision_part,
-    unseen_folder,
-)
+from ..foundations.checks import InputError, seed_of, whole
+from ..foundations.datasets import check_same_classes, unseen_folder
 from ..foundations.guards import plainly
-from hessian_surgery_nb.foundations.images import (
-    ORDERS,
-    class_files,
-    class_order,
-    decoded,
-    read_image,
-)
-from ..foundations.weight_files import load_weights
+from ..foundations.images import ORDERS, class_files, class_order, decoded
+from ..foundations.named_networks import Preparation
 
 # %% auto #0
 __all__ = [
-    "Preparation",
-    "load_network",
     "ImageBatches",
     "OwnSets",
     "network_labels",
@@ -47,172 +31,6 @@ __all__ = [
     "own_sets",
     "check_labels",
 ]
-
-
-# %% ../../nbs/app/00_own_network.ipynb #9a15eb82
-@dataclass(frozen=True)
-class Preparation:
-    "How an image becomes an input."
-
-    resize: int | None = None  # pixels of the shorter side; None: as it is
-    crop: int | None = None  # pixels a side of the square in the middle; None: all of it
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of red, green and blue in 0..1
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-
-    def __post_init__(self):
-        three_each = len(self.mean) == len(self.std) == 3
-        finite = all(map(math.isfinite, (*self.mean, *self.std)))
-        if not (three_each and finite and min(self.std) > 0):
-            raise InputError(
-                f"mean and std are three numbers each, std positive. Got {self.mean} "
-                f"and {self.std}."
-            )
-        if any(pixels is not None and pixels < 1 for pixels in (self.resize, self.crop)):
-            raise InputError(
-                f"resize and crop are pixels, at least 1. Got {self.resize} and {self.crop}."
-            )
-
-    def image(self, path: str | Path) -> torch.Tensor:  # (3, H, W) uint8
-        "Read, resize, crop."
-        transforms = torchvision_part("transforms").functional
-
-        def fit(image):
-            if self.resize is not None:
-                image = transforms.resize(image, self.resize)
-            if self.crop is not None:
-                image = transforms.center_crop(image, self.crop)
-            return image
-
-        return read_image(path, fit=fit)
-
-    def inputs(self, images: torch.Tensor) -> torch.Tensor:  # (N, 3, H, W) uint8 -> float32
-        "Centre and scale the colours."
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        scaled = (images.float() / 255 - mean) / std
-        return scaled.contiguous(memory_format=torch.channels_last)
-
-
-# %% ../../nbs/app/00_own_network.ipynb #51c35c93
-def _torchvision_preparation(name: str, offered) -> Preparation:  # weights of that network
-    "What torchvision's own transform of a network does; refused where it is of something else."
-    try:
-        seen = offered.transforms()
-        resize, crop = seen.resize_size[0], seen.crop_size[0]
-        return Preparation(resize, crop, tuple(seen.mean), tuple(seen.std))
-    except (AttributeError, TypeError) as error:
-        raise InputError(
-            f"a network must classify images. torchvision's {name} wants something "
-            f"else ({first_line(error)}); name a classifier, such as resnet50."
-        ) from error
-
-
-def _torchvision(
-    name: str, classes: int, weights: str | Path | None
-) -> tuple[nn.Module, Preparation]:
-    models = torchvision_part("models")
-    if name not in models.list_models():
-        similar = [known for known in models.list_models() if known[:3] == name[:3]]
-        raise InputError(
-            f"torchvision has no network {name!r}. It has, for example, "
-            f"{', '.join(similar) or 'resnet50'}."
-        )
-    offered = models.get_model_weights(name).DEFAULT
-    # before the network is made, which for a detector would fetch weights
-    preparation = _torchvision_preparation(name, offered)
-    try:
-        if weights is None:
-            network = models.get_model(name, weights=offered)
-        else:
-            network = models.get_model(name, weights=None, num_classes=classes)
-    except OSError as error:
-        raise InputError(
-            f"weights of {name} could not be fetched ({error}); name a file of weights."
-        ) from error
-    return network, preparation
-
-
-# %% ../../nbs/app/00_own_network.ipynb #0bd8bacc
-def _timm(name: str, classes: int, weights: str | Path | None) -> tuple[nn.Module, Preparation]:
-    if importlib.util.find_spec("timm") is None:
-        raise InputError("timm: networks need timm, which is not installed; pip install timm.")
-    import timm
-
-    try:
-        if weights is None:
-            network = timm.create_model(name, pretrained=True)
-        else:
-            network = timm.create_model(name, pretrained=False, num_classes=classes)
-    except Exception as error:
-        raise InputError(
-            f"timm could not make {name!r} ({first_line(error)}); see timm.list_models()."
-        ) from error
-    seen = timm.data.resolve_model_data_config(network)
-    crop = seen["input_size"][-1]
-    resize = int(crop / seen["crop_pct"])
-    return network, Preparation(resize, crop, tuple(seen["mean"]), tuple(seen["std"]))
-
-
-# %% ../../nbs/app/00_own_network.ipynb #73734198
-def _import_from(place: str) -> ModuleType:
-    "A module on the path, or the file of one."
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _function(place: str, name: str) -> tuple[nn.Module, Preparation]:
-    try:
-        module = _import_from(place)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"{place}:{name} could not be imported ({type(error).__name__}: {error}); mend it, or "
-            "name a file, or a module on the path."
-        ) from error
-    make = getattr(module, name, None)
-    if not callable(make):
-        raise InputError(f"{place} has no function {name!r}.")
-    try:
-        network = make()
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"{place}:{name}() must return a network. It raised {type(error).__name__}: "
-            f"{error}; mend it, or see --debug."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise InputError(f"{place}:{name} must return an nn.Module. Got {type(network).__name__}.")
-    return network, Preparation()
-
-
-# %% ../../nbs/app/00_own_network.ipynb #50f79cc1
-def load_network(
-    spec: str,  # "torchvision:NAME", "timm:NAME", "package.module:function" or "file.py:function"
-    *,
-    classes: int,  # outputs, where they can be chosen
-    weights: str | Path | None = None,  # .safetensors, or .pt with a state dict; None: as offered
-) -> tuple[nn.Module, Preparation]:  # in evaluation mode
-    "A network by name, and how it wants its images."
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
-        raise InputError(
-            "a network is named torchvision:NAME, timm:NAME, package.module:function or "
-            f"file.py:function. Got {spec!r}."
-        )
-    if weights is not None and not Path(weights).is_file():
-        raise InputError(f"weights must be a file. {weights} is not there.")
-    if source == "torchvision":
-        network, preparation = _torchvision(name, classes, weights)
-    elif source == "timm":
-        network, preparation = _timm(name, classes, weights)
-    else:
-        network, preparation = _function(source, name)
-    if weights is not None:
-        load_weights(network, weights)
-    return network.eval(), preparation
 
 
 # %% ../../nbs/app/00_own_network.ipynb #36f287a7

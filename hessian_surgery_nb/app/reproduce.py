@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .inputs import pick_device
+from torch import nn
+
+from .inputs import count_outputs, pick_device
 from .jobs import Job, JobQueue, run_jobs, time_left
 from hessian_surgery_nb.app.options import (
     add_command,
@@ -26,7 +28,6 @@ from .publishing import command_line
 from ..evidence.experiments import EXPERIMENTS, experiments_for
 from ..evidence.reading import read_results
 from hessian_surgery_nb.evidence.study import (
-    NETWORKS,
     STARTS,
     Scale,
     Study,
@@ -108,11 +109,13 @@ def scale_of(
     scale = QUICK if args.quick else Scale(precision=args.precision)
     if kind == "isic" and not args.quick:
         scale = replace(scale, hessian=256)  # the paper's
+    if args.start == "pretrained":
+        scale = replace(scale, epochs=1)
     for name in ("epochs", "pixels", "hessian"):
         value = getattr(args, name)
         if value is not None:
             scale = replace(scale, **{name: value})
-    return scale
+    return replace(scale, seen_pixels=args.pixels)
 
 
 # %% ../../nbs/app/05b_reproduce.ipynb #21b3304f
@@ -223,12 +226,33 @@ def sources_of(
         if todo:
             raise
         return {}  # what is stored can be shown without the images
-    for what, file in (("weights", first.weights), ("init", first.init)):
+    files = (("weights", first.weights), ("init", first.init), ("network", _network_file(first)))
+    for what, file in files:
         if file is not None:
             found[what] = fingerprint(file.read_bytes())
     if todo:
         _try_studies(studies, todo)
     return found
+
+
+def _network_file(study: Study) -> Path | None:
+    "The file with the function that makes the network, where it is named so."
+    source, _, _ = study.network.rpartition(":")
+    if not source.endswith(".py") or not Path(source).is_file():
+        return None  # one that is not there is refused where it is imported
+    return Path(source)
+
+
+def _check_outputs(study: Study, network: nn.Module) -> None:
+    "A network by name must have an output for every class."
+    images = study.splits.train.x[:2].to(study.device)
+    outputs = count_outputs(network.eval(), images, study.network, "--pixels")
+    wanted = len(study.classes)
+    if outputs != wanted:
+        raise InputError(
+            f"the network needs an output for each class. {study.network} has {outputs}, "
+            f"{study.dataset} has {wanted} classes; give the function a parameter `classes`."
+        )
 
 
 def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
@@ -245,6 +269,8 @@ def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
             f"{first.dataset} leaves {there}; name other tables, with --table."
         )
     network = build_network(first)
+    if first.is_named:
+        _check_outputs(first, network)
     if first.weights is not None:
         load_weights(network, first.weights)
 
@@ -353,11 +379,11 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--network",
-        choices=NETWORKS,
         metavar="NAME",
         default="resnet20",
         help="resnet20: 0.27 million weights; resnet50: 23.5 million; resnet50bias: the paper's, "
-        "with a bias on every convolution",
+        "with a bias on every convolution; or torchvision:NAME, timm:NAME, "
+        "package.module:function or file.py:function",
     )
     add(
         "--start",
@@ -415,7 +441,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         help="let torchvision fetch CIFAR into --data",
     )
     add("--tau", type=float, help=_TAU_HELP)
-    add("--epochs", type=int, help="of training; default 10")
+    add("--epochs", type=int, help="of training; default 10, and 1 for a pretrained start")
     add(
         "--hessian",
         type=int,
@@ -427,7 +453,8 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         "--pixels",
         type=int,
         metavar="N",
-        help="a side, where images come in many sizes (ISIC-2019); default 32",
+        help="a side, where images come in many sizes (ISIC-2019), default 32; and to which a "
+        "network by name scales them, default: what it wants",
     )
     add_device_flag(parser)
 

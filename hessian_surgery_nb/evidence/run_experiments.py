@@ -23,6 +23,7 @@ from hessian_surgery_nb.evidence.study import (
     weights_path,
 )
 from ..foundations.checks import InputError
+from ..foundations.named_networks import split_name
 from ..foundations.weight_files import load_weights
 
 # %% auto #0
@@ -39,7 +40,7 @@ def request(
     asked = dict(
         experiment=name,
         dataset=Path(study.dataset).name,
-        network=study.network,
+        network=_network_of(study),
         seed=study.seed,
         start=_start_of(study),
         hessian=study.scale.hessian,
@@ -50,10 +51,20 @@ def request(
         asked["reported_back"] = study.reported_back
     if study.kind == "isic":
         asked["pixels"] = study.scale.pixels
+    if study.is_named:
+        asked["seen_pixels"] = study.scale.seen_pixels
     return asked | experiment.depends_on(study) | dict(experiment.settings)
 
 
 # %% ../../nbs/evidence/03a_run_experiments.ipynb #43dbd591
+def _network_of(study: Study) -> str:
+    "Its name; of a file with a function the name, not the place."
+    if not study.is_named:
+        return study.network
+    source, name = split_name(study.network)
+    return f"{Path(source).name}:{name}"
+
+
 def _start_of(study: Study) -> str:
     "In the words of stored runs."
     if study.weights:

@@ -96,12 +96,12 @@ def start_settings(
     if study.weights:
         return dict(weights=Path(study.weights).name)
     scale = study.scale
+    shape = {} if study.is_named else dict(width=scale.width, blocks=scale.blocks)
     return dict(
         RECIPES[study.start],
         epochs=scale.epochs,
         precision=scale.precision,
-        width=scale.width,
-        blocks=scale.blocks,
+        **shape,
         init=Path(study.init).name if study.init else None,
     )
 

@@ -25,6 +25,11 @@ from hessian_surgery_nb.evidence.records import (
 from ..foundations.accuracy import ClassReport, class_report_of, predict
 from ..foundations.checks import InputError
 from ..foundations.datasets import Samples, dataset_folder, read_dataset
+from hessian_surgery_nb.foundations.named_networks import (
+    named_network,
+    network_label,
+    split_name,
+)
 from ..foundations.networks import resnet20, resnet50
 from ..foundations.runs import RunStore, pack_bits
 from ..foundations.splits import Splits, held_back_splits, image_splits
@@ -92,6 +97,7 @@ class Scale:
     gradient_images: int = 2560  # of training, that show the gradient
     settle_steps: int = 80  # of a short anneal
     temperature_looks: int = 4  # an epoch, while a network is cooled and heated
+    seen_pixels: int | None = None  # a side, to which a named network scales; None: as it wants
     start_epochs: int = 15  # of training on with another loss there; the paper's
 
 
@@ -156,7 +162,7 @@ def runs_label(
     start: str = "annealed",  # one of STARTS
 ) -> str:
     "Begins the names of stored runs, before the seed."
-    label = f"{Path(dataset).name}_{network}"
+    label = f"{Path(dataset).name}_{network_label(network)}"
     return label if start == "annealed" else f"{label}_{start}"
 
 
@@ -168,7 +174,7 @@ class Study:
     store: RunStore
     seed: int
     dataset: str = "cifar10"  # a name or a path, as for `read_dataset`
-    network: str = "resnet20"  # one of NETWORKS
+    network: str = "resnet20"  # one of NETWORKS, or a name as for `split_name`
     start: str = "annealed"  # one of STARTS
     scale: Scale = Scale()
     tau: float | None = 0.85  # accuracy from which a class is protected; the paper's for CIFAR-10
@@ -183,8 +189,13 @@ class Study:
     workbench: Workbench = field(default_factory=shared_workbench, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.network not in NETWORKS:
-            raise InputError(f"network must be one of {', '.join(NETWORKS)}. Got {self.network!r}.")
+        if self.is_named:
+            split_name(self.network)
+        elif self.network not in NETWORKS:
+            raise InputError(
+                f"network must be one of {', '.join(NETWORKS)}, or have a name such as "
+                f"torchvision:resnet18. Got {self.network!r}."
+            )
         if self.start not in STARTS:
             raise InputError(f"start must be one of {', '.join(STARTS)}. Got {self.start!r}.")
         if self.start == "pretrained" and self.init is None:
@@ -199,6 +210,11 @@ class Study:
     def label(self) -> str:
         "Begins the name of each of its runs."
         return f"{runs_label(self.dataset, self.network, self.start)}_s{self.seed}"
+
+    @property
+    def is_named(self) -> bool:
+        "Whether its network is somebody's, by name, and none of NETWORKS."
+        return ":" in self.network
 
     @property
     def folder(self) -> Path:
@@ -286,8 +302,12 @@ def build_network(
 ) -> nn.Module:
     "The network before training."
     num_classes = len(study.classes)
-    if study.network == "resnet20":
-        scale = study.scale
+    scale = study.scale
+    if study.is_named:
+        net = named_network(
+            study.network, classes=num_classes, pixels=scale.seen_pixels, seed=study.seed
+        )
+    elif study.network == "resnet20":
         net = resnet20(classes=num_classes, width=scale.width, blocks=scale.blocks, seed=study.seed)
     else:
         biased = study.network == "resnet50bias"

@@ -291,17 +291,26 @@ def _state_dict_in(path: Path | str, found: object) -> _State:
 
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #21851627
-_PREFIXES = "module.", "_orig_mod."
+_PREFIXES = "module.", "_orig_mod.", "body."  # the last: of a network that scales its images
 
 
 def _without_prefix(stored: _State, own: _State) -> _State:
-    "As stored by the network itself, not by what it was wrapped in for training."
+    "As stored by the network itself, not by what it was wrapped in."
     for prefix in 2 * _PREFIXES:  # one may stand within the other
         all_stored = all(name.startswith(prefix) for name in stored)
         all_own = all(name.startswith(prefix) for name in own)
         if stored and all_stored and not all_own:
             stored = {name[len(prefix) :]: value for name, value in stored.items()}
-    return stored
+    return _as_body(stored) if _stand_in_body(own) and not _stand_in_body(stored) else stored
+
+
+def _stand_in_body(state: _State) -> bool:
+    "Whether all weights are of one network within another that is called its body."
+    return len(state) > 0 and all(name.startswith("body.") for name in state)
+
+
+def _as_body(state: _State) -> _State:
+    return {f"body.{name}": value for name, value in state.items()}
 
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #12a1fddd
