@@ -13,8 +13,8 @@ import numpy as np
 from hessian_surgery_nb.evidence.claims import (
     ABOVE_0,
     BELOW_0,
-    ENOUGH,
     Claim,
+    ENOUGH,
     JudgeRuns,
     Verdict,
     all_of,

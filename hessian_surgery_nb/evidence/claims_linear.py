@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hessian_surgery_nb.evidence.claims import (
-    BELOW_0,
     ABOVE_0,
+    BELOW_0,
     all_of,
     every_network,
     mean_within,
