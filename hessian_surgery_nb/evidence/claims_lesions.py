@@ -223,7 +223,7 @@ LESION_CLAIMS += [
         "fl_surgery",
         key="thirty_percent",
         section="abstract",
-        claim="Focal loss, then surgery lowers sigma by a third.",
+        claim="Focal loss, then surgery lowers sigma by three tenths.",
         paper="-30.5 % (23.6 to 16.4 pp, counted from cross-entropy)",
         rule="the change from cross-entropy is clear of 0 and reaches -30.5 %",
     ),

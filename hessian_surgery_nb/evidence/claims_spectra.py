@@ -34,6 +34,7 @@ __all__ = [
     "claim_of_runs",
     "untested_claim",
     "ritz_values",
+    "bulk_share",
 ]
 
 
@@ -102,7 +103,9 @@ def _missed_percent(run: SpectrumRun, steps: int, spikes: int) -> float:
     return 100 * float(np.mean(misses))
 
 
-def _bulk_share(run: SpectrumRun) -> float:
+def bulk_share(
+    run: SpectrumRun,
+) -> float:
     "Percent of the spectrum within a tenth of the ninth eigenvalue of 0."
     nodes, weights = np.array(run.density.nodes), np.array(run.density.weights)
     return 100 * float(weights[np.abs(nodes) < run.values[8] / 10].sum() / weights.sum())
@@ -121,7 +124,7 @@ def _bulk_median(run: SpectrumRun) -> float:
 SPECTRUM_CLAIMS = [
     claim_of_runs(
         mean_within(
-            value_of_each("spectrum", _bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
+            value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
         ),
         "spectrum",
         key="bulk_and_outliers",
@@ -236,7 +239,7 @@ SPECTRUM_CLAIMS += [
     ),
     claim_of_runs(
         mean_within(
-            value_of_each("spectrum", _bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
+            value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
         ),
         "spectrum",
         deciding=("pretrained",),

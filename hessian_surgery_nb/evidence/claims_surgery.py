@@ -138,7 +138,7 @@ HEADLINE_CLAIMS = [
         "network",
         key="headline",
         section="abstract",
-        claim="Surgery lowers sigma by a third at next to no price.",
+        claim="Surgery lowers sigma by over a third at next to no price.",
         paper="sigma -36 % (8.57 to 5.52 pp), global -0.2 pp",
         rule="in one of the paper's settings sigma is clear of 0 and reaches -36 %, and global "
         "accuracy reaches -0.2 pp",
@@ -158,7 +158,7 @@ HEADLINE_CLAIMS = [
         "surgery_gamma_p2",
         key="weakest_class",
         section="abstract",
-        claim="The weakest class gains most of a tenth.",
+        claim="The weakest class gains over seven points.",
         paper="cat +7.5 pp",
         rule="the change of the class that was weakest on the tuned images reaches 7.5 pp",
     ),
