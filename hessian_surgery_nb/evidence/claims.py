@@ -416,13 +416,15 @@ def rather_than(
 def every_network(
     holds_of: Callable[[Results], Sequence[bool]],  # one a network
     what: str,  # in words, with {} for how many
+    enough: int = ENOUGH,  # networks, to decide
 ) -> JudgeRuns:
     "On every network, or on none."
 
     def judge(results):
         holds = holds_of(results)
         figures = what.format(f"{sum(holds)} of {count_text(len(holds))}")
-        return Verdict(kind=unanimous(holds), figures=figures)
+        kind = unanimous(holds) if len(holds) >= enough else "undecided"
+        return Verdict(kind=kind, figures=figures)
 
     return judge
 
