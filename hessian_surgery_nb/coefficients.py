@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .foundations.accuracy import error_ratio
 from .foundations.checks import InputError
 from .sensitivity import Sensitivity
 
 # %% auto #0
-__all__ = ["class_weights", "choose_exponent", "solve_coefficients", "spike_box"]
+__all__ = ["class_weights", "solve_coefficients", "spike_box"]
 
 
 # %% ../nbs/04b_coefficients.ipynb #43e108db
@@ -33,27 +32,6 @@ def class_weights(
     if errors.max() > 0:
         weights = errors**p
     return weights / weights.sum()
-
-
-# %% ../nbs/04b_coefficients.ipynb #52e375a1
-# Table 3: the exponent by goal, (mild imbalance, severe imbalance)
-_EXPONENTS = {"sigma": (2.0, 0.5), "worst": (1.0, 0.0)}
-
-
-def choose_exponent(
-    accuracy: torch.Tensor | Sequence[float],  # (C,) in [0, 1]
-    *,
-    goal: str = "sigma",  # "sigma": smallest spread; "worst": best worst class
-    # error ratio between mild and severe; choice: between the paper's 3.4 and 6.3
-    threshold: float = 5.0,
-) -> float:  # 0, 1/2, 1 or 2
-    "Table 3: mild imbalance, square (sigma) or linear (worst); severe, sqrt or homogeneous."
-    if goal not in _EXPONENTS:
-        raise InputError(f"goal must be 'sigma' or 'worst'. Got {goal!r}.")
-    mild, severe = _EXPONENTS[goal]
-    if error_ratio(accuracy) < threshold:
-        return mild
-    return severe
 
 
 # %% ../nbs/04b_coefficients.ipynb #1a6bceee

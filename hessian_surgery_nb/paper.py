@@ -29,7 +29,13 @@ from hessian_surgery_nb.evidence.tables import (
     table_8,
     table_9,
 )
-from .evidence.tables_isic import claims_13, table_13, table_14, table_8_isic
+from hessian_surgery_nb.evidence.tables_isic import (
+    claims_13,
+    class_claims,
+    table_13,
+    table_14,
+    table_8_isic,
+)
 from hessian_surgery_nb.evidence.tables_many import (
     limits_frame,
     noise_frame,
@@ -72,6 +78,7 @@ ISIC_TABLES = {
     "Table 8": (table_8_isic, ("network", "ablation")),
     "Table 13": (table_13, ("network",)),
     "Claims of section 9.4": (claims_13, ("network", "ce_surgery")),
+    "Claims about single classes": (class_claims, ("network", "ce_surgery")),
     "Table 14": (table_14, ("sensitivity",)),
 }
 FIGURES = {

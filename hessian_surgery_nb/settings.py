@@ -14,7 +14,6 @@ import numpy as np
 from hessian_surgery_nb.foundations.checks import (
     Interval,
     OneOf,
-    OrValue,
     Satisfies,
     WholeNumber,
     check_values,
@@ -40,7 +39,9 @@ _POSITIVE = Interval(0, closed="right")
 _FRACTION = Interval(0, 1, rule="a fraction in 0..1, not percent")
 _COUNT = WholeNumber(1, math.inf)
 _SEED = WholeNumber(-(2**63), 2**63, rule=f"in {-(2**63)}..{2**63 - 1}")
-_EXPONENT = OrValue("auto", Interval(0, closed="left"))
+_EXPONENT = Interval(
+    0, closed="left", remedy="name it, such as 2, the default: the rule behind 'auto' is gone"
+)
 
 
 # %% ../nbs/04c_settings.ipynb #84ea577a
@@ -64,7 +65,7 @@ _PARAMS = Satisfies(_are_params, rule="a name, a pattern or a tuple of them")
 class SurgeryConfig:
     """All settings of `operate`, with the paper's values where it gives them.
 
-    The paper's first amplitude for CIFAR-10 is 0.02 and its tau 0.85. Steps of later sensitivity
+    The paper's first amplitude for CIFAR-10 is 0.02; its tau is lost. Steps of later sensitivity
     matrices are tied to the amplitude. `directions` other than spikes: "class_means" are averaged
     gradients, which need no Lanczos run; "gradients" of the loss over single classes and "random",
     a subspace of the same dimension, are controls; a function of yours takes a `DirectionSearch`.
@@ -75,7 +76,7 @@ class SurgeryConfig:
     num_spikes: int | None = constrained(None, optional(_COUNT))  # K; None: C - 1
     eps: float | None = constrained(None, optional(_POSITIVE))  # first amplitude; None: found
     probe_eps: float | None = constrained(None, optional(_POSITIVE))  # step of the first S; or eps
-    p: float | str = constrained(1.0, _EXPONENT)  # of the class weights; "auto": by Table 3
+    p: float = constrained(2.0, _EXPONENT)  # of the class weights; the paper's is 1
     tau: float | None = constrained(None, optional(_FRACTION))  # protected from here; None: mean
     max_drop: float = constrained(0.01, _FRACTION)  # predicted loss allowed to protected classes
     box: bool = False  # per-spike bounds, eq. (11), in place of the ball

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .amplitude import AmplitudeControl, amplitude_control
-from .coefficients import choose_exponent
 from .foundations.batches import Data, as_batches, split_batch
 from .foundations.checks import InputError
 from .foundations.distributed import Team, current_team
@@ -253,7 +252,7 @@ def prepare_surgery(
         team=current_team(),
         start=start_state(snapshot(model), evaluation),
         num_spikes=_num_spikes(config, evaluation.report),
-        exponent=_exponent(config, evaluation.report),
+        exponent=config.p,
         decide=decide,
         keep_directions=keep_directions,
         cache=cache,
@@ -268,12 +267,6 @@ def _num_spikes(config: SurgeryConfig, report: ClassReport) -> int:  # K
     if config.num_spikes is None:
         return num_classes - 1
     return config.num_spikes
-
-
-def _exponent(config: SurgeryConfig, report: ClassReport) -> float:  # p
-    if config.p == "auto":
-        return choose_exponent(report.accuracy)
-    return config.p
 
 
 # %% ../nbs/04f_surgery_state.ipynb #f3632fe6

@@ -339,7 +339,7 @@ def test_a_torchvision_network_by_name(place, tmp_path, capsys):
         (dict(data="nowhere"), "nowhere is not"),
         (dict(hessian="0"), "at least 1"),
         (dict(batch="0"), "at least 1"),
-        (dict(p="high"), "--p must be a number or auto"),
+        (dict(p="auto"), "the rule behind 'auto' is gone"),
         (dict(iterations="0"), "at least 1"),
         (dict(spikes="-1"), "at least 1"),
         (dict(resize="0"), "resize and crop are pixels"),

@@ -50,7 +50,7 @@ def cutting(calls):
         dict(eps=0.8),
         dict(eps=0.8, schedule="adam"),
         dict(directions="random", eps=3.0),
-        dict(box=True, p="auto"),
+        dict(box=True, p=0.5),
     ],
     ids=str,
 )

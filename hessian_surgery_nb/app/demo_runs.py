@@ -76,7 +76,7 @@ def run_seed(
     network = digits_net(seed=seed)
     log = train(network, splits.train.pair, seed=seed, progress=progress)
     measured = _measure_density(network, splits, seed, progress) if density else None
-    config = SurgeryConfig(iterations=iterations, seed=seed)
+    config = SurgeryConfig(iterations=iterations, p=1.0, seed=seed)
     comparison = _operate_and_compare(network, splits, config, progress)
     return DemoRun(
         seed=seed,

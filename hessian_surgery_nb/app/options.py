@@ -248,7 +248,7 @@ def add_surgery_flags(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="steps at most",
     )
-    add("--p", default="auto", help=_EXPONENT_HELP)
+    add("--p", type=_number_if_any, default=_DEFAULTS.p, help=_EXPONENT_HELP)
     add("--tau", type=float, help=_TAU_HELP)
     add_directions_flag(parser, ("spikes", "class_means", "random"))
     add(
@@ -267,8 +267,18 @@ def add_surgery_flags(parser: argparse.ArgumentParser) -> None:
 
 
 _EXPONENT_HELP = (
-    "exponent of the class weights: 0 all alike, 2 the weakest foremost; auto: the paper's rule"
+    "exponent of the class weights: 0 all alike, 1 as their errors, 2 the weakest foremost"
 )
+
+
+def _number_if_any(given: str) -> float | str:
+    "A number; other text is refused with the other settings, which say the way out."
+    try:
+        return float(given)
+    except ValueError:
+        return given
+
+
 _TAU_HELP = (
     "classes at least this accurate (a fraction) are protected; default: those above the mean"
 )
@@ -436,12 +446,11 @@ def _number_or_auto(flag: str, given: str, kind: type, what: str) -> float | Non
 # %% ../../nbs/app/02_options.ipynb #ae3e05e8
 def surgery_config(args: argparse.Namespace) -> SurgeryConfig:
     "The settings of `operate` and `compare`."
-    exponent = _number_or_auto("--p", args.p, float, "a number")
     config = SurgeryConfig(
         iterations=args.iterations,
         num_spikes=args.spikes,
         eps=args.eps,
-        p="auto" if exponent is None else exponent,
+        p=args.p,
         tau=args.tau,
         directions=args.directions,
         schedule=args.schedule,

@@ -122,7 +122,7 @@ def scale_of(
 def protected_accuracy(
     args: argparse.Namespace,
 ) -> float | None:  # None: classes above the mean are protected
-    "The accuracy from which on a class is protected: --tau, or the paper's value for CIFAR-10."
+    "The accuracy from which on a class is protected: --tau, or our choice for CIFAR-10."
     if args.tau is not None:
         return args.tau if args.tau != 0 else None
     return 0.85 if Path(args.dataset).name == "cifar10" else None
@@ -469,7 +469,7 @@ _HELD_BACK_HELP = (
 # %% ../../nbs/app/05b_reproduce.ipynb #3d6663d3
 _TAU_HELP = (
     "classes at least this accurate are protected (a fraction); 0: those above the mean. "
-    "Default: 0.85, the paper's, for cifar10, else 0"
+    "Default: 0.85, our choice, for cifar10, else 0"
 )
 
 

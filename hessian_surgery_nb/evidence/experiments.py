@@ -48,6 +48,7 @@ from .study import Study
 from hessian_surgery_nb.evidence.surgery_experiments import (
     ABLATION,
     BOXED,
+    BOXED_COUNTED,
     ablation,
     lesion_surgery,
     scheduled_surgery,
@@ -371,15 +372,16 @@ _LESION_STARTS = (
 )
 
 
-def _lesion_surgery(name: str, start: str) -> Experiment:
+def _lesion_surgery(name: str, start: str, settings: Mapping[str, Any] = BOXED) -> Experiment:
+    noise = ", rolled back beyond counting noise" if settings is BOXED_COUNTED else ""
     return Experiment(
         name=name,
         run=lesion_surgery,
-        summary=f"Surgery with boxes, from {start}.",
+        summary=f"Surgery with boxes, from {start}{noise}.",
         shown_in=("Table 13",),
         needs=(start,),
         suits=("isic",),
-        settings=BOXED,
+        settings=settings,
         depends_on=lambda study: dict(iterations=study.scale.iterations, start=start),
     )
 
@@ -414,10 +416,13 @@ def _lesion_sensitivity(name: str, start: str) -> Experiment:
 _LESIONS = (
     *_LESION_STARTS,
     _lesion_surgery("ce_surgery", start="network"),
+    _lesion_surgery("ce_surgery_counted", start="network", settings=BOXED_COUNTED),
     _lesion_surgery("fl_surgery", start="fl_start"),
+    _lesion_surgery("fl_surgery_counted", start="fl_start", settings=BOXED_COUNTED),
     _lesion_rivals("fl_rivals", start="fl_start"),
     _lesion_sensitivity("fl_sensitivity", start="fl_start"),
     _lesion_surgery("cb_surgery", start="cb_start"),
+    _lesion_surgery("cb_surgery_counted", start="cb_start", settings=BOXED_COUNTED),
     _lesion_rivals("cb_rivals", start="cb_start"),
     _lesion_sensitivity("cb_sensitivity", start="cb_start"),
     Experiment(

@@ -106,12 +106,14 @@ def caption(
     commits = sorted({str(facts.commit) for facts in about})
     start = runs[0].config.get("start", "")
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    minutes = sum(run.seconds for run in runs) / 60
+    minutes = f"{sum(run.seconds for run in runs) / 60:.0f} minutes"
+    if any(run.about.stretches is None for run in runs):  # only the last stretch was timed
+        minutes = f"at least {minutes}"
     plural = "s" if len(seeds) > 1 else ""
     return (
         f"{self.label.replace('_', ', ')} ({start}), "
         f"seed{plural} {', '.join(map(str, seeds))}, {about[0].device}, "
-        f"{span}, commit {', '.join(commits)}, {minutes:.0f} minutes."
+        f"{span}, commit {', '.join(commits)}, {minutes}."
     )
 
 

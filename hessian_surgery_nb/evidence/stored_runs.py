@@ -89,6 +89,9 @@ _EXPERIMENTS = {
         "ce_surgery",
         "fl_surgery",
         "cb_surgery",
+        "ce_surgery_counted",
+        "fl_surgery_counted",
+        "cb_surgery_counted",
     ),
     AblationRun: ("ablation",),
     FineTuningRun: ("focal", "balanced"),
@@ -134,6 +137,7 @@ class Circumstances(StoredRecord):
     commit: str | None  # None: not in a repository
     seeds: Sequence[int]
     note: str | None = None  # by hand
+    stretches: int | None = None  # that its seconds are a sum of; None: they are of the last
 
 
 # %% ../../nbs/evidence/00d_stored_runs.ipynb #d980090d

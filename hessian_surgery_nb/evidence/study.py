@@ -177,7 +177,9 @@ class Study:
     network: str = "resnet20"  # one of NETWORKS, or a name as for `split_name`
     start: str = "annealed"  # one of STARTS
     scale: Scale = Scale()
-    tau: float | None = 0.85  # accuracy from which a class is protected; the paper's for CIFAR-10
+    tau: float | None = (
+        0.85  # accuracy from which a class is protected; our choice: the paper's is lost
+    )
     weights: Path | None = None  # a trained starting point, safetensors; None: train one
     init: Path | None = None  # weights to begin training from; the head may differ
     root: Path | None = None  # where datasets lie

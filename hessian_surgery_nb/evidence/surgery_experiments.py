@@ -29,6 +29,7 @@ from ..surgery import operate
 # %% auto #0
 __all__ = [
     "BOXED",
+    "BOXED_COUNTED",
     "ABLATION",
     "surgery_run",
     "surgery_iterations",
@@ -123,6 +124,8 @@ def scheduled_surgery(
 
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #381015ad
 BOXED = dict(box=True, p=0.5, schedule="adam")  # section 9.2
+# the same, rolled back for a fall beyond two standard errors of counting few images
+BOXED_COUNTED = dict(**BOXED, rollback_errors=2.0)
 
 
 def lesion_surgery(

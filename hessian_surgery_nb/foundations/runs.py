@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "pack_bits",
     "unpack_bits",
     "RunStore",
+    "Stopwatch",
 ]
 
 
@@ -258,6 +260,70 @@ def _compare_origin(self: RunStore, path: Path, then: dict[str, str] | None):
         )
 
 
+# %% ../../nbs/foundations/16_runs.ipynb #ac3f0402
+class Stopwatch:
+    "Seconds of this stretch of a run and of those before it that were cut off."
+
+    def __init__(
+        self,
+        path: Path,  # of a small file beside what the run has kept
+        config: dict[str, Any],  # how it was asked for; seconds of another run do not count
+        every: float = 30.0,  # seconds between notes
+    ):
+        self.path, self.every = path, every
+        self.config = json.loads(json_bytes(config))
+        self.seconds = 0.0
+        self.stretches = 1
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._note_regularly, daemon=True)
+
+    def __enter__(self) -> Stopwatch:
+        before = self._noted()
+        self._seconds_before = before.get("seconds", 0.0)
+        self.stretches = before.get("stretches", 0) + 1
+        self._start = time.perf_counter()
+        self._beat.start()
+        return self
+
+    def __exit__(self, *failure):
+        self._stop.set()
+        self._beat.join()
+        self._note()
+
+    def forget(self):
+        "Remove the file: the run is stored."
+        self.path.unlink(missing_ok=True)
+
+
+# %% ../../nbs/foundations/16_runs.ipynb #ac3f0405
+@patch
+def _noted(self: Stopwatch) -> dict[str, Any]:
+    "What an earlier stretch left; nothing where it was another run."
+    try:
+        found = json.loads(self.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("config") == self.config else {}
+
+
+@patch
+def _note(self: Stopwatch):
+    "Keep the seconds so far."
+    self.seconds = self._seconds_before + time.perf_counter() - self._start
+    noted = dict(config=self.config, seconds=self.seconds, stretches=self.stretches)
+    write_atomic(self.path, json_bytes(noted))
+
+
+@patch
+def _note_regularly(self: Stopwatch):
+    "Until the run ends. A full disk costs a note, not the run."
+    while not self._stop.wait(self.every):
+        try:
+            self._note()
+        except OSError:
+            continue
+
+
 # %% ../../nbs/foundations/16_runs.ipynb #e75ec83d
 @patch
 def run(
@@ -278,17 +344,19 @@ def run(
         stored = self.read(name, config)  # another process may have made it meanwhile
         if stored is not None:
             return stored
-        start = time.perf_counter()
-        results = make(self.folder(name))
+        folder = self.folder(name)
+        with Stopwatch(folder / "seconds.json", config) as watch:
+            results = make(folder)
         record = dict(
             name=name,
             config=config,
-            about=circumstances(device) | dict(seeds=list(seeds)),
-            seconds=time.perf_counter() - start,
+            about=circumstances(device) | dict(seeds=list(seeds), stretches=watch.stretches),
+            seconds=watch.seconds,
             results=results,
         )
         if self.made_from:
             record["made_from"] = self.made_from
         data = json_bytes(record)
         write_atomic(self.directory / f"{name}.json", data)
+        watch.forget()
     return json.loads(data)
