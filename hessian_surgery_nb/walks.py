@@ -99,7 +99,7 @@ def _between(low: _End, high: _End, rise: float, halve: bool) -> float:
     return min(max(guess, low.length + margin), high.length - margin)
 
 
-# %% ../nbs/03d_walks.ipynb #d7b304ad
+# %% ../nbs/03d_walks.ipynb #3e237818
 @dataclass(frozen=True, kw_only=True)
 class Place:
     "What is measured at one place on a walk."
@@ -110,7 +110,7 @@ class Place:
     accuracy: torch.Tensor  # (C,) in [0, 1]
     noise: torch.Tensor  # (C,) standard error of each class's change since the start
     flipped: float  # share of images that changed from right to wrong or back
-    overlap: float | None  # max |V'd| with the leading eigenvectors there; None: not looked
+    overlap: float | None  # max |V'd| with the leading eigenvectors there; None: not turned
 
 
 def _noise_of_change(
@@ -270,7 +270,7 @@ def _largest_overlap(leading: torch.Tensor, direction: torch.Tensor) -> float:
     return inner(leading, direction).abs().max().item()
 
 
-# %% ../nbs/03d_walks.ipynb #70eda9c6
+# %% ../nbs/03d_walks.ipynb #717c3d48
 @plainly()
 def walk_to_losses(
     model: nn.Module,  # left as it is
@@ -304,7 +304,7 @@ def walk_to_losses(
         length = length_at_rise(rise_at, rise, length, tolerance)
         offset = base + length * direction
         known = dict(length=gone + length, rise=rise)
-        if turning is not None:
+        if turning is not None and rise != rises[-1]:
             there = _leading_there(walker, turning, offset, leading)
             known["overlap"] = _largest_overlap(there, direction)
             direction = _projected(within, direction, there)
