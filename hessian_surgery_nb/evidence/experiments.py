@@ -144,8 +144,7 @@ _ALONG_SPIKES = (
     Experiment(
         name="walk_at_loss",
         run=walks_at_loss,
-        summary="Walk in the bulk, along leading eigenvectors and anywhere until the loss has "
-        "risen by given amounts; measure every class there.",
+        summary="Walk in three kinds of directions until the loss has risen by as much.",
         shown_in=("Table 6",),
         settings=dict(rises=(0.03, 0.1, 0.3), lengths=(0.1,), draws=2, images=500, counted=2000),
     ),
