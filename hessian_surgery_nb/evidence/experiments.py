@@ -16,6 +16,7 @@ from hessian_surgery_nb.evidence.fronts import (
     front_in_small_steps,
     front_of_biases,
 )
+from .loss_walks import walks_at_loss
 from .records import StoredRecord
 from hessian_surgery_nb.evidence.settling_experiments import (
     along_training,
@@ -140,6 +141,13 @@ _ALONG_SPIKES = (
         "each step.",
         shown_in=("Table 6",),
         depends_on=lambda study: dict(steps=study.scale.walk_steps, step=study.scale.walk_step),
+    ),
+    Experiment(
+        name="walk_at_loss",
+        run=walks_at_loss,
+        summary="Walk in three kinds of directions until the loss has risen by as much.",
+        shown_in=("Table 6",),
+        settings=dict(rises=(0.03, 0.1, 0.3), lengths=(0.1,), draws=2, images=500, counted=2000),
     ),
     Experiment(
         name="sensitivity",

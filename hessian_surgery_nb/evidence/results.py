@@ -32,6 +32,9 @@ __all__ = [
     "StabilityRun",
     "WalkRecord",
     "WalkRun",
+    "PlaceRecord",
+    "LossWalkRecord",
+    "WalkAtLossRun",
     "ScreeningRecord",
     "MatrixRecord",
     "SensitivityRun",
@@ -181,6 +184,40 @@ class WalkRun(StoredRecord):
     bulk: WalkRecord
     spikes: WalkRecord
     anywhere: WalkRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRecord(StoredRecord):
+    "What is measured at one place on a walk. Fractions."
+
+    length: float  # of the way from the start
+    rise: float | None  # of the loss that was asked for; None: the length was
+    losses: Mapping[str, float]  # "unseen", "curvature", "classes" -> mean loss
+    accuracy: Sequence[float]  # (C,), held-out
+    noise: Sequence[float]  # (C,) standard error of each class's change since the start
+    flipped: float  # share of held-out images that went from right to wrong or back
+    overlap: float | None = None  # with the leading eigenvectors there, before the walk turned
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWalkRecord(StoredRecord):
+    "One walk, its places in order."
+
+    within: str  # "bulk", "leading" or "anywhere"
+    asked: str  # the set whose loss was to rise, or "length"
+    turning: bool  # whether it was projected again at each place
+    draw: int  # seed of its direction
+    places: Sequence[PlaceRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkAtLossRun(StoredRecord):
+    "Walks of three kinds, compared where the loss has risen alike."
+
+    images: Mapping[str, int]  # "unseen", "curvature", "classes" -> how many
+    values: Sequence[float]  # (K,) leading eigenvalues at the start
+    start: PlaceRecord
+    walks: Sequence[LossWalkRecord]
 
 
 # %% ../../nbs/evidence/00b_results.ipynb #94cc480c

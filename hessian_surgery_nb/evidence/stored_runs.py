@@ -38,6 +38,7 @@ from hessian_surgery_nb.evidence.results import (
     StartRun,
     StructureRun,
     SurgeryRun,
+    WalkAtLossRun,
     WalkRun,
 )
 from .settling_results import SettlingRun, TrajectoryRun
@@ -71,6 +72,7 @@ _EXPERIMENTS = {
     SpectrumRun: ("spectrum",),
     StabilityRun: ("stability",),
     WalkRun: ("walk",),
+    WalkAtLossRun: ("walk_at_loss",),
     SensitivityRun: ("sensitivity", "fl_sensitivity", "cb_sensitivity"),
     LinearisationRun: ("linearisation",),
     SurgeryRun: (

@@ -18,7 +18,12 @@ from hessian_surgery_nb.evidence.reading import (
     without_empty_columns,
 )
 from .records import StoredRecord
-from .results import PostHocRun, SurgeryRun, WalkRecord
+from hessian_surgery_nb.evidence.results import (
+    PostHocRun,
+    SurgeryRun,
+    WalkAtLossRun,
+    WalkRecord,
+)
 from ..foundations.accuracy import error_ratio
 from ..foundations.intervals import mean_interval, sigma_interval
 from ..foundations.runs import unpack_bits
@@ -32,6 +37,8 @@ __all__ = [
     "table_4",
     "table_5",
     "table_6",
+    "walk_figures",
+    "table_6_at_loss",
     "part_of",
     "table_7",
     "table_8",
@@ -221,6 +228,77 @@ def table_6(results: Results):
         row["cosine"] = printed["cosine to the first direction"][1]
         rows.append(row)
     return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
+
+
+# %% ../../nbs/evidence/05_tables.ipynb #01b0eca3
+def _root_mean_square(numbers: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(numbers))))
+
+
+def walk_figures(
+    run: WalkAtLossRun,  # one seed
+    within: str,  # "bulk", "leading" or "anywhere"
+    asked: str,  # "unseen", "curvature" or "length"
+    turn: int,  # which place on the walk
+    turning: bool = False,
+) -> dict[str, float]:  # changes in percentage points
+    "What one kind of walk did by one place, over its directions."
+    chosen = [
+        walk.places[turn]
+        for walk in run.walks
+        if (walk.within, walk.asked, walk.turning) == (within, asked, turning)
+    ]
+    changes = 100 * np.array([place.accuracy for place in chosen])
+    changes -= 100 * np.array(run.start.accuracy)
+    noise = 100 * np.array([place.noise for place in chosen])
+    largest = np.abs(changes).argmax(1)[:, None]
+
+    def risen(name: str) -> float:
+        losses = [place.losses[name] for place in chosen]
+        return float(np.mean(losses)) - run.start.losses[name]
+
+    return {
+        "length": float(np.mean([place.length for place in chosen])),
+        "Hessian images' loss": risen("curvature"),
+        "held-out loss": risen("classes"),
+        "flipped (%)": 100 * float(np.mean([place.flipped for place in chosen])),
+        "largest change (pp)": float(np.abs(changes).max(1).mean()),
+        "its noise": float(np.take_along_axis(noise, largest, 1).mean()),
+        "rms change (pp)": _root_mean_square(changes),
+        "counting noise": _root_mean_square(noise),
+    }
+
+
+# %% ../../nbs/evidence/05_tables.ipynb #4ca23978
+_LOSS_WALKS = (  # label, within, turning
+    ("bulk", "bulk", False),
+    ("bulk, turning", "bulk", True),
+    ("leading eigenvectors", "leading", False),
+    ("anywhere", "anywhere", False),
+)
+
+
+def table_6_at_loss(
+    results: Results,
+    asked: str = "unseen",  # whose loss rises alike; "curvature": the images of the Hessian
+):
+    "Walks stopped where the loss has risen alike: how far they went, what they did to classes."
+    import pandas as pd
+
+    runs = results.of("walk_at_loss")
+    of_kind = next(walk for walk in runs[0].walks if walk.asked == asked)
+    rows = {}
+    for turn, place in enumerate(of_kind.places):
+        for label, within, turning in _LOSS_WALKS:
+            if turning and asked != "unseen":
+                continue
+            figures = [walk_figures(run, within, asked, turn, turning) for run in runs]
+            row = {}
+            for name in figures[0]:
+                digits = 2 if name == "length" or name.endswith("loss") else 1
+                row[name] = over_seeds([figure[name] for figure in figures], digits)
+            rows[f"+{place.rise:g}", label] = row
+    return pd.DataFrame(rows).T.rename_axis(["loss rises by", "walk"])
 
 
 # %% ../../nbs/evidence/05_tables.ipynb #3a260b9b
