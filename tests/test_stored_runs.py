@@ -16,7 +16,7 @@ from hessian_surgery_nb.evidence.stored_runs import (
     read_run,
     read_stored,
 )
-from hessian_surgery_nb.evidence.study import Scale, Study
+from hessian_surgery_nb.evidence.study import STARTS, Scale, Study
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.runs import RunStore, json_bytes
 from hessian_surgery_nb.isic import write_toy_isic
@@ -110,6 +110,7 @@ def test_every_experiment_has_its_record():
 # how the runs of each dataset were asked for
 STUDIES = {
     "cifar10": dict(scale=Scale()),
+    "pretrained": dict(scale=Scale(epochs=1, seen_pixels=64)),
     "tinyimagenet100": dict(tau=None, held_back=50, reported_back=100),
     "isic": dict(tau=None, scale=Scale(hessian=256, epochs=30)),
 }
@@ -128,14 +129,17 @@ def test_what_is_stored_is_asked_for_in_the_same_way(path, datasets):
     "So `reproduce` finds it and does not run it again."
     run = read_run(path)
     network, dataset = run.config["network"], run.config["dataset"]
+    start = run.config["start"]
     study = Study(
         store=RunStore(path.parent, datasets),
+        start=start if start in STARTS else "annealed",
         seed=run.seed,
         dataset=dataset,
         network=network,
         weights=Path("cifar10_resnet50.safetensors") if network == "resnet50" else None,
+        init=Path("efficientnet_lite0_imagenet.safetensors") if start == "pretrained" else None,
         root=datasets,
-        **STUDIES[dataset],
+        **(STUDIES["pretrained"] if start == "pretrained" else STUDIES[dataset]),
     )
     asked = request(study, run.experiment)
     assert study.store.read(path.stem, asked) is not None

@@ -108,8 +108,7 @@ _START = (
     Experiment(
         name="structure",
         run=class_mean_structure,
-        summary="How much of the space of the leading eigenvectors class means hold, and what "
-        "they save as a start.",
+        summary="How much of the leading eigenvectors class means hold, and save as a start.",
         suits=("few", "isic"),
     ),
     Experiment(
@@ -137,8 +136,7 @@ _ALONG_SPIKES = (
     Experiment(
         name="walk",
         run=walks,
-        summary="Walk along the bulk, along the spikes, and anywhere; measure every class after "
-        "each step.",
+        summary="Walk along the bulk, along the spikes, and anywhere; every class each step.",
         shown_in=("Table 6",),
         depends_on=lambda study: dict(steps=study.scale.walk_steps, step=study.scale.walk_step),
     ),
@@ -159,8 +157,7 @@ _ALONG_SPIKES = (
     Experiment(
         name="linearisation",
         run=linearisation,
-        summary="Predicted and measured change of the class accuracies over nearly two decades "
-        "of amplitude (appendix D).",
+        summary="Predicted and measured changes of classes over amplitudes (appendix D).",
         shown_in=("Figure 4", "Figure 5"),
         depends_on=linearisation_settings,
     ),
@@ -271,8 +268,7 @@ _FRONTS = (
     Experiment(
         name="front_biases",
         run=front_of_biases,
-        summary="What each price in global accuracy buys: biases, tuned on the same images by "
-        "the same solver.",
+        summary="What each price in global accuracy buys: biases by the same solver.",
         suits=("few", "many"),
         settings=dict(prices=(0.0, 0.0025, 0.005, 0.01, 0.02)),
     ),
@@ -337,8 +333,7 @@ _MANY_CLASSES = (
     Experiment(
         name="deflated_smooth",
         run=surgery_in_phases,
-        summary="The same with S measured by the probability of the true class: less noise from "
-        "as many images.",
+        summary="The same with S measured by the probability of the true class.",
         shown_in=("Table 12",),
         suits=("many",),
         settings=dict(metric="probability"),
@@ -436,8 +431,7 @@ _LESIONS = (
     Experiment(
         name="ablation",
         run=ablation,
-        summary="Surgery on the cross-entropy network: boxes or the ball, four exponents, the "
-        "curvature of natural or stratified images.",
+        summary="Surgery with boxes or the ball, four exponents, natural or stratified images.",
         shown_in=("Table 8",),
         suits=("isic",),
         settings=dict(grid=ABLATION),
