@@ -23,7 +23,7 @@ from hessian_surgery_nb.foundations.batches import (
     to_device,
 )
 from .foundations.checks import InputError, seed_of, whole
-from .foundations.forward import Forward
+from .foundations.forward import Forward, functional_logits
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.networks import copy_model
@@ -228,7 +228,7 @@ def _num_classes(model: nn.Module, data: Data, forward: ForwardFunction | None) 
     "Columns of the logits."
     few = rows_of(next(iter(as_batches(data))), slice(0, 2))
     device = next(model.parameters()).device
-    return Forward(model, forward)(to_device(few[0], device)).shape[-1]
+    return functional_logits(Forward(model, forward), {}, to_device(few[0], device)).shape[-1]
 
 
 # %% ../nbs/03c_settling.ipynb #f1e35e0d
@@ -431,7 +431,7 @@ def _loss_of(network: Forward, loss_fn: LossFunction, images: Batch, batch_size:
     parts = []
     for start in range(0, len(labels), batch_size):
         piece = rows_of((inputs, labels), slice(start, start + batch_size))
-        parts.append(network(to_device(piece[0], device)))
+        parts.append(functional_logits(network, {}, to_device(piece[0], device)))
     return loss_fn(torch.cat(parts), labels.to(device)).item()
 
 
@@ -487,7 +487,7 @@ def settle(
         order = order[batch_size:]
         for group in optimise.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        logits = network(to_device(inputs, device))
+        logits = functional_logits(network, moving, to_device(inputs, device))
         gradients = torch.autograd.grad(
             loss_fn(logits, labels.to(device)), list(moving.values()), allow_unused=True
         )

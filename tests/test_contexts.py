@@ -36,9 +36,11 @@ from hessian_surgery_nb import (
     sensitivity,
     slq,
     spectrum_type,
+    settling,
     spike_validation,
     surgery,
     surgery_state,
+    walks,
 )
 from hessian_surgery_nb.foundations import (
     accuracy,
@@ -247,6 +249,28 @@ ENTRIES = {
     "spike_walk": lambda p: spike_validation.bulk_walk(
         p.net, CE, p.hessian, p.sensitive, num_spikes=2, steps=2, within="spikes"
     ),
+    "walk_to_losses": lambda p: walks.walk_to_losses(
+        p.net,
+        CE,
+        {"hessian": p.hessian},
+        p.sensitive,
+        leading=given().pairs.vectors,
+        within="leading",
+        on="hessian",
+        rises=(0.05,),
+    ),
+    "walk_to_lengths": lambda p: walks.walk_to_lengths(
+        p.net,
+        CE,
+        {"hessian": p.hessian},
+        p.sensitive,
+        leading=given().pairs.vectors,
+        within="bulk",
+        lengths=(0.05,),
+    ),
+    "settledness": lambda p: settling.settledness(p.net, CE, p.hessian, num_pairs=2, folds=3),
+    "newton_in_spikes": lambda p: settling.newton_in_spikes(p.net, CE, p.hessian, num_pairs=2),
+    "settle": lambda p: settling.settle(p.net, CE, p.hessian, steps=3, checks=1),
     "spectrum_type": lambda p: spectrum_type.spectrum_type(
         operator(p), num_probes=2, num_matvecs=8
     ),
@@ -360,6 +384,7 @@ LEFT_OUT = {
     "start_vector",
     "random_direction",
     "SurgeryResult",
+    "Settled",
     "Front",
     "difference",
 }
