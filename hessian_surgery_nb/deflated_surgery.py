@@ -19,6 +19,7 @@ from .deflation import DeflatedOperator, SpikeStore, check_phases
 from .foundations.accuracy import ClassReport
 from .foundations.batches import Data
 from .foundations.checks import InputError
+from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.runs import out_dir
@@ -47,7 +48,6 @@ from .surgery_records import StepRecord, as_steps
 from hessian_surgery_nb.surgery_state import (
     CheckpointDirectory,
     Evaluation,
-    ForwardFunction,
     SurgeryOperation,
     SurgeryState,
     checkpoint_directory,

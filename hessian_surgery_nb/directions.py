@@ -16,17 +16,13 @@ from .class_structure import class_subspace
 from .foundations.batches import Data
 from .foundations.checks import InputError
 from .foundations.distributed import Team
+from .foundations.forward import ForwardFunction
 from .foundations.losses import LossFunction
 from .foundations.weights import select_params
 from .hvp import HessianOperator
 from .lanczos import Eigenpairs, top_eigenpairs
 from .settings import SurgeryConfig
-from hessian_surgery_nb.surgery_state import (
-    ForwardFunction,
-    SurgeryOperation,
-    SurgeryState,
-    cached,
-)
+from .surgery_state import SurgeryOperation, SurgeryState, cached
 
 # %% auto #0
 __all__ = [

@@ -17,13 +17,14 @@ from .coefficients import solve_coefficients
 from .foundations.accuracy import class_means, predict
 from .foundations.batches import Data
 from .foundations.checks import InputError
+from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.splits import check_disjoint
 from .foundations.testbed import Axes, COLOURS, new_axes
 from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
-from .sensitivity import ForwardFunction, Sensitivity, sensitivity_matrix
+from .sensitivity import Sensitivity, sensitivity_matrix
 
 # %% auto #0
 __all__ = [

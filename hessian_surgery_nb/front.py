@@ -20,7 +20,7 @@ from .foundations.networks import copy_model
 from .foundations.testbed import Axes
 from .foundations.weights import select_params
 from .lanczos import Eigenpairs
-from .sensitivity import moved_state
+from .foundations.weights import moved_state
 
 # %% auto #0
 __all__ = ["Point", "Front", "plot_front"]

@@ -17,6 +17,7 @@ from .directions import find_directions
 from .foundations.accuracy import ClassReport
 from .foundations.batches import Data
 from .foundations.checks import InputError, whole
+from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.networks import copy_model
@@ -30,15 +31,14 @@ __all__ = ["PRICES", "trust_region_step", "advance_to_price", "linearised_operat
 from .foundations.accuracy import class_report_of, predict
 from .lanczos import Eigenpairs
 from .predicted_logits import LogitJacobian, logit_jacobian
-from .sensitivity import moved_state
+from .foundations.weights import moved_state
 from .settings import SurgeryConfig, check_config, with_reduction
 from .surgery import LOG
+from .foundations.weights import move
 from hessian_surgery_nb.surgery_state import (
     Evaluation,
-    ForwardFunction,
     SurgeryOperation,
     Weights,
-    move,
     prepare_surgery,
     snapshot,
 )

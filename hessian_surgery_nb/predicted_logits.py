@@ -20,21 +20,23 @@ from .foundations.batches import Data
 from .foundations.checks import InputError
 from .foundations.distributed import Team
 from .foundations.fingerprints import fingerprint
-from .foundations.forward import dual_level
+from .foundations.forward import ForwardFunction, dual_level
 from .foundations.guards import plainly
 from .foundations.same_function import warn_caller
 from .foundations.weight_files import read_tensors, write_tensors
-from .foundations.weights import select_params, unflatten
+from hessian_surgery_nb.foundations.weights import (
+    moved_state,
+    num_coordinates,
+    select_params,
+    unflatten,
+)
 from .lanczos import Eigenpairs
 from hessian_surgery_nb.sensitivity import (
-    ForwardFunction,
     Sensitivity,
     check_directions,
     counted,
     directions_and_team,
     image_scores,
-    moved_state,
-    num_coordinates,
     sensitivity_from_changes,
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +17,20 @@ from .foundations.accuracy import class_means, predict
 from .foundations.batches import Data
 from .foundations.checks import InputError
 from .foundations.distributed import Team, current_team
+from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.krylov_basis import distributed_norm
 from .foundations.testbed import Axes, new_axes
-from .foundations.weights import select_params, unflatten, vector_norm
+from hessian_surgery_nb.foundations.weights import (
+    moved_state,
+    num_coordinates,
+    select_params,
+    vector_norm,
+)
 from .lanczos import Eigenpairs
 
 # %% auto #0
 __all__ = [
-    "ForwardFunction",
-    "moved_state",
-    "num_coordinates",
     "Sensitivity",
     "image_scores",
     "paired_noise",
@@ -38,32 +41,6 @@ __all__ = [
     "check_directions",
     "plot_sensitivity",
 ]
-
-# %% ../nbs/04_sensitivity.ipynb #bbaa0240
-ForwardFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # model, X -> logits
-
-
-def moved_state(
-    params: dict[str, torch.Tensor],  # what select_params gave
-    step: torch.Tensor,  # (n,) displacement, or this process's coordinates of it
-    team: Team | None = None,  # who holds the others; None: the processes that share what runs now
-) -> dict[str, torch.Tensor]:  # to be passed as state
-    "Weights theta + step, by name."
-    if team is None:
-        team = current_team()
-    n = num_coordinates(params)
-    changes = unflatten(team.gather(step, n), params.values())
-    return {
-        name: param.detach() + change.to(param)
-        for (name, param), change in zip(params.items(), changes)
-    }
-
-
-def num_coordinates(
-    params: dict[str, torch.Tensor],  # what select_params gave
-) -> int:
-    "The dimension n of the space that parameters span."
-    return sum(param.numel() for param in params.values())
 
 
 # %% ../nbs/04_sensitivity.ipynb #64df8ed5

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,38 +16,30 @@ from hessian_surgery_nb.foundations.batches import (
     Batch,
     Data,
     as_batches,
-    map_tensors,
     rows_of,
     split_batch,
-    tensors_in,
     to_device,
 )
 from .foundations.checks import InputError, seed_of, whole
-from .foundations.forward import Forward, functional_logits
+from .foundations.distributed import check_one_process
+from .foundations.forward import Forward, ForwardFunction, functional_logits
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
-from .foundations.networks import copy_model
 from .foundations.objective import loss_and_gradient
 from .foundations.testbed import Axes, COLOURS, new_axes
-from hessian_surgery_nb.foundations.weights import (
-    check_mode,
-    flatten,
-    inner,
-    select_params,
-    unflatten,
-    vector_norm,
-)
-from .hvp import ForwardFunction, HessianOperator
+from .foundations.weights import flatten, inner
+from .hvp import HessianOperator
 from .lanczos import Eigenpairs, top_eigenpairs
+from .matrices import UnchangedDuring
 
 # %% auto #0
 __all__ = [
     "Settledness",
     "settledness",
+    "count_images",
+    "split_batches",
+    "count_classes",
     "plot_settledness",
-    "Settled",
-    "newton_in_spikes",
-    "settle",
     "ClassBias",
     "class_bias",
 ]
@@ -129,6 +121,7 @@ class Settledness:
     pairs: Eigenpairs = field(repr=False)  # those of positive eigenvalues count
     num_matvecs: int
     num_images: int  # of the gradient
+    certified: bool  # every eigenpair was, and two passes over the images saw one function
 
     @property
     def settled(self) -> bool:
@@ -146,7 +139,8 @@ class Settledness:
         return (
             f"Settledness({verdict}: predicted fall of the loss {self.predicted_fall:.4f} "
             f"+- {self.predicted_fall_error:.4f} of {self.loss:.4f}; {share}; "
-            f"{self.num_matvecs} products, {self.num_images} images)"
+            f"{self.num_matvecs} products, {self.num_images} images"
+            f"{'' if self.certified else ', not certified'})"
         )
 
 
@@ -184,6 +178,7 @@ def settledness(
     images_at_once: int | None = None,  # of the gradient; None: 64, fewer where images are few
     params: str | Sequence[str] | None = None,  # as for HessianOperator
     forward: ForwardFunction | None = None,  # likewise
+    reduction: str | None = None,  # likewise
     tol: float = 1e-2,  # of the eigenpairs
     seed: int = 0,
     progress: bool = False,
@@ -191,18 +186,27 @@ def settledness(
     """Is the network at rest, or does it still carry the noise of its last training steps?
 
     Errors are those of the gradient over images; the eigenpairs are taken as they are."""
+    check_one_process("settledness")
     folds = whole("folds", folds, 3)
-    options = dict(params=params, forward=forward)
     if images_at_once is None:
-        images_at_once = max(1, min(64, _num_images(data) // folds))
-    images_at_once = whole("images_at_once", images_at_once, 1)
-    for_gradient = HessianOperator(model, loss_fn, data, micro_batch=images_at_once, **options)
-    parts = _fold_gradients(for_gradient, folds)
+        images_at_once = max(1, min(64, count_images(data) // folds))
+    options = dict(params=params, forward=forward, reduction=reduction)
+    pieces = whole("images_at_once", images_at_once, 1)
+    operator = HessianOperator(model, loss_fn, data, micro_batch=pieces, **options)
+    with UnchangedDuring(operator) as watch:
+        parts = _fold_gradients(operator, folds)
+    if hessian_data is not None:
+        operator = HessianOperator(model, loss_fn, hessian_data, **options)
     if num_pairs is None:
-        num_pairs = 2 * _num_classes(model, data, forward)
-    curved = data if hessian_data is None else hessian_data
-    operator = HessianOperator(model, loss_fn, curved, **options)
+        num_pairs = 2 * count_classes(model, data, forward)
     pairs = top_eigenpairs(operator, num_pairs, tol=tol, seed=seed_of(seed), progress=progress)
+    return _summed_up(parts, pairs, num_images=count_images(data), one_function=watch.unchanged)
+
+
+# %% ../nbs/03c_settling.ipynb #1db9138d
+def _summed_up(
+    parts: _Folds, pairs: Eigenpairs, *, num_images: int, one_function: bool
+) -> Settledness:
     (share, fall, norm), (share_error, fall_error, norm_error) = _figures(parts, pairs)
     beyond_noise = norm > 2 * norm_error
     return Settledness(
@@ -215,20 +219,37 @@ def settledness(
         components=inner(pairs.vectors, parts.gradient).cpu().double(),
         pairs=pairs,
         num_matvecs=pairs.num_matvecs,
-        num_images=_num_images(data),
+        num_images=num_images,
+        certified=one_function and bool(pairs.converged.all()),
     )
 
 
-def _num_images(data: Data) -> int:
-    return sum(len(split_batch(batch)[1]) for batch in as_batches(data))
+def count_images(
+    data: Data,
+) -> int:
+    "How many images there are."
+    return sum(
+        labels.numel() if labels.ndim == 0 else len(labels) for _, labels in split_batches(data)
+    )
+
+
+def split_batches(
+    data: Data,
+) -> list[Batch]:
+    "All batches, as inputs and labels."
+    return [split_batch(batch) for batch in as_batches(data)]
 
 
 @torch.no_grad()
-def _num_classes(model: nn.Module, data: Data, forward: ForwardFunction | None) -> int:
+def count_classes(
+    model: nn.Module,
+    data: Data,  # that it takes
+    forward: ForwardFunction | None = None,  # as for HessianOperator
+) -> int:
     "Columns of the logits."
     few = rows_of(next(iter(as_batches(data))), slice(0, 2))
     device = next(model.parameters()).device
-    return functional_logits(Forward(model, forward), {}, to_device(few[0], device)).shape[-1]
+    return functional_logits(Forward(model, forward), {}, to_device(few[0], device)).shape[1]
 
 
 # %% ../nbs/03c_settling.ipynb #f1e35e0d
@@ -254,261 +275,6 @@ def plot_settledness(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     return ax
-
-
-# %% ../nbs/03c_settling.ipynb #3d91b3e2
-@dataclass(frozen=True, kw_only=True)
-class Settled:
-    "A network that was brought nearer to rest, and what that took."
-
-    model: nn.Module = field(repr=False)  # a new one, in evaluation mode
-    losses: tuple[float, ...]  # before, and after each step or check; see the method
-    chosen: int  # which of them the model is; 0: nothing was gained, it is as it was
-    moved: float  # norm of the change of the weights
-    num_matvecs: int
-    gradient_images: int  # images whose gradient was taken, counted as often as it was
-
-    def __repr__(self) -> str:
-        return (
-            f"Settled(loss {self.losses[0]:.4f} -> {self.losses[self.chosen]:.4f} after "
-            f"{self.chosen} of {len(self.losses) - 1}; moved by {self.moved:.3f}; "
-            f"{self.num_matvecs} products, {self.gradient_images} gradients of an image)"
-        )
-
-
-def _set_weights(model: nn.Module, params: str | Sequence[str] | None, theta: torch.Tensor) -> None:
-    "Write a vector into the selected parameters."
-    chosen = select_params(model, params)
-    with torch.no_grad():
-        for parameter, part in zip(chosen.values(), unflatten(theta, chosen.values())):
-            parameter.copy_(part)
-
-
-def _weights(model: nn.Module, params: str | Sequence[str] | None) -> torch.Tensor:  # (n,)
-    chosen = select_params(model, params)
-    return flatten([parameter.detach() for parameter in chosen.values()]).clone()
-
-
-# %% ../nbs/03c_settling.ipynb #1d6db1a3
-@plainly()
-def newton_in_spikes(
-    model: nn.Module,  # in evaluation mode; left as it is
-    loss_fn: LossFunction,
-    data: Data,  # training images for the gradient, some thousands
-    *,
-    hessian_data: Data | None = None,  # others, some hundreds, for the curvature; None: data
-    num_pairs: int | None = None,  # leading eigenvectors; None: twice the number of classes
-    steps: int = 1,  # each with eigenvectors of its own
-    params: str | Sequence[str] | None = None,  # as for HessianOperator
-    forward: ForwardFunction | None = None,  # likewise
-    tol: float = 1e-2,  # of the eigenpairs
-    seed: int = 0,
-    progress: bool = False,
-) -> Settled:
-    "Newton's method along the leading eigenvectors; the loss on `data` never rises."
-    steps = whole("steps", steps, 1)
-    options = dict(params=params, forward=forward)
-    changed = copy_model(model)
-    if num_pairs is None:
-        num_pairs = 2 * _num_classes(model, data, forward)
-    curved = data if hessian_data is None else hessian_data
-    before = _weights(changed, params)
-    loss, gradient = HessianOperator(changed, loss_fn, data, **options).gradient()
-    losses = [loss]
-    matvecs, passes = 0, 1
-    for _ in range(steps):
-        operator = HessianOperator(changed, loss_fn, curved, **options)
-        pairs = top_eigenpairs(operator, num_pairs, tol=tol, seed=seed_of(seed), progress=progress)
-        matvecs += pairs.num_matvecs
-        step = _newton_step(pairs, gradient)
-        here = _weights(changed, params)
-        for halvings in range(_MOST_HALVINGS):
-            _set_weights(changed, params, here - step / 2**halvings)
-            loss, gradient = HessianOperator(changed, loss_fn, data, **options).gradient()
-            passes += 1
-            if loss < losses[-1]:
-                break
-        else:
-            _set_weights(changed, params, here)
-            break
-        losses.append(loss)
-    return Settled(
-        model=changed,
-        losses=tuple(losses),
-        chosen=len(losses) - 1,
-        moved=vector_norm(_weights(changed, params) - before).item(),
-        num_matvecs=matvecs,
-        gradient_images=passes * _num_images(data),
-    )
-
-
-_MOST_HALVINGS = 6  # of a step before it is given up
-
-
-def _newton_step(pairs: Eigenpairs, gradient: torch.Tensor) -> torch.Tensor:  # (n,)
-    "Equation (5), along the directions of positive curvature."
-    curved = pairs.values > 0
-    vectors = pairs.vectors[:, curved]
-    along = inner(vectors, gradient) / pairs.values[curved].to(gradient.device)
-    return vectors @ along.to(vectors)
-
-
-# %% ../nbs/03c_settling.ipynb #23926529
-class _Rows:
-    "All images of some data, to draw batches from."
-
-    def __init__(self, data: Data):
-        batches = [split_batch(batch) for batch in as_batches(data)]
-        if not batches:
-            raise InputError("settling needs images. Got none.")
-        structures = {len(tensors_in(inputs)) for inputs, _ in batches}
-        if len(structures) > 1 or any(not labels.ndim for _, labels in batches):
-            raise InputError("settling needs batches that are made alike. Got several kinds.")
-        self.labels = torch.cat([labels for _, labels in batches])
-        whole_columns = iter(_columns(batches))
-        self.inputs = map_tensors(lambda _: next(whole_columns), batches[0][0])
-
-    def batch(self, rows: torch.Tensor) -> Batch:
-        "These images."
-        return rows_of((self.inputs, self.labels), rows)
-
-
-def _columns(batches: Sequence[Batch]) -> list[torch.Tensor]:
-    "Each tensor of the inputs, over all batches."
-    columns = zip(*[tensors_in(inputs) for inputs, _ in batches])
-    lengths = [len(labels) for _, labels in batches]
-    joined = []
-    for parts in columns:
-        if [len(part) if part.ndim else 0 for part in parts] == lengths:
-            joined.append(torch.cat(parts))
-        else:
-            joined.append(parts[0])  # shared by all images
-    return joined
-
-
-# %% ../nbs/03c_settling.ipynb #6c2035d6
-@dataclass(frozen=True, kw_only=True)
-class _Drawn:
-    "Which images are learned from, and which stop it."
-
-    learned: torch.Tensor
-    held_back: torch.Tensor
-
-
-def _draw(labels: torch.Tensor, share: float, generator: torch.Generator) -> _Drawn:
-    "The same share of every class is held back, and at least one image of each that has two."
-    learned, held_back = [], []
-    for label in labels.unique():
-        rows = (labels == label).nonzero().flatten().cpu()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        number = min(max(1, round(share * len(rows))), len(rows) - 1)
-        held_back.append(rows[:number])
-        learned.append(rows[number:])
-    return _Drawn(learned=torch.cat(learned), held_back=torch.cat(held_back).sort().values)
-
-
-# %% ../nbs/03c_settling.ipynb #afd8ec3a
-def _check_anneal(lr: float, optimizer: str, held_back: float) -> None:
-    if optimizer not in ("adam", "sgd"):
-        raise InputError(f"optimizer must be 'adam' or 'sgd'. Got {optimizer!r}.")
-    if not (math.isfinite(lr) and lr > 0 and 0 < held_back < 1):
-        raise InputError(
-            f"lr must be positive, and held_back between 0 and 1. Got {lr} and {held_back}."
-        )
-
-
-def _optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    return torch.optim.Adam(parameters, lr=lr)
-
-
-@torch.no_grad()
-def _loss_of(network: Forward, loss_fn: LossFunction, images: Batch, batch_size: int) -> float:
-    "Of all logits at once, whatever the loss divides by."
-    inputs, labels = images
-    device = next(network.parameters()).device
-    parts = []
-    for start in range(0, len(labels), batch_size):
-        piece = rows_of((inputs, labels), slice(start, start + batch_size))
-        parts.append(functional_logits(network, {}, to_device(piece[0], device)))
-    return loss_fn(torch.cat(parts), labels.to(device)).item()
-
-
-# %% ../nbs/03c_settling.ipynb #db38f09d
-@plainly()
-def settle(
-    model: nn.Module,  # in evaluation mode; left as it is
-    loss_fn: LossFunction,
-    data: Data,  # training images, some thousands; not those that results are reported on
-    *,
-    steps: int = 80,
-    lr: float = 1e-4,  # to begin with; it falls to 0 along a line
-    optimizer: str = "adam",  # or "sgd", with momentum 0.9
-    batch_size: int = 64,
-    held_back: float = 0.2,  # share of the images that only stop it
-    checks: int = 8,  # how often they do
-    params: str | Sequence[str] | None = None,  # which move, as for HessianOperator
-    forward: ForwardFunction | None = None,  # likewise
-    seed: int = 0,  # of the images held back, and of the order of the others
-    progress: bool = False,
-) -> Settled:
-    """A short anneal on given training images, stopped by a part of them.
-
-    `losses` are those on the images held back."""
-    from tqdm.auto import trange
-
-    steps = whole("steps", steps, 1)
-    checks = min(whole("checks", checks, 1), steps)
-    _check_anneal(lr, optimizer, held_back)
-    images = _Rows(data)
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    drawn = _draw(images.labels, held_back, generator)
-    check_mode(model)
-    changed = copy_model(model)
-    network = Forward(changed, forward)
-    device = next(changed.parameters()).device
-    moving = select_params(changed, params)
-    before = _weights(changed, params)
-    optimise = _optimizer(optimizer, moving.values(), lr)
-    best = before
-    stops = images.batch(drawn.held_back)
-    losses = [_loss_of(network, loss_fn, stops, batch_size)]
-    if not math.isfinite(losses[0]):
-        raise InputError(
-            f"the loss must be finite. Got {losses[0]} before the first step; check weights and "
-            "images."
-        )
-    order = torch.empty(0, dtype=torch.long)
-    for step in trange(steps, desc="settling", leave=False, disable=not progress):
-        if len(order) < min(batch_size, len(drawn.learned)):
-            order = drawn.learned[torch.randperm(len(drawn.learned), generator=generator)]
-        inputs, labels = images.batch(order[:batch_size])
-        order = order[batch_size:]
-        for group in optimise.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        logits = functional_logits(network, moving, to_device(inputs, device))
-        gradients = torch.autograd.grad(
-            loss_fn(logits, labels.to(device)), list(moving.values()), allow_unused=True
-        )
-        for parameter, gradient in zip(moving.values(), gradients):
-            parameter.grad = gradient
-        optimise.step()
-        if (step + 1) * checks // steps > step * checks // steps:
-            loss = _loss_of(network, loss_fn, stops, batch_size)
-            if loss < min(losses):
-                best = _weights(changed, params)
-            losses.append(loss)
-    _set_weights(changed, params, best)
-    changed.zero_grad()
-    return Settled(
-        model=changed,
-        losses=tuple(losses),
-        chosen=losses.index(min(losses)),
-        moved=vector_norm(best - before).item(),
-        num_matvecs=0,
-        gradient_images=steps * min(batch_size, len(drawn.learned)),
-    )
 
 
 # %% ../nbs/03c_settling.ipynb #2d92611b
@@ -538,6 +304,11 @@ def class_bias(
     "Predicted against true class frequencies, equation (6)."
     num_classes = logits.shape[1]
     labels = labels.to(logits.device).long()
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"labels must lie in 0..{num_classes - 1}. Got {labels.min().item()} to "
+            f"{labels.max().item()}; leave images without a class out."
+        )
     images = torch.bincount(labels, minlength=num_classes).double().cpu()
     if (images == 0).any():
         missing = int((images == 0).nonzero()[0])

@@ -28,6 +28,7 @@ from .directions import find_directions, has_curvature
 from .foundations.accuracy import check_order
 from .foundations.batches import Data
 from .foundations.checks import ChangingFunction
+from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.same_function import warn_caller
@@ -52,16 +53,15 @@ __all__ = [
 from .surgery_records import StepRecord, SurgeryResult
 from .sensitivity import Sensitivity, sensitivity_matrix
 from .settings import SurgeryConfig, check_config, with_reduction
+from .foundations.weights import move
 from hessian_surgery_nb.surgery_state import (
     BestSoFar,
     CheckpointDirectory,
     Evaluation,
-    ForwardFunction,
     SurgeryOperation,
     SurgeryState,
     cached,
     checkpoint_directory,
-    move,
     prepare_surgery,
     read_state,
     snapshot,

@@ -25,10 +25,10 @@ from hessian_surgery_nb.foundations.fingerprints import (
     fingerprint,
     model_fingerprint,
 )
+from .foundations.forward import ForwardFunction
 
 # %% auto #0
 __all__ = [
-    "ForwardFunction",
     "Weights",
     "Solver",
     "Evaluation",
@@ -40,7 +40,6 @@ __all__ = [
     "solve_as_measured",
     "SurgeryOperation",
     "prepare_surgery",
-    "move",
     "cached",
     "logit_moments",
     "check_logit_moments",
@@ -70,13 +69,11 @@ from hessian_surgery_nb.foundations.accuracy import (
 from .foundations.weights import select_params
 from .lanczos import Eigenpairs
 from .surgery_records import StepRecord, as_steps
-from .sensitivity import Sensitivity, moved_state
+from .sensitivity import Sensitivity
 from .settings import SurgeryConfig, config_dict, direction_name
 
+
 # %% ../nbs/04f_surgery_state.ipynb #702e4e93
-ForwardFunction = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # model, images -> logits
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     "How each class of a set fares, and the logits that say so."
@@ -267,19 +264,6 @@ def _num_spikes(config: SurgeryConfig, report: ClassReport) -> int:  # K
     if config.num_spikes is None:
         return num_classes - 1
     return config.num_spikes
-
-
-# %% ../nbs/04f_surgery_state.ipynb #f3632fe6
-@torch.no_grad()
-def move(
-    model: nn.Module,  # changed
-    params: dict[str, nn.Parameter],  # those of its parameters that move
-    step: torch.Tensor,  # (n,), or this process's coordinates of it
-    team: Team,  # who holds the others
-):
-    "Add a step to a network's weights."
-    for name, value in moved_state(params, step, team).items():
-        model.get_parameter(name).copy_(value)
 
 
 # %% ../nbs/04f_surgery_state.ipynb #191a28ae

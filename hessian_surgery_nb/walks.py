@@ -15,10 +15,17 @@ from torch import nn
 
 from .foundations.accuracy import predict
 from .foundations.checks import InputError, seed_of
+from .foundations.distributed import check_one_process
 from .foundations.guards import plainly
 from .foundations.networks import copy_model
 from .foundations.testbed import COLOURS, new_axes
-from .foundations.weights import inner, select_params, unflatten, vector_norm
+from hessian_surgery_nb.foundations.weights import (
+    inner,
+    move,
+    moved_state,
+    select_params,
+    vector_norm,
+)
 from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
 
@@ -205,11 +212,7 @@ class _Walker:
         self.start, self.correct = self._measured(None)
 
     def _predict(self, data: Iterable, offset: torch.Tensor | None):
-        state = None
-        if offset is not None:
-            parts = unflatten(offset, self.params.values())
-            named = zip(self.params.items(), parts)
-            state = {name: param.detach() + part.to(param) for (name, param), part in named}
+        state = None if offset is None else moved_state(self.params, offset)
         return predict(self.model, data, state=state, forward=self.forward)
 
     def loss(self, name: str, offset: torch.Tensor) -> float:
@@ -290,6 +293,8 @@ def walk_to_losses(
 ) -> LossWalk:
     "Walk until the loss has risen by so much, and so much, and measure every class there."
     _check_rises(rises, on, loss_data)
+    if turning is not None:
+        check_one_process("a walk that turns")
     walker = _Walker(model, loss_fn, loss_data, data, params, forward)
     direction = _direction(within, leading, seed)
     base = torch.zeros_like(direction)
@@ -332,10 +337,7 @@ def _leading_there(
 ) -> torch.Tensor:  # (n, K)
     "Leading eigenvectors at a displaced network."
     moved = copy_model(walker.model)
-    chosen = dict(moved.named_parameters())
-    with torch.no_grad():
-        for name, part in zip(walker.params, unflatten(offset, walker.params.values())):
-            chosen[name].add_(part.to(chosen[name]))
+    move(moved, walker.params, offset)
     op = HessianOperator(
         moved, walker.loss_fn, images, params=list(walker.params), forward=walker.forward
     )

@@ -37,6 +37,7 @@ from hessian_surgery_nb import (
     slq,
     spectrum_type,
     settling,
+    settling_methods,
     spike_validation,
     surgery,
     surgery_state,
@@ -268,9 +269,12 @@ ENTRIES = {
         within="bulk",
         lengths=(0.05,),
     ),
+    "count_classes": lambda p: settling.count_classes(p.net, p.hessian),
     "settledness": lambda p: settling.settledness(p.net, CE, p.hessian, num_pairs=2, folds=3),
-    "newton_in_spikes": lambda p: settling.newton_in_spikes(p.net, CE, p.hessian, num_pairs=2),
-    "settle": lambda p: settling.settle(p.net, CE, p.hessian, steps=3, checks=1),
+    "newton_in_spikes": lambda p: settling_methods.newton_in_spikes(
+        p.net, CE, p.hessian, num_pairs=2
+    ),
+    "settle": lambda p: settling_methods.settle(p.net, CE, p.hessian, steps=3, checks=1),
     "spectrum_type": lambda p: spectrum_type.spectrum_type(
         operator(p), num_probes=2, num_matvecs=8
     ),
@@ -385,6 +389,7 @@ LEFT_OUT = {
     "random_direction",
     "SurgeryResult",
     "Settled",
+    "write_weights",
     "Front",
     "difference",
 }

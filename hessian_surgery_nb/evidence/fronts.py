@@ -34,7 +34,7 @@ from ..foundations.weights import select_params
 from ..front import Front, Point
 from ..lanczos import Eigenpairs, top_eigenpairs
 from ..linearised import linearised_operate
-from ..sensitivity import moved_state
+from ..foundations.weights import moved_state
 from ..settings import SurgeryConfig
 
 # %% auto #0

@@ -32,14 +32,8 @@ from ..foundations.runs import pack_bits
 from ..foundations.splits import input_digests
 from ..foundations.training import train
 from ..foundations.weight_files import load_weights
-from hessian_surgery_nb.settling import (
-    Settled,
-    Settledness,
-    class_bias,
-    newton_in_spikes,
-    settle,
-    settledness,
-)
+from ..settling import Settledness, class_bias, settledness
+from ..settling_methods import Settled, newton_in_spikes, settle
 
 # %% auto #0
 __all__ = [

@@ -42,7 +42,8 @@ from ..foundations.weights import select_params
 from ..lanczos import Eigenpairs, top_eigenpairs
 from ..noise import consensus, with_shrinkage, without_noisy_spikes
 from ..predicted_logits import LogitJacobian, logit_jacobian
-from ..sensitivity import Sensitivity, moved_state
+from ..foundations.weights import moved_state
+from ..sensitivity import Sensitivity
 from ..settings import SurgeryConfig
 
 # %% auto #0

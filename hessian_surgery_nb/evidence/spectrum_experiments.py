@@ -51,7 +51,8 @@ from hessian_surgery_nb.foundations.weight_files import (
 from ..hvp import HessianOperator
 from ..isic import hessian_images
 from ..lanczos import Eigenpairs, top_eigenpairs
-from ..sensitivity import Sensitivity, moved_state, sensitivity_matrix
+from ..foundations.weights import moved_state
+from ..sensitivity import Sensitivity, sensitivity_matrix
 from ..slq import SpectralDensity, spectral_density
 from ..spike_validation import bulk_walk, count_spikes, stability
 

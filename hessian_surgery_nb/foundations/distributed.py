@@ -16,8 +16,18 @@ from datetime import timedelta
 import torch
 from fastcore.basics import patch
 
+from .checks import InputError
+
 # %% auto #0
-__all__ = ["LostRank", "share", "Team", "current_team", "Heartbeat", "distributed"]
+__all__ = [
+    "LostRank",
+    "share",
+    "Team",
+    "current_team",
+    "check_one_process",
+    "Heartbeat",
+    "distributed",
+]
 
 
 # %% ../../nbs/foundations/03_distributed.ipynb #daff1cd8
@@ -176,6 +186,15 @@ _TEAMS = [Team()]
 def current_team() -> Team:
     "The processes of the innermost `distributed` that runs now, else this one alone."
     return _TEAMS[-1]
+
+
+def check_one_process(
+    what: str,  # that cannot share its work
+):
+    "Refuse to run in several processes."
+    size = current_team().size
+    if size > 1:
+        raise InputError(f"{what} runs in one process. Got {size}; start it without torchrun.")
 
 
 # %% ../../nbs/foundations/03_distributed.ipynb #47a6711a

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .checks import InputError
+from .distributed import Team, current_team
 
 # %% auto #0
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "check_model",
     "flatten",
     "unflatten",
+    "num_coordinates",
+    "moved_state",
+    "write_weights",
+    "move",
     "vector_norm",
     "inner",
     "check_mode",
@@ -162,6 +167,50 @@ def unflatten(
     shapes = [tensor.shape for tensor in like]
     pieces = v.split([shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+
+
+# %% ../../nbs/foundations/07_weights.ipynb #b656d145
+def num_coordinates(
+    params: dict[str, torch.Tensor],  # what select_params gave
+) -> int:
+    "The dimension n of the space that parameters span."
+    return sum(param.numel() for param in params.values())
+
+
+def moved_state(
+    params: dict[str, torch.Tensor],  # what select_params gave
+    step: torch.Tensor,  # (n,) displacement, or this process's coordinates of it
+    team: Team | None = None,  # who holds the others; None: the processes that share what runs now
+) -> dict[str, torch.Tensor]:  # to be passed as state
+    "Weights theta + step, by name."
+    if team is None:
+        team = current_team()
+    n = num_coordinates(params)
+    changes = unflatten(team.gather(step, n), params.values())
+    return {
+        name: param.detach() + change.to(param)
+        for (name, param), change in zip(params.items(), changes)
+    }
+
+
+@torch.no_grad()
+def write_weights(
+    model: nn.Module,  # changed
+    state: dict[str, torch.Tensor],  # parameter name -> value
+):
+    "Give parameters new values."
+    for name, value in state.items():
+        model.get_parameter(name).copy_(value)
+
+
+def move(
+    model: nn.Module,  # changed
+    params: dict[str, nn.Parameter],  # those of its parameters that move
+    step: torch.Tensor,  # (n,), or this process's coordinates of it
+    team: Team | None = None,  # as for moved_state
+):
+    "Add a step to a network's weights."
+    write_weights(model, moved_state(params, step, team))
 
 
 # %% ../../nbs/foundations/07_weights.ipynb #a63c1ef3
