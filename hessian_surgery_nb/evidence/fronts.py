@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,11 +31,10 @@ from ..foundations.accuracy import class_report_of, predict
 from ..foundations.datasets import Samples
 from ..foundations.networks import find_head
 from ..foundations.runs import pack_bits
-from ..foundations.weights import select_params
+from ..foundations.weights import moved_state, select_params
 from ..front import Front, Point
 from ..lanczos import Eigenpairs, top_eigenpairs
 from ..linearised import linearised_operate
-from ..foundations.weights import moved_state
 from ..settings import SurgeryConfig
 
 # %% auto #0
@@ -43,6 +43,10 @@ __all__ = [
     "alternative_directions",
     "front_along",
     "front_in_small_steps",
+    "Predictions",
+    "predict_both_sets",
+    "bias_record",
+    "biases_at",
     "front_of_biases",
 ]
 
@@ -258,6 +262,58 @@ def _small_step_record(front: Front, price: float, moved: float) -> SmallStepRec
 
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #84cad30b
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    "Of a network on the sensitivity and the held-out set."
+
+    logits: torch.Tensor  # (N, C)
+    labels: torch.Tensor  # (N,)
+    held_logits: torch.Tensor
+    held_labels: torch.Tensor
+
+
+def predict_both_sets(
+    study: Study,
+    model: nn.Module,
+) -> Predictions:
+    "On the set that is tuned on, and the one that is reported."
+    logits, labels = predict(model, study.batches(study.splits.sensitivity))
+    held_logits, held_labels = predict(model, study.batches(study.splits.held_out))
+    return Predictions(
+        logits=logits, labels=labels, held_logits=held_logits, held_labels=held_labels
+    )
+
+
+def bias_record(
+    study: Study,
+    seen: Predictions,
+    price: float,  # that the biases were allowed
+    biases: torch.Tensor,  # (C,)
+) -> BiasRecord:
+    "What biases make of the predictions."
+    tuned = seen.logits + biases.to(seen.logits)
+    held_out = seen.held_logits + biases.to(seen.held_logits)
+    tuned_report = class_report_of(tuned, seen.labels, study.classes, "sensitivity")
+    return BiasRecord(
+        price=price,
+        biases=biases.tolist(),
+        sensitivity=report_record(tuned_report),
+        held_out=report_record(class_report_of(held_out, seen.held_labels, study.classes)),
+        correct=pack_bits(held_out.argmax(1) == seen.held_labels),
+    )
+
+
+def biases_at(
+    study: Study,
+    seen: Predictions,
+    price: float,  # allowed fall of global accuracy on the sensitivity set, a fraction
+) -> BiasRecord:
+    "Biases, tuned to a price."
+    biases = tuned_to_price(seen.logits, seen.labels, price, seed=study.seed).alpha
+    return bias_record(study, seen, price, biases)
+
+
+# %% ../../nbs/evidence/02e_fronts.ipynb #bf376d51
 def front_of_biases(
     study: Study,
     folder: Path,
@@ -266,23 +322,6 @@ def front_of_biases(
     prices: Sequence[float],  # allowed falls of global accuracy, fractions
 ) -> BiasesRun:
     "What each price in global accuracy buys: biases, by the same solver on the same images."
-    splits = study.splits
-    logits, labels = predict(start.model, study.batches(splits.sensitivity))
-    held_logits, held_labels = predict(start.model, study.batches(splits.held_out))
-
-    def point(price: float, biases: torch.Tensor) -> BiasRecord:
-        tuned = logits + biases.to(logits)
-        held_out = held_logits + biases.to(held_logits)
-        tuned_report = class_report_of(tuned, labels, study.classes, "sensitivity")
-        return BiasRecord(
-            price=price,
-            biases=biases.tolist(),
-            sensitivity=report_record(tuned_report),
-            held_out=report_record(class_report_of(held_out, held_labels, study.classes)),
-            correct=pack_bits(held_out.argmax(1) == held_labels),
-        )
-
-    points = [point(0.0, torch.zeros(logits.shape[1]))]
-    for price in prices:
-        points.append(point(price, tuned_to_price(logits, labels, price, seed=study.seed).alpha))
-    return BiasesRun(points=points)
+    seen = predict_both_sets(study, start.model)
+    untouched = bias_record(study, seen, 0.0, torch.zeros(seen.logits.shape[1]))
+    return BiasesRun(points=[untouched, *[biases_at(study, seen, price) for price in prices]])

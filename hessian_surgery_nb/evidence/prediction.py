@@ -77,25 +77,41 @@ def rank_correlation(
     first: Sequence[float],
     second: Sequence[float],  # as many
     *,
+    groups: Sequence[Any] | None = None,  # as many; points of a group depend on each other
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # and its 95 % interval
-    "Spearman's, with a bootstrap interval."
+    "Spearman's, with a bootstrap interval over points, or over whole groups of them."
     from scipy.stats import bootstrap, spearmanr
 
-    if len(first) < 4:
-        raise InputError(f"a rank correlation needs at least 4 points. Got {len(first)}.")
+    first = np.asarray(first, dtype=float)
+    second = np.asarray(second, dtype=float)
+    members = [[row] for row in range(len(first))]
+    if groups is not None:
+        numbers = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+        members = [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
+    if len(members) < 4:
+        raise InputError(
+            f"a rank correlation needs at least 4 points or groups. Got {len(members)}."
+        )
+
+    def correlation(drawn: np.ndarray) -> float:
+        rows = np.concatenate([members[number] for number in drawn])
+        if np.ptp(first[rows]) == 0 or np.ptp(second[rows]) == 0:
+            return np.nan  # there is no order
+        return spearmanr(first[rows], second[rows]).statistic
+
     interval = bootstrap(
-        (np.asarray(first), np.asarray(second)),
-        lambda a, b: spearmanr(a, b).statistic,
-        paired=True,
+        (np.arange(len(members)),),
+        correlation,
         vectorized=False,
         n_resamples=draws,
         method="percentile",
         rng=seed,
-    ).confidence_interval
-    correlation = spearmanr(first, second).statistic
-    return float(correlation), float(interval.low), float(interval.high)
+    )
+    found = interval.bootstrap_distribution
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return float(spearmanr(first, second).statistic), float(low), float(high)
 
 
 def predicted_correlations(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ..best_step import tuned_to_price
-from .results import BiasRecord
+from .fronts import Predictions, biases_at, predict_both_sets
 from hessian_surgery_nb.evidence.settling_results import (
     ClassBiasRecord,
     SettlednessRecord,
@@ -27,7 +25,7 @@ from hessian_surgery_nb.evidence.settling_results import (
 )
 from .spectrum_experiments import RECIPES, snapshot_path, train_start
 from .study import StartingPoint, Study, build_network, report_record
-from ..foundations.accuracy import class_report_of, predict
+from ..foundations.accuracy import class_report_of
 from ..foundations.runs import pack_bits
 from ..foundations.splits import input_digests
 from ..foundations.training import train
@@ -82,41 +80,8 @@ def _settledness_record(found: Settledness) -> SettlednessRecord:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Predictions:
-    "Of a network on the sensitivity and the held-out set."
-
-    logits: torch.Tensor  # (N, C)
-    labels: torch.Tensor  # (N,)
-    held_logits: torch.Tensor
-    held_labels: torch.Tensor
-
-    @classmethod
-    def of(cls, study: Study, model: nn.Module) -> _Predictions:
-        splits = study.splits
-        logits, labels = predict(model, study.batches(splits.sensitivity))
-        held_logits, held_labels = predict(model, study.batches(splits.held_out))
-        return cls(logits=logits, labels=labels, held_logits=held_logits, held_labels=held_labels)
-
-
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #c74baa9e
-def _biases_at(study: Study, seen: _Predictions, price: float) -> BiasRecord:
-    "Biases that may cost so much on the sensitivity set."
-    biases = tuned_to_price(seen.logits, seen.labels, price, seed=study.seed).alpha
-    tuned = seen.logits + biases.to(seen.logits)
-    held_out = seen.held_logits + biases.to(seen.held_logits)
-    return BiasRecord(
-        price=price,
-        biases=biases.tolist(),
-        sensitivity=report_record(
-            class_report_of(tuned, seen.labels, study.classes, "sensitivity")
-        ),
-        held_out=report_record(class_report_of(held_out, seen.held_labels, study.classes)),
-        correct=pack_bits(held_out.argmax(1) == seen.held_labels),
-    )
-
-
-def _measures(study: Study, seen: _Predictions) -> dict[str, Any]:
+def _measures(study: Study, seen: Predictions) -> dict[str, Any]:
     "Reports on both sets, and which held-out images are right."
     names = study.classes
     return dict(
@@ -144,7 +109,7 @@ def network_state(
         seed=study.seed,
         progress=study.progress,
     )
-    seen = _Predictions.of(study, model)
+    seen = predict_both_sets(study, model)
     bias = class_bias(seen.logits, seen.labels, study.classes)
     return StateRecord(
         when=when,
@@ -154,7 +119,7 @@ def network_state(
             relative=bias.relative.tolist(), errors=bias.errors.tolist(), size=bias.size
         ),
         **_measures(study, seen),
-        free=_biases_at(study, seen, 0.0),
+        free=biases_at(study, seen, 0.0),
     )
 
 
@@ -307,7 +272,7 @@ def settling(
     methods = []
     for name, way in _ways(study, start.model).items():
         settled = way()
-        seen = _Predictions.of(study, settled.model)
+        seen = predict_both_sets(study, settled.model)
         methods.append(
             SettlingMethod(
                 name=name,
@@ -317,7 +282,7 @@ def settling(
                 loss_before=settled.losses[0] if settled.gradient_images else None,
                 loss_after=settled.losses[settled.chosen] if settled.gradient_images else None,
                 **_measures(study, seen),
-                then_biases=[_biases_at(study, seen, price) for price in prices],
+                then_biases=[biases_at(study, seen, price) for price in prices],
             )
         )
     return SettlingRun(methods=methods)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from .prediction import rank_correlation
 from hessian_surgery_nb.evidence.reading import (
     Results,
     interval_text,
@@ -17,8 +19,14 @@ from hessian_surgery_nb.evidence.reading import (
     reports_text,
 )
 from .records import ReportRecord, StoredRecord
-from .results import SurgeryRun
-from .settling_results import SettlingRun, StateRecord
+from .results import FrontRun, SurgeryRun
+from hessian_surgery_nb.evidence.settling_results import (
+    SettlingMethod,
+    SettlingRun,
+    StateRecord,
+)
+from .stored_runs import StoredRun
+from .tables_many import at_price
 from ..foundations.checks import InputError
 from ..foundations.testbed import Axes, COLOURS, new_axes
 
@@ -26,12 +34,11 @@ from ..foundations.testbed import Axes, COLOURS, new_axes
 __all__ = [
     "Pick",
     "METHODS_OF_STARTS",
-    "at_price",
+    "priced",
     "settled_by",
     "method_changes",
     "starts_frame",
     "states_frame",
-    "clustered_rank_correlation",
     "plot_bias_and_gain",
     "plot_temperature",
     "plot_ways",
@@ -41,16 +48,11 @@ __all__ = [
 Pick = Callable[[StoredRecord], StoredRecord | None]  # a run's results -> that part of them
 
 
-def at_price(
+def priced(
     price: float,  # of global accuracy, a fraction
 ) -> Pick:
     "The biases, or the point of a search, of that price."
-
-    def pick(run: StoredRecord) -> StoredRecord | None:
-        points = [point for point in run.points if abs(point.price - price) < 1e-9]
-        return points[-1] if points else None  # the first of price 0 is the start itself
-
-    return pick
+    return partial(at_price, price=price)
 
 
 def settled_by(
@@ -80,11 +82,11 @@ METHODS_OF_STARTS: tuple[tuple[str, str, Pick], ...] = (
     ("surgery, gamma, p = 2", "surgery_gamma_p2", _whole),
     ("surgery, gamma, amplitude 0.02", "surgery_paper_eps", _whole),
     ("surgery, Adam-style, p = 2", "surgery_adam_p2", _whole),
-    ("linearised surgery at 0.25 pp", "front_spikes", at_price(0.0025)),
-    ("linearised surgery at 0.5 pp", "front_spikes", at_price(0.005)),
-    ("biases at no price", "front_biases", at_price(0.0)),
-    ("biases at 0.25 pp", "front_biases", at_price(0.0025)),
-    ("biases at 0.5 pp", "front_biases", at_price(0.005)),
+    ("linearised surgery at 0.25 pp", "front_spikes", priced(0.0025)),
+    ("linearised surgery at 0.5 pp", "front_spikes", priced(0.005)),
+    ("biases at no price", "front_biases", priced(0.0)),
+    ("biases at 0.25 pp", "front_biases", priced(0.0025)),
+    ("biases at 0.5 pp", "front_biases", priced(0.005)),
     ("Newton, two steps", "settling", settled_by("Newton, two steps")),
     (
         "Newton, two steps, then biases at 0.2 pp",
@@ -95,6 +97,40 @@ METHODS_OF_STARTS: tuple[tuple[str, str, Pick], ...] = (
     ("short anneal, then biases at 0.2 pp", "settling", settled_by("short anneal, Adam", 0.002)),
     ("short anneal, then biases at 0.5 pp", "settling", settled_by("short anneal, Adam", 0.005)),
 )
+
+# %% ../../nbs/evidence/07c_starts.ipynb #14dce925
+_FORWARD, _PRODUCT = 1 / 3, 2.0  # of an image, in gradients of one
+
+
+def _sensitivity_images(report: ReportRecord) -> int:
+    return sum(entry.images for entry in report.classes)
+
+
+def _cost(run: StoredRun, part: StoredRecord) -> float:
+    "Of one method in a run, in gradients of one image."
+    results = run.results
+    of_curvature = run.config["hessian"]
+    if isinstance(results, SurgeryRun):
+        passes = _FORWARD * _sensitivity_images(results.sensitivity_before)
+        matvecs = sum(step.matvecs for step in results.history)
+        tries = sum(step.passes for step in results.history)
+        return _PRODUCT * of_curvature * matvecs + passes * tries
+    passes = _FORWARD * _sensitivity_images(part.sensitivity)
+    if isinstance(results, FrontRun):
+        return _PRODUCT * of_curvature * results.matvecs + passes * part.passes
+    if isinstance(results, SettlingRun):
+        method, tuned = _method_of(results, part)
+        settling = _PRODUCT * of_curvature * method.matvecs + method.gradient_images
+        return settling + passes * tuned
+    return passes
+
+
+def _method_of(run: SettlingRun, part: StoredRecord) -> tuple[SettlingMethod, bool]:
+    "The way of settling that a part belongs to; and whether biases were tuned after it."
+    for method in run.methods:
+        if part is method or part in method.then_biases:
+            return method, part is not method
+    raise InputError("a part must be one of the run's. Got another.")
 
 
 # %% ../../nbs/evidence/07c_starts.ipynb #41c127d9
@@ -115,6 +151,8 @@ def method_changes(
     if any(part is None for part in parts):
         return None
     found = {"parts": [_report(part) for part in parts]}
+    runs = [results.runs[name][seed] for seed in results.seeds(name, "network")]
+    found["cost"] = float(np.mean([_cost(run, part) for run, part in zip(runs, parts)]))
     starts = [run.held_out.sigma_pp for run in results.of("network", name)]
     found["start sigma"] = float(np.mean(starts))
     for figure in ("sigma", "global"):
@@ -132,6 +170,7 @@ def _row_of(method: str, found: dict[str, Any]) -> dict[str, Any]:
         "change of sigma (pp)": interval_text(found["sigma"], 2),
         "of sigma (%)": interval_text(relative, 0),
         "change of global (pp)": interval_text(found["global"], 2),
+        "cost (gradients)": f"{found['cost']:,.0f}",
     }
 
 
@@ -139,7 +178,7 @@ def starts_frame(
     regimes: Mapping[str, Results],  # in words -> its runs
 ):
     """What every method does to networks of each kind of start, held-out; intervals over networks
-    and images."""
+    and images. Cost in gradients of one image, counted for what tunes, not for what is reported."""
     import pandas as pd
 
     rows = []
@@ -193,36 +232,6 @@ def states_frame(
     return pd.DataFrame(rows)
 
 
-# %% ../../nbs/evidence/07c_starts.ipynb #8db75586
-def clustered_rank_correlation(
-    first: Sequence[float],
-    second: Sequence[float],  # as many
-    groups: Sequence[Any],  # as many; points of one group are drawn together
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:  # and its 95 % interval
-    "Spearman's, with a bootstrap over groups."
-    from scipy.stats import spearmanr
-
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    names, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    if len(names) < 3:
-        raise InputError(
-            f"an interval over groups needs at least 3. Got {len(names)}; run more seeds."
-        )
-    rows_of = [np.flatnonzero(members == number) for number in range(len(names))]
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        drawn = generator.integers(len(names), size=len(names))
-        rows = np.concatenate([rows_of[number] for number in drawn])
-        if np.ptp(first[rows]) > 0 and np.ptp(second[rows]) > 0:  # else there is no order
-            found.append(spearmanr(first[rows], second[rows]).statistic)
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(spearmanr(first, second).statistic), float(low), float(high)
-
-
 # %% ../../nbs/evidence/07c_starts.ipynb #b2311905
 def plot_bias_and_gain(
     frame: Any,  # of states_frame
@@ -231,8 +240,8 @@ def plot_bias_and_gain(
     "Free gain of biases against the class bias measured beforehand, one point a network."
     groups = frame["start"].astype(str) + frame["seed"].astype(str)
     title = "Class bias beforehand, free gain afterwards"
-    if groups.nunique() >= 3:
-        triple = clustered_rank_correlation(frame["class bias (%)"], frame["free gain (%)"], groups)
+    if groups.nunique() >= 4:
+        triple = rank_correlation(frame["class bias (%)"], frame["free gain (%)"], groups=groups)
         title = f"Rank correlation {interval_text(triple, 2)}"
     ax = new_axes(
         ax,
