@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hessian_surgery_nb.evidence.reading import (
     paired_change,
     read_results,
 )
+from .records import ReportRecord
 from .stored_runs import ScreenedNetwork, read_stored
 from .tables_isic import verdict
 from ..foundations.checks import InputError
@@ -27,6 +29,8 @@ __all__ = [
     "KINDS",
     "JudgeRuns",
     "JudgeAll",
+    "Interval",
+    "KindOf",
     "REGIMES",
     "STARTS",
     "BELOW_0",
@@ -38,27 +42,38 @@ __all__ = [
     "read_regimes",
     "overall_kind",
     "regimes_text",
-    "judged_in",
-    "with_count",
-    "count_text",
+    "has_runs",
     "not_tested",
+    "count_text",
+    "with_count",
+    "judged_in",
+    "claim_of_runs",
+    "untested_claim",
     "level_text",
     "value_of_each",
+    "value_of_pairs",
+    "difference_of",
+    "class_changes",
+    "weakest_first",
+    "in_percent",
     "change_text",
     "change_verdict",
-    "mean_of",
     "change_within",
+    "mean_of",
+    "judged_mean",
     "mean_within",
     "reached",
     "no_worse",
+    "no_more",
     "as_good_as",
     "reaches",
     "rather_than",
     "every_network",
     "unanimous",
-    "all_of",
     "weakest_kind",
     "strongest_kind",
+    "weakest_of",
+    "all_of",
     "judge_claims",
     "claims_frame",
     "count_verdicts",
@@ -89,6 +104,8 @@ class Verdict:
 # %% ../../nbs/evidence/08_claims.ipynb #cad766ee
 JudgeRuns = Callable[[Results], Verdict]  # the runs of one regime
 JudgeAll = Callable[[Mapping[str, Results]], Verdict]  # of all regimes, by name
+Interval = tuple[float, float, float]  # a figure and the ends of its interval
+KindOf = Callable[[Interval], str]  # a rule: what an interval says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,27 +201,28 @@ def regimes_text(
     return "; ".join(parts)
 
 
-# %% ../../nbs/evidence/08_claims.ipynb #6fe873a9
-def judged_in(
-    judge_runs: JudgeRuns,
-    needs: Sequence[str],  # experiments
-    deciding: Sequence[str] = STARTS,  # regimes
-    shown: Sequence[str] = ("resnet50",),  # regimes that decide nothing
-) -> JudgeAll:
-    "Judge in every regime that has the runs."
+# %% ../../nbs/evidence/08_claims.ipynb #aa96430e
+def has_runs(
+    results: Mapping[str, Results],  # regime -> its runs
+    regime: str,
+    *needs: str,  # experiments
+) -> bool:
+    "Whether some network of that regime has all of these experiments."
+    return regime in results and bool(results[regime].seeds(*needs))
 
-    def judge(results):
-        found = {}
-        for regime in (*deciding, *shown):
-            if regime in results and results[regime].seeds(*needs):
-                found[regime] = with_count(judge_runs(results[regime]), results[regime], needs)
-        counted = {regime: each for regime, each in found.items() if regime in deciding}
-        if not counted:
-            missing = ", ".join(_IN_WORDS[regime] for regime in deciding)
-            return not_tested(f"no stored runs of {' and '.join(needs)} ({missing})")
-        return Verdict(kind=overall_kind(counted, deciding), figures=regimes_text(found, deciding))
 
-    return judge
+def not_tested(
+    why: str,
+) -> Verdict:
+    "Stored runs cannot tell."
+    return Verdict(kind="not tested", figures=why)
+
+
+def count_text(
+    count: int,
+) -> str:
+    "How many networks."
+    return f"{count} network" if count == 1 else f"{count} networks"
 
 
 def with_count(
@@ -219,19 +237,48 @@ def with_count(
     return Verdict(kind=found.kind, figures=figures)
 
 
-def count_text(
-    count: int,
-) -> str:
-    "How many networks."
-    return f"{count} network{'s' if count > 1 else ''}"
+# %% ../../nbs/evidence/08_claims.ipynb #6fe873a9
+def judged_in(
+    judge_runs: JudgeRuns,
+    needs: Sequence[str],  # experiments
+    deciding: Sequence[str] = STARTS,  # regimes
+    shown: Sequence[str] = ("resnet50",),  # regimes that decide nothing
+) -> JudgeAll:
+    "Judge in every regime that has the runs."
+
+    def judge(results):
+        found = {}
+        for regime in (*deciding, *shown):
+            if has_runs(results, regime, *needs):
+                found[regime] = with_count(judge_runs(results[regime]), results[regime], needs)
+        counted = {regime: each for regime, each in found.items() if regime in deciding}
+        if not counted:
+            missing = ", ".join(_IN_WORDS[regime] for regime in deciding)
+            return not_tested(f"no stored runs of {' and '.join(needs)} ({missing})")
+        return Verdict(kind=overall_kind(counted, deciding), figures=regimes_text(found, deciding))
+
+    return judge
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #5a3d59de
-def not_tested(
+def claim_of_runs(
+    judge_runs: JudgeRuns,
+    *needs: str,  # experiments
+    deciding: Sequence[str] = STARTS,  # regimes
+    shown: Sequence[str] = ("resnet50",),  # regimes that decide nothing
+    **words: str,  # key, section, claim, paper and rule
+) -> Claim:
+    "A claim that the runs of each regime can judge alone."
+    judge = judged_in(judge_runs, needs, deciding, shown)
+    return Claim(needs=needs, judge=judge, **words)
+
+
+def untested_claim(
     why: str,
-) -> Verdict:
-    "Stored runs cannot tell."
-    return Verdict(kind="not tested", figures=why)
+    **words: str,  # key, section, claim and paper
+) -> Claim:
+    "A claim that no stored run can judge."
+    return Claim(needs=(), judge=lambda results: not_tested(why), rule="no run tells", **words)
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #caab96e0
@@ -241,10 +288,10 @@ ENOUGH = 3  # networks, to decide by an interval
 
 
 def level_text(
-    triple: tuple[float, float, float],  # mean, low, high
+    triple: Interval,
     digits: int = 1,
 ) -> str:
-    "A level with its interval; of a single network, the level alone."
+    "A level with its interval; of fewer than three networks, the level alone."
     mean, low, high = triple
     if math.isnan(low):
         return f"{mean:.{digits}f}"
@@ -260,40 +307,77 @@ def value_of_each(
     return lambda results: [value(run) for run in results.of(name)]
 
 
+def value_of_pairs(
+    first: str,  # experiment
+    second: str,  # another
+    value: Callable[[Any, Any], Any],  # of the results of both, in this order
+) -> Callable[[Results], list]:
+    "A function that gives one value for each network that has both."
+
+    def values(results):
+        pairs = zip(results.of(first, second), results.of(second, first))
+        return [value(*pair) for pair in pairs]
+
+    return values
+
+
+def difference_of(
+    first: Callable[[Results], list[float]],  # one value a network
+    second: Callable[[Results], list[float]],  # the same networks
+) -> Callable[[Results], list[float]]:
+    "The first less the second, network by network."
+    return lambda results: [a - b for a, b in zip(first(results), second(results), strict=True)]
+
+
+# %% ../../nbs/evidence/08_claims.ipynb #6a6b047b
+def class_changes(
+    after: ReportRecord,
+    before: ReportRecord,  # of the same classes
+) -> dict[str, float]:  # name -> pp
+    "Change of the accuracy of every class."
+    old, new = before.by_class, after.by_class
+    return {name: new[name] - old[name] for name in old}
+
+
+def weakest_first(
+    figures: Mapping[str, float],  # of each class, such as its accuracy
+) -> list[str]:
+    "Names of the classes, the one with the smallest figure first."
+    return sorted(figures, key=figures.get)
+
+
+def in_percent(
+    change: Interval,  # pp
+    start: float,  # the level that it is counted from, pp
+) -> Interval:
+    "A change and its interval, in percent of the level at the start."
+    return tuple(100 * end / start for end in change)
+
+
 # %% ../../nbs/evidence/08_claims.ipynb #331118bf
 def change_text(
-    change: tuple[float, float, float],  # change, low, high
+    change: Interval,
     count: int,  # networks
     digits: int = 1,
 ) -> str:
-    "A change with its interval; that of two networks says nothing and is left out."
+    "A change with its interval (of one network: over images); of two, the change alone."
     if count == 2:
         return f"{change[0]:+.{digits}f}"
     return interval_text(change, digits)
 
 
 def change_verdict(
-    change: tuple[float, float, float],  # change, low, high (pp)
-    where: tuple[float, float],  # the claim puts the change between these
+    change: Interval,
+    kind_of: KindOf,
     count: int,  # networks
     figure: str,  # sigma, global or balanced
+    unit: str = "pp",
 ) -> Verdict:
     "What a paired change says; of fewer than three networks, nothing."
-    kind = verdict(change, where) if count >= ENOUGH else "undecided"
-    return Verdict(kind=kind, figures=f"{figure} {change_text(change, count)} pp")
+    kind = kind_of(change) if count >= ENOUGH else "undecided"
+    return Verdict(kind=kind, figures=f"{figure} {change_text(change, count)} {unit}")
 
 
-def mean_of(
-    values: Sequence[float],  # one a network
-) -> tuple[float, float, float]:  # mean and its interval; nan for fewer than three
-    "Mean over networks; fewer than three have no interval worth the name."
-    mean, low, high = mean_interval(values)
-    if len(values) < ENOUGH:
-        return mean, math.nan, math.nan
-    return mean, low, high
-
-
-# %% ../../nbs/evidence/08_claims.ipynb #cc31daec
 def change_within(
     name: str,  # experiment
     where: tuple[float, float],  # the claim puts the change between these, in pp
@@ -305,7 +389,33 @@ def change_within(
     def judge(results):
         change = paired_change(results, name, figure, **kwargs)
         count = len(results.seeds(name, kwargs.get("base", "network"), "network"))
-        return change_verdict(change, where, count, figure)
+        return change_verdict(change, partial(verdict, where=where), count, figure)
+
+    return judge
+
+
+# %% ../../nbs/evidence/08_claims.ipynb #cc31daec
+def mean_of(
+    values: Sequence[float],  # one a network
+) -> Interval:  # nan for the ends, of fewer than three
+    "Mean over networks; fewer than three have no interval worth the name."
+    mean, low, high = mean_interval(values)
+    if len(values) < ENOUGH:
+        return mean, math.nan, math.nan
+    return mean, low, high
+
+
+def judged_mean(
+    values_of: Callable[[Results], Sequence[float]],  # one a network
+    kind_of: KindOf,
+    what: str,  # in words, with {} for the figure
+    digits: int = 1,
+) -> JudgeRuns:
+    "What the interval of a mean over networks says."
+
+    def judge(results):
+        triple = mean_of(values_of(results))
+        return Verdict(kind=kind_of(triple), figures=what.format(level_text(triple, digits)))
 
     return judge
 
@@ -316,23 +426,16 @@ def mean_within(
     what: str,  # in words, with {} for the figure
     digits: int = 1,
 ) -> JudgeRuns:
-    "The whole interval of a mean over seeds lies where the claim puts it, or outside."
-
-    def judge(results):
-        values = values_of(results)
-        triple = mean_of(values)
-        figures = what.format(level_text(triple, digits))
-        return Verdict(kind=verdict(triple, where), figures=figures)
-
-    return judge
+    "The whole interval of a mean over networks lies where the claim puts it, or outside."
+    return judged_mean(values_of, partial(verdict, where=where), what, digits)
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #e2260df3
 def reached(
-    triple: tuple[float, float, float],  # change, low, high
+    triple: Interval,
     figure: float,  # of the paper; its sign is the claimed direction
 ) -> str:  # a kind of verdict
-    "Whether a change is as large as the paper's."
+    "Whether a change is as large as the paper's; an interval of nan decides nothing."
     sign = math.copysign(1, figure)
     near, far = sorted(sign * end for end in triple[1:])
     if far < abs(figure):
@@ -343,13 +446,22 @@ def reached(
 
 
 def no_worse(
-    triple: tuple[float, float, float],  # change, low, high
-    figure: float,  # of the paper
+    triple: Interval,
+    figure: float,  # of the paper; more is better
 ) -> str:  # a kind of verdict
-    "Whether a change is at least the paper's, as far as its interval can tell."
+    "Whether a figure is at least the paper's, as far as its interval can tell."
     if math.isnan(triple[1]):
         return "undecided"
     return "not supported" if triple[2] < figure else "supported"
+
+
+def no_more(
+    triple: Interval,
+    figure: float,  # of the paper; less is better
+) -> str:  # a kind of verdict
+    "Whether a figure is at most the paper's, as far as its interval can tell."
+    mean, low, high = triple
+    return no_worse((-mean, -high, -low), -figure)
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #c6f638c8
@@ -357,18 +469,9 @@ def as_good_as(
     values_of: Callable[[Results], Sequence[float]],  # one a network
     figure: float,  # of the paper; less is better
     what: str,  # in words, with {} for the figure
-    digits: int = 1,
 ) -> JudgeRuns:
-    "A mean over seeds is as low as the paper's figure, or its interval holds it."
-
-    def judge(results):
-        values = values_of(results)
-        mean, low, high = mean_of(values)
-        kind = no_worse((-mean, -high, -low), -figure)
-        figures = what.format(level_text((mean, low, high), digits))
-        return Verdict(kind=kind, figures=figures)
-
-    return judge
+    "A mean over networks is as low as the paper's figure, or its interval holds it."
+    return judged_mean(values_of, partial(no_more, figure=figure), what)
 
 
 def reaches(
@@ -376,16 +479,8 @@ def reaches(
     figure: float,  # of the paper
     what: str,  # in words, with {} for the figure
 ) -> JudgeRuns:
-    "A mean change over seeds is clear of 0 and reaches the paper's figure."
-
-    def judge(results):
-        values = values_of(results)
-        triple = mean_of(values)
-        kind = "undecided" if math.isnan(triple[1]) else reached(triple, figure)
-        figures = what.format(level_text(triple))
-        return Verdict(kind=kind, figures=figures)
-
-    return judge
+    "A mean change over networks is clear of 0 and reaches the paper's figure."
+    return judged_mean(values_of, partial(reached, figure=figure), what)
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #543aa6bb
@@ -394,22 +489,18 @@ def rather_than(
     figure: float,  # the claimed one
     other: float,  # what it would be otherwise
     what: str,  # in words, with {} for the figure
-    digits: int = 2,
 ) -> JudgeRuns:
-    "The interval of a mean over seeds holds the claimed figure and not the other."
+    "The interval of a mean over networks holds the claimed figure and not the other."
 
-    def judge(results):
-        values = values_of(results)
-        mean, low, high = mean_of(values)
-        figures = what.format(level_text((mean, low, high), digits))
-        kind = "undecided"
-        if not math.isnan(low) and not low <= figure <= high:
-            kind = "not supported"
-        elif not math.isnan(low) and not low <= other <= high:
-            kind = "supported"
-        return Verdict(kind=kind, figures=figures)
+    def kind_of(triple):
+        _, low, high = triple
+        if math.isnan(low):
+            return "undecided"
+        if not low <= figure <= high:
+            return "not supported"
+        return "undecided" if low <= other <= high else "supported"
 
-    return judge
+    return judged_mean(values_of, kind_of, what, 2)
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #84591744
@@ -438,35 +529,36 @@ def unanimous(
     return "undecided" if any(holds) else "not supported"
 
 
-def all_of(
-    *judges: JudgeRuns,
-) -> JudgeRuns:
-    "Every part must hold; one that does not is enough to refuse."
-
-    def judge(results):
-        parts = [each(results) for each in judges]
-        kinds = [part.kind for part in parts]
-        figures = ", ".join(part.figures for part in parts)
-        return Verdict(kind=weakest_kind(kinds), figures=figures)
-
-    return judge
-
-
+# %% ../../nbs/evidence/08_claims.ipynb #cd781aef
 def weakest_kind(
     kinds: Sequence[str],
 ) -> str:
-    "Of the parts of one claim."
-    order = ("not tested", "not supported", "undecided", "supported in its regime only")
+    "Of the parts of one claim: all must hold, and one that does not is enough to refuse."
+    order = ("not supported", "not tested", "undecided", "supported in its regime only")
     return next((kind for kind in order if kind in kinds), "supported")
 
 
-# %% ../../nbs/evidence/08_claims.ipynb #cd781aef
 def strongest_kind(
     kinds: Sequence[str],
 ) -> str:
-    "Of several attempts at one claim."
+    "Of several attempts at one claim: one that succeeds is enough."
     order = ("supported", "supported in its regime only", "undecided", "not supported")
     return next((kind for kind in order if kind in kinds), "not tested")
+
+
+def weakest_of(
+    parts: Sequence[Verdict],  # of one claim
+) -> Verdict:
+    "What the parts say together, with the figures of each."
+    kind = weakest_kind([part.kind for part in parts])
+    return Verdict(kind=kind, figures=", ".join(part.figures for part in parts))
+
+
+def all_of(
+    *judges: JudgeRuns,
+) -> JudgeRuns:
+    "Every part of a claim must hold."
+    return lambda results: weakest_of([judge(results) for judge in judges])
 
 
 # %% ../../nbs/evidence/08_claims.ipynb #276ca46d

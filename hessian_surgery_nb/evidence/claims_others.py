@@ -6,41 +6,40 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from .claims import every_network, mean_within, value_of_each
-from .claims_spectra import bulk_share, claim_of_runs, untested_claim
+from hessian_surgery_nb.evidence.claims import (
+    claim_of_runs,
+    every_network,
+    mean_within,
+    untested_claim,
+    value_of_each,
+)
+from .claims_spectra import BULK_AND_OUTLIERS, lowest_over_first
+from ..spectrum_type import TYPE_LIMIT
 
 # %% auto #0
 __all__ = ["OTHER_CLAIMS"]
 
-
-# %% ../../nbs/evidence/08h_claims_others.ipynb #b265c40f
-def _balance(run: Any) -> float:
-    "C_t: the lowest eigenvalue over the highest."
-    return min(map(min, run.density.nodes)) / run.values[0]
-
+# %% ../../nbs/evidence/08h_claims_others.ipynb #199faed6
+_ON_SMALL_NETWORKS = "small networks only, in the chapter; no stored run"
+_MEANS_HOLD = mean_within(
+    value_of_each("structure", lambda run: run.overlap_crossed), (0.9, math.inf), "{}", 2
+)
 
 # %% ../../nbs/evidence/08h_claims_others.ipynb #11e3388f
-_ON_SMALL_NETWORKS = "small networks only, in the chapter; no stored run"
-
-
-OTHER_CLAIMS = [
+_PAPYAN = (
     claim_of_runs(
-        mean_within(
-            value_of_each("structure", lambda run: run.overlap_crossed), (0.9, math.inf), "{}", 2
-        ),
+        _MEANS_HOLD,
         "structure",
         key="papyan_source",
         section="Papyan",
         claim="Outliers come from means of gradients, so that averages approximate their space.",
         paper="no figure in the abstract",
-        rule="they hold over nine tenths of the space of the leading eigenvectors",
+        rule="cross-class means of gradients hold over nine tenths of the space of the leading "
+        "eigenvectors",
     ),
     claim_of_runs(
-        mean_within(
-            value_of_each("structure", lambda run: run.overlap_crossed), (0.9, math.inf), "{}", 2
-        ),
+        _MEANS_HOLD,
         "structure",
         deciding=("isic",),
         shown=(),
@@ -50,20 +49,21 @@ OTHER_CLAIMS = [
         paper="several datasets and architectures",
         rule="as for the first claim, on lesions",
     ),
-]
+)
 
 # %% ../../nbs/evidence/08h_claims_others.ipynb #faf72dc1
-OTHER_CLAIMS += [
+_TYPE = (
     claim_of_runs(
         every_network(
-            value_of_each("spectrum", lambda run: _balance(run) > -0.6), "mainly positive on {}"
+            value_of_each("spectrum", lambda run: lowest_over_first(run) > TYPE_LIMIT),
+            "mainly positive on {}",
         ),
         "spectrum",
         key="gabdullin_type",
         section="Gabdullin",
         claim="Ordinary training ends with a mainly positive spectrum.",
         paper="all models, optimizers and datasets but those with changed gradients",
-        rule="the lowest eigenvalue is above -0.6 of the highest, on every network",
+        rule=f"the lowest eigenvalue is above {TYPE_LIMIT} of the highest, on every network",
     ),
     untested_claim(
         _ON_SMALL_NETWORKS,
@@ -79,6 +79,10 @@ OTHER_CLAIMS += [
         claim="Ratios of two criteria on other data tell whether a network generalises.",
         paper="below 1.5 and below 1.2",
     ),
+)
+
+# %% ../../nbs/evidence/08h_claims_others.ipynb #6f69e0c7
+_CHOICE = (
     untested_claim(
         _ON_SMALL_NETWORKS,
         key="gabdullin_choice",
@@ -93,14 +97,12 @@ OTHER_CLAIMS += [
         claim="Long training shrinks all eigenvalues without a gain in generalisation.",
         paper="quasi-singular spectra",
     ),
-]
+)
 
-# %% ../../nbs/evidence/08h_claims_others.ipynb #6f69e0c7
-OTHER_CLAIMS += [
+# %% ../../nbs/evidence/08h_claims_others.ipynb #dceaa4a6
+_SAGUN = (
     claim_of_runs(
-        mean_within(
-            value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
-        ),
+        BULK_AND_OUTLIERS,
         "spectrum",
         key="sagun_parts",
         section="Sagun",
@@ -129,4 +131,7 @@ OTHER_CLAIMS += [
         claim="Small and large batches end in one basin, connected through its flat region.",
         paper="no figure in the abstract",
     ),
-]
+)
+
+# %% ../../nbs/evidence/08h_claims_others.ipynb #7702d166
+OTHER_CLAIMS = _PAPYAN + _TYPE + _CHOICE + _SAGUN

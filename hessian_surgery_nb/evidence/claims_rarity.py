@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from hessian_surgery_nb.evidence.claims import (
     ABOVE_0,
@@ -19,10 +17,16 @@ from hessian_surgery_nb.evidence.claims import (
     Verdict,
     all_of,
     change_within,
+    claim_of_runs,
+    class_changes,
+    difference_of,
     every_network,
+    has_runs,
     mean_within,
     not_tested,
+    untested_claim,
     value_of_each,
+    weakest_first,
     weakest_kind,
 )
 from hessian_surgery_nb.evidence.claims_lesions import (
@@ -30,79 +34,79 @@ from hessian_surgery_nb.evidence.claims_lesions import (
     CE_HS,
     FL,
     FL_HS,
-    difference_of,
     lesion_claim,
     lesion_classes,
     lesion_values,
 )
-from .claims_spectra import claim_of_runs, untested_claim
+from .claims_linear import row_cosine
+from .claims_rivals import worst_change
 from .reading import Results
+from .results import AblationRow, AblationRun, AblationSetting
 
 # %% auto #0
 __all__ = ["LESION_SETTINGS", "CLASS_CLAIMS", "CLAIMS_OF_RARITY"]
 
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #a2ebfe54
-def _ablated(box: bool, p: float, how: str = "natural") -> Callable[[Any], Any]:
-    "One setting of the ablation: a function of a run."
-
-    def row_of(run):
-        wanted = (box, p, how)
-        return next(r for r in run.rows if (r.setting.box, r.setting.p, r.setting.how) == wanted)
-
-    return row_of
+def _row_of(run: AblationRun, p: float, box: bool = True) -> AblationRow:
+    "One setting of the ablation: exponent, boxes or the ball, natural batches."
+    wanted = AblationSetting(box=box, p=p, how="natural")
+    return next(row for row in run.rows if row.setting == wanted)
 
 
-def _ablation(first: Callable, second: Callable, figure: str, where: tuple) -> JudgeRuns:
-    "One setting against another, paired."
+def _roots_against(figure: str, where: tuple[float, float], **other: Any) -> JudgeRuns:
+    "The exponent 1/2 with boxes against another setting, paired."
     return change_within(
         "ablation",
         where,
         figure,
         base="ablation",
-        pick=lambda run: first(run).correct,
-        pick_base=lambda run: second(run).correct,
+        pick=lambda run: _row_of(run, 0.5).correct,
+        pick_base=lambda run: _row_of(run, **other).correct,
     )
+
+
+def _roots_against_both(figure: str, where: tuple[float, float]) -> JudgeRuns:
+    "Against the exponent 1 and against 2."
+    return all_of(*(_roots_against(figure, where, p=p) for p in (1.0, 2.0)))
 
 
 def _worst_with_equal_weights(p: float) -> JudgeRuns:
     "The weakest class with p = 0, less that with another exponent."
-
-    def value(run):
-        return (
-            _ablated(True, 0.0)(run).after.worst_percent
-            - _ablated(True, p)(run).after.worst_percent
-        )
-
-    return mean_within(value_of_each("ablation", value), ABOVE_0, f"{{}} pp against p = {p:g}")
+    values = value_of_each("ablation", lambda run: worst_change(_row_of(run, 0.0), _row_of(run, p)))
+    return mean_within(values, ABOVE_0, f"{{}} pp against p = {p:g}")
 
 
-_NO_HISTORY = "the stored runs of the ablation keep no history of their steps"
-
-
-def _more_rejected(run: Any) -> float:
+def _more_rejected(run: AblationRun) -> int:
     "Steps rolled back with squares, less those with square roots."
-    return _ablated(True, 2.0)(run).rolled_back - _ablated(True, 0.5)(run).rolled_back
+    return _row_of(run, 2.0).rolled_back - _row_of(run, 0.5).rolled_back
 
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #72080b86
-def _opposite(results: Mapping[str, Results]) -> Verdict:
+def _opposite_exponents(results: Mapping[str, Results]) -> Verdict:
     "Squares beat square roots on ten classes, square roots squares on lesions."
-    parts = {
-        "annealed": change_within("surgery_adam_p2", BELOW_0, base="surgery_adam_p0.5"),
-        "isic": _ablation(_ablated(True, 0.5), _ablated(True, 2.0), "sigma", BELOW_0),
-    }
-    found = []
-    for regime, judge in parts.items():
-        if regime not in results:
-            return not_tested(f"no stored runs ({regime})")
-        found.append(judge(results[regime]))
-    figures = f"CIFAR-10: {found[0].figures}; lesions: {found[1].figures}"
-    return Verdict(kind=weakest_kind([each.kind for each in found]), figures=figures)
+    on_ten = ("surgery_adam_p2", "surgery_adam_p0.5", "network")
+    for regime, needs in (("annealed", on_ten), ("isic", ("ablation", "network"))):
+        if not has_runs(results, regime, *needs):
+            return not_tested(f"no stored runs of {' and '.join(needs)} ({regime})")
+    squares = change_within("surgery_adam_p2", BELOW_0, base="surgery_adam_p0.5")
+    ten = squares(results["annealed"])
+    lesions = _roots_against("sigma", BELOW_0, p=2.0)(results["isic"])
+    figures = f"CIFAR-10: {ten.figures}; lesions: {lesions.figures}"
+    return Verdict(kind=weakest_kind([ten.kind, lesions.kind]), figures=figures)
 
+
+def _rare_left_behind(run: Any) -> bool:
+    "Naevi are the strongest class, a rare one the weakest."
+    ranked = weakest_first(run.held_out.by_class)
+    return ranked[-1] == "NV" and ranked[0] in _RARE
+
+
+_RARE = ("DF", "VASC")
+_NO_HISTORY = "the stored runs of the ablation keep no history of their steps"
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #75aa9159
-LESION_SETTINGS = [
+_NETWORK = (
     untested_claim(
         "no stored run counts spikes of lesions",
         key="lesion_count",
@@ -112,7 +116,7 @@ LESION_SETTINGS = [
     ),
     lesion_claim(
         every_network(
-            value_of_each("network", lambda run: _polarised(run.held_out.by_class)),
+            value_of_each("network", _rare_left_behind),
             "NV strongest, DF or VASC weakest on {}",
         ),
         "network",
@@ -133,8 +137,12 @@ LESION_SETTINGS = [
         section="9.2",
         claim="The spikes of lesions span about a decade.",
         paper="about 10 times",
-        rule="the first is 3 to 30 times the seventh",
+        rule="the interval of the ratio of the first to the seventh lies between 3 and 30",
     ),
+)
+
+# %% ../../nbs/evidence/08f_claims_rarity.ipynb #875e256a
+_IMAGES = (
     untested_claim(
         "no stored run tunes on a sample that is not stratified",
         key="stratified",
@@ -142,12 +150,8 @@ LESION_SETTINGS = [
         claim="The sensitivity set must hold as many images of rare classes as of others.",
         paper="at most 250 a class; no figure",
     ),
-]
-
-# %% ../../nbs/evidence/08f_claims_rarity.ipynb #875e256a
-LESION_SETTINGS += [
     lesion_claim(
-        _ablation(_ablated(True, 0.5), _ablated(False, 0.5), "sigma", BELOW_0),
+        _roots_against("sigma", BELOW_0, p=0.5, box=False),
         "ablation",
         "network",
         key="boxes",
@@ -156,11 +160,12 @@ LESION_SETTINGS += [
         paper="no figure",
         rule="with p = 1/2, sigma is smaller with boxes than with the ball, interval below 0",
     ),
+)
+
+# %% ../../nbs/evidence/08f_claims_rarity.ipynb #cf5007e2
+_ROOTS = (
     lesion_claim(
-        all_of(
-            _ablation(_ablated(True, 0.5), _ablated(True, 1.0), "sigma", BELOW_0),
-            _ablation(_ablated(True, 0.5), _ablated(True, 2.0), "sigma", BELOW_0),
-        ),
+        _roots_against_both("sigma", BELOW_0),
         "ablation",
         "network",
         key="roots_win",
@@ -170,10 +175,7 @@ LESION_SETTINGS += [
         rule="sigma is smaller with 1/2 than with 1 and with 2, intervals below 0",
     ),
     lesion_claim(
-        all_of(
-            _ablation(_ablated(True, 0.5), _ablated(True, 1.0), "balanced", ABOVE_0),
-            _ablation(_ablated(True, 0.5), _ablated(True, 2.0), "balanced", ABOVE_0),
-        ),
+        _roots_against_both("balanced", ABOVE_0),
         "ablation",
         "network",
         key="roots_balanced",
@@ -189,18 +191,19 @@ LESION_SETTINGS += [
         claim="With square roots sigma falls to the end, with others it stays after five steps.",
         paper="no figure",
     ),
-]
+)
 
-# %% ../../nbs/evidence/08f_claims_rarity.ipynb #cf5007e2
-LESION_SETTINGS += [
+# %% ../../nbs/evidence/08f_claims_rarity.ipynb #35d0ef24
+_OTHER_EXPONENTS = (
     Claim(
         needs=("surgery_adam_p2", "surgery_adam_p0.5", "ablation"),
-        judge=_opposite,
+        judge=_opposite_exponents,
         key="opposite_exponents",
         section="7.6",
         claim="Mild and severe imbalance want opposite exponents.",
         paper="p = 2 on CIFAR-10, 1/2 on ISIC-2019",
-        rule="sigma is smaller with 2 than with 1/2 on CIFAR-10, and larger on lesions",
+        rule="sigma is smaller with 2 than with 1/2 on annealed networks of CIFAR-10, and larger "
+        "on lesions, intervals clear of 0",
     ),
     lesion_claim(
         all_of(*(_worst_with_equal_weights(p) for p in (0.5, 1.0, 2.0))),
@@ -220,46 +223,21 @@ LESION_SETTINGS += [
         paper="no figure",
         rule="more steps are rolled back with p = 2 than with 1/2, interval above 0",
     ),
-]
+)
 
-
-# %% ../../nbs/evidence/08f_claims_rarity.ipynb #23722a37
-def _polarised(accuracies: Mapping[str, float]) -> bool:
-    "Naevi are the strongest class, a rare one the weakest."
-    ranked = sorted(accuracies, key=accuracies.get)
-    return ranked[-1] == "NV" and ranked[0] in ("DF", "VASC")
+# %% ../../nbs/evidence/08f_claims_rarity.ipynb #c5eb6bb0
+LESION_SETTINGS = _NETWORK + _IMAGES + _ROOTS + _OTHER_EXPONENTS
 
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #a393a370
-_RARE = ("DF", "VASC")
-
-
-def _opposed_rows(first: str, second: str) -> Callable[[Results], list[float]]:
-    "Cosine of the rows of S of two classes, one a network."
-
-    def values(results):
-        cosines = []
-        for run, start in zip(
-            results.of("sensitivity", "network"), results.of("network", "sensitivity")
-        ):
-            names = start.held_out.names
-            rows = np.array(run.matrix)
-            one, other = rows[names.index(first)], rows[names.index(second)]
-            norms = np.linalg.norm(one) * np.linalg.norm(other)
-            cosines.append(float(one @ other / norms))
-        return cosines
-
-    return values
-
-
 def _gain_most(run: Any) -> bool:
     "Cat and dog are the two classes that gain most, held-out."
-    gains = {name: run.after.by_class[name] - run.before.by_class[name] for name in run.after.names}
-    return set(sorted(gains, key=gains.get)[-2:]) == {"cat", "dog"}
+    gains = class_changes(run.after, run.before)
+    return set(weakest_first(gains)[-2:]) == {"cat", "dog"}
 
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #0a5d3b4c
-CLASS_CLAIMS = [
+_GAIN = (
     claim_of_runs(
         every_network(value_of_each("surgery_gamma_p2", _gain_most), "they gain most on {}"),
         "surgery_gamma_p2",
@@ -293,10 +271,10 @@ CLASS_CLAIMS = [
         paper="+16.7 against +15.8 pp",
         rule="the interval of the difference lies above 0",
     ),
-]
+)
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #d24f6fd4
-CLASS_CLAIMS += [
+_RESIST = (
     lesion_claim(
         mean_within(
             difference_of(lesion_values(CE_HS, CE, "MEL"), lesion_values(CE_HS, CE, *_RARE)),
@@ -319,10 +297,10 @@ CLASS_CLAIMS += [
         section="9.5",
         claim="What MEL gains costs NV nothing.",
         paper="85.9 to 87.8 % (its text: -1.5 pp)",
-        rule="NV loses less than 2 pp",
+        rule="NV loses less than 2 pp, interval above -2",
     ),
     lesion_claim(
-        mean_within(_opposed_rows("MEL", "NV"), BELOW_0, "cosine {}", 2),
+        mean_within(row_cosine("MEL", "NV"), BELOW_0, "cosine {}", 2),
         "sensitivity",
         "network",
         key="entangled",
@@ -331,16 +309,14 @@ CLASS_CLAIMS += [
         paper="no figure",
         rule="their rows of S have a negative cosine, interval below 0",
     ),
-]
+)
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #c2187275
-CLASS_CLAIMS += [
+_PAY = (
     lesion_claim(
         all_of(
             mean_within(
-                difference_of(
-                    lesion_values(FL_HS, CE, "AK", "SCC"), lesion_values(CE_HS, CE, "AK", "SCC")
-                ),
+                lesion_values(FL_HS, CE_HS, "AK", "SCC"),
                 ABOVE_0,
                 "after focal loss {} pp more",
             ),
@@ -353,7 +329,8 @@ CLASS_CLAIMS += [
         section="9.5",
         claim="AK and SCC gain, and most with focal loss first.",
         paper="AK 26.2 to 38.5 and 41.5 %, SCC 31.9 to 31.9 and 44.7 %",
-        rule="they gain in the mean after focal loss and surgery, and more than after surgery",
+        rule="after focal loss and surgery they gain in their mean, and more than after surgery "
+        "alone, both intervals above 0",
     ),
     lesion_claim(
         all_of(
@@ -370,7 +347,10 @@ CLASS_CLAIMS += [
         paper="74.4 to 74.0 % (its text: -6.9 pp), 72.0 to 65.2 % after focal loss",
         rule="it loses after cross-entropy and after focal loss, both intervals below 0",
     ),
-]
+)
+
+# %% ../../nbs/evidence/08f_claims_rarity.ipynb #cea3cdca
+CLASS_CLAIMS = _GAIN + _RESIST + _PAY
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #a52fc17a
 CLAIMS_OF_RARITY = LESION_SETTINGS + CLASS_CLAIMS

@@ -7,56 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from hessian_surgery_nb.evidence.claims import (
     ABOVE_0,
-    Claim,
     JudgeRuns,
-    STARTS,
     all_of,
     as_good_as,
+    claim_of_runs,
+    difference_of,
     every_network,
-    judged_in,
     mean_within,
-    not_tested,
+    untested_claim,
     value_of_each,
+    weakest_first,
 )
+from .reading import Results
 from .results import SpectrumRun
 
 # %% auto #0
 __all__ = [
+    "BULK_AND_OUTLIERS",
     "SPECTRUM_CLAIMS",
     "STABILITY_CLAIMS",
     "CLAIMS_OF_SPECTRA",
-    "claim_of_runs",
-    "untested_claim",
     "ritz_values",
     "bulk_share",
+    "lowest_over_first",
+    "bulk_median",
 ]
-
-
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #89dc916f
-def claim_of_runs(
-    judge_runs: JudgeRuns,
-    *needs: str,  # experiments
-    deciding: Sequence[str] = STARTS,  # regimes
-    shown: Sequence[str] = ("resnet50",),  # regimes that decide nothing
-    **words: str,  # key, section, claim, paper and rule
-) -> Claim:
-    "A claim that the runs of each regime can judge alone."
-    judge = judged_in(judge_runs, needs, deciding, shown)
-    return Claim(needs=needs, judge=judge, **words)
-
-
-def untested_claim(
-    why: str,
-    **words: str,  # key, section, claim and paper
-) -> Claim:
-    "A claim that no stored run can judge."
-    return Claim(needs=(), judge=lambda results: not_tested(why), rule="no run tells", **words)
 
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #299ae74c
@@ -103,6 +83,13 @@ def _missed_percent(run: SpectrumRun, steps: int, spikes: int) -> float:
     return 100 * float(np.mean(misses))
 
 
+def _nine_found_after(steps: int) -> JudgeRuns:
+    "So many Lanczos steps find all nine leading eigenvalues to 5 %."
+    missed = value_of_each("spectrum", lambda run: _missed_percent(run, steps, 9))
+    return mean_within(missed, (-math.inf, 5), "the worst of nine is missed by {} %")
+
+
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #e529a213
 def bulk_share(
     run: SpectrumRun,
 ) -> float:
@@ -111,7 +98,21 @@ def bulk_share(
     return 100 * float(weights[np.abs(nodes) < run.values[8] / 10].sum() / weights.sum())
 
 
-def _bulk_median(run: SpectrumRun) -> float:
+BULK_AND_OUTLIERS = mean_within(
+    value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
+)
+
+
+def lowest_over_first(
+    run: SpectrumRun,
+) -> float:
+    "C_t: the lowest eigenvalue over the first."
+    return min(map(min, run.density.nodes)) / run.values[0]
+
+
+def bulk_median(
+    run: SpectrumRun,
+) -> float:
     "Median of the absolute eigenvalues, from the quadrature."
     sizes = np.abs(np.ravel(run.density.nodes))
     weights = np.ravel(run.density.weights)
@@ -120,12 +121,16 @@ def _bulk_median(run: SpectrumRun) -> float:
     return float(sizes[order][np.searchsorted(passed, 0.5)])
 
 
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #0b1050c9
+def _weakest_two(accuracies: dict[str, float]) -> set[str]:
+    "Names of the two weakest classes."
+    return set(weakest_first(accuracies)[:2])
+
+
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #ccaed8e2
-SPECTRUM_CLAIMS = [
+_COUNTED = (
     claim_of_runs(
-        mean_within(
-            value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
-        ),
+        BULK_AND_OUTLIERS,
         "spectrum",
         key="bulk_and_outliers",
         section="abstract",
@@ -147,7 +152,7 @@ SPECTRUM_CLAIMS = [
     ),
     claim_of_runs(
         mean_within(
-            value_of_each("spectrum", lambda run: math.log10(run.values[7] / _bulk_median(run))),
+            value_of_each("spectrum", lambda run: math.log10(run.values[7] / bulk_median(run))),
             (3, math.inf),
             "the eighth is 10 to the {} times the median of the bulk",
             2,
@@ -159,10 +164,10 @@ SPECTRUM_CLAIMS = [
         paper="20.5 to 828.6",
         rule="log10 of the eighth over the median of absolute eigenvalues is above 3",
     ),
-]
+)
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #29348657
-SPECTRUM_CLAIMS += [
+_NINTH = (
     claim_of_runs(
         mean_within(
             value_of_each("spectrum", lambda run: run.values[8] / run.values[7]),
@@ -179,10 +184,7 @@ SPECTRUM_CLAIMS += [
     ),
     claim_of_runs(
         mean_within(
-            value_of_each(
-                "spectrum",
-                lambda run: 100 * min(map(min, run.density.nodes)) / run.values[0],
-            ),
+            value_of_each("spectrum", lambda run: 100 * lowest_over_first(run)),
             (-0.1, math.inf),
             "the lowest eigenvalue is {} % of the first",
         ),
@@ -193,12 +195,12 @@ SPECTRUM_CLAIMS += [
         paper="-1.1, a thousandth of the first",
         rule="a long run finds no eigenvalue below minus a thousandth of the first",
     ),
+)
+
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #fd6a912e
+_LENGTH = (
     claim_of_runs(
-        mean_within(
-            value_of_each("spectrum", lambda run: _missed_percent(run, 10, 9)),
-            (-math.inf, 5),
-            "the worst of nine is missed by {} %",
-        ),
+        _nine_found_after(10),
         "spectrum",
         key="ten_steps",
         section="4.2",
@@ -206,16 +208,8 @@ SPECTRUM_CLAIMS += [
         paper="Table 2 has ten of ten steps",
         rule="the worst of the nine is off by less than 5 %",
     ),
-]
-
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #fd6a912e
-SPECTRUM_CLAIMS += [
     claim_of_runs(
-        mean_within(
-            value_of_each("spectrum", lambda run: _missed_percent(run, 20, 9)),
-            (-math.inf, 5),
-            "the worst of nine is missed by {} %",
-        ),
+        _nine_found_after(20),
         "spectrum",
         key="twenty_steps",
         section="4.3",
@@ -223,6 +217,10 @@ SPECTRUM_CLAIMS += [
         paper="the number is lost in our copy",
         rule="the worst of the nine is off by less than 5 % after 20 steps",
     ),
+)
+
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #5af8b69d
+_MEANING = (
     claim_of_runs(
         mean_within(
             value_of_each("structure", lambda run: run.overlap_means),
@@ -238,9 +236,7 @@ SPECTRUM_CLAIMS += [
         rule="class means hold over half of the leading space",
     ),
     claim_of_runs(
-        mean_within(
-            value_of_each("spectrum", bulk_share), (99, math.inf), "{} % of the spectrum near 0", 2
-        ),
+        BULK_AND_OUTLIERS,
         "spectrum",
         deciding=("pretrained",),
         shown=(),
@@ -250,10 +246,10 @@ SPECTRUM_CLAIMS += [
         paper="Table 2",
         rule="as for the first claim, on pretrained networks",
     ),
-]
+)
 
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #5af8b69d
-SPECTRUM_CLAIMS += [
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #94cc4791
+_CLASSES = (
     claim_of_runs(
         every_network(
             value_of_each(
@@ -268,44 +264,41 @@ SPECTRUM_CLAIMS += [
         paper="cat 68.6 %, dog 69.0 %, ship 93.1 %, sigma 8.57 pp",
         rule="they are the two weakest on every network",
     ),
-]
+)
 
-
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #0da40c4b
-def _weakest_two(accuracies: dict[str, float]) -> set[str]:
-    "Names of the two weakest classes."
-    return set(sorted(accuracies, key=accuracies.get)[:2])
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #befea724
+SPECTRUM_CLAIMS = _COUNTED + _NINTH + _LENGTH + _MEANING + _CLASSES
 
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #c4816f4a
-def _at(part: str, size: int, column: int) -> Callable[[Any], float]:
-    "One number of appendix A: batch size and column of a table."
-    return lambda run: float(getattr(run, part).frame.loc[size].iloc[column])
+def _entry(table: str, images: int, column: str | int) -> Callable[[Results], list[float]]:
+    "One number of a table of appendix A, by batch size and column; one value a network."
+    return value_of_each(
+        "stability", lambda run: float(getattr(run, table).frame.loc[images, column])
+    )
 
 
-def _difference(part: str, more: tuple[int, int], less: tuple[int, int]) -> Callable:
-    "Difference of two numbers of one table, each by batch size and column."
-    first, second = _at(part, *more), _at(part, *less)
-    return lambda run: first(run) - second(run)
+def _angle(images: int, rank: int) -> Callable[[Results], list[float]]:
+    "Mean angle (degrees) of the space of so many eigenvectors to that of 512 images."
+    return _entry("subspaces", images, f"top {rank}, mean (deg)")
 
 
-_MEAN_ANGLE = {3: 1, 5: 3, 9: 5}  # size of the space -> column of Table 17
+def _angle_as_small(images: int, figure: float) -> JudgeRuns:
+    "The mean angle of all nine eigenvectors is as small as the paper's."
+    return as_good_as(_angle(images, 9), figure, f"{images} images {{}}")
+
+
+def _first_eigenvalue_ratio(results: Results) -> list[float]:
+    "First eigenvalue of 64 images over that of 512, one a network."
+    few = _entry("eigenvalues", 64, 1)(results)
+    many = _entry("eigenvalues", 512, 1)(results)
+    return [one / other for one, other in zip(few, many)]
+
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #43dcbdcd
-STABILITY_CLAIMS = [
+_IMAGES = (
     claim_of_runs(
-        all_of(
-            as_good_as(
-                value_of_each("stability", _at("subspaces", 128, _MEAN_ANGLE[9])),
-                24.2,
-                "128 images {}",
-            ),
-            as_good_as(
-                value_of_each("stability", _at("subspaces", 256, _MEAN_ANGLE[9])),
-                14.3,
-                "256 images {}",
-            ),
-        ),
+        all_of(_angle_as_small(128, 24.2), _angle_as_small(256, 14.3)),
         "stability",
         key="subspace",
         section="4.3",
@@ -315,7 +308,7 @@ STABILITY_CLAIMS = [
     ),
     claim_of_runs(
         mean_within(
-            value_of_each("stability", _difference("subspaces", (128, 5), (256, 5))),
+            difference_of(_angle(128, 9), _angle(256, 9)),
             ABOVE_0,
             "256 images are nearer by {} degrees",
         ),
@@ -326,30 +319,24 @@ STABILITY_CLAIMS = [
         paper="14.3 against 24.2 degrees",
         rule="the mean angle of the nine-dimensional space is smaller",
     ),
-]
-
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #a06a6664
-STABILITY_CLAIMS += [
     claim_of_runs(
-        mean_within(
-            value_of_each(
-                "stability",
-                lambda run: _at("eigenvalues", 64, 0)(run) / _at("eigenvalues", 512, 0)(run),
-            ),
-            (1, math.inf),
-            "{} times",
-            2,
-        ),
+        mean_within(_first_eigenvalue_ratio, (1, math.inf), "{} times", 2),
         "stability",
         key="eigenvalues_move",
         section="A",
         claim="Fewer images give larger leading eigenvalues: 64 beside 512.",
         paper="1.7 times",
-        rule="the first eigenvalue is larger",
+        rule="the first eigenvalue of 64 images is larger than that of 512",
     ),
+)
+
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #a06a6664
+_ORDER = (
     claim_of_runs(
         mean_within(
-            value_of_each("stability", _difference("cosines", (128, 0), (128, 2))),
+            difference_of(
+                _entry("cosines", 128, "matched, mean"), _entry("cosines", 128, "by rank, mean")
+            ),
             ABOVE_0,
             "matching gains {}",
             2,
@@ -362,25 +349,33 @@ STABILITY_CLAIMS += [
         rule="the mean cosine is larger when matched",
     ),
     claim_of_runs(
-        mean_within(
-            value_of_each("stability", _difference("subspaces", (128, 5), (128, 1))),
-            ABOVE_0,
-            "nine less three: {} degrees",
+        all_of(
+            mean_within(
+                difference_of(_angle(128, 5), _angle(128, 3)),
+                ABOVE_0,
+                "five less three: {} degrees",
+            ),
+            mean_within(
+                difference_of(_angle(128, 9), _angle(128, 5)),
+                ABOVE_0,
+                "nine less five: {} degrees",
+            ),
         ),
         "stability",
         key="leading_three",
         section="A",
         claim="The space of the first three is the most stable, that of all nine the least.",
         paper="23.1 and 24.2 degrees with 128 images (20.6 for five)",
-        rule="the mean angle of nine is larger than that of three",
+        rule="with 128 images the mean angle of five is larger than that of three, and that of "
+        "nine larger than that of five",
     ),
-]
+)
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #29148fdd
-STABILITY_CLAIMS += [
+_COST = (
     claim_of_runs(
         every_network(
-            value_of_each("stability", lambda run: _seconds_a_product(run) < 6.3),
+            lambda results: [s < 6.3 for s in _entry("timing", 128, "s a product")(results)],
             "faster on {}",
             enough=1,
         ),
@@ -400,14 +395,10 @@ STABILITY_CLAIMS += [
         claim="A Hessian-vector product takes the memory of a gradient.",
         paper="no figure",
     ),
-]
+)
 
-
-# %% ../../nbs/evidence/08a_claims_spectra.ipynb #c85ebd73
-def _seconds_a_product(run: Any) -> float:
-    "With 128 images."
-    return float(run.timing.frame.loc[128].iloc[0])
-
+# %% ../../nbs/evidence/08a_claims_spectra.ipynb #a86c1222
+STABILITY_CLAIMS = _IMAGES + _ORDER + _COST
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #22e6d136
 CLAIMS_OF_SPECTRA = SPECTRUM_CLAIMS + STABILITY_CLAIMS
