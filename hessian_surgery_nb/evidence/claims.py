@@ -20,6 +20,7 @@ from hessian_surgery_nb.evidence.reading import (
 )
 from .records import ReportRecord
 from .stored_runs import ScreenedNetwork, read_stored
+from .study import STARTS
 from .tables_isic import verdict
 from ..foundations.checks import InputError
 from ..foundations.intervals import mean_interval
@@ -32,7 +33,6 @@ __all__ = [
     "Interval",
     "KindOf",
     "REGIMES",
-    "STARTS",
     "BELOW_0",
     "ABOVE_0",
     "ENOUGH",
@@ -141,9 +141,6 @@ _IN_WORDS = {
     "many": "hundred classes",
     "isic": "lesions",
 }
-
-
-STARTS = ("annealed", "constant", "pretrained")  # in the order in which they decide
 
 
 @dataclass(frozen=True, kw_only=True)
