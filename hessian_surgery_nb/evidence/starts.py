@@ -36,6 +36,7 @@ __all__ = [
     "METHODS_OF_STARTS",
     "priced",
     "settled_by",
+    "method_cost",
     "method_changes",
     "starts_frame",
     "states_frame",
@@ -102,6 +103,16 @@ METHODS_OF_STARTS: tuple[tuple[str, str, Pick], ...] = (
 _FORWARD, _PRODUCT = 1 / 3, 2.0  # of an image, in gradients of one
 
 
+def method_cost(
+    results: Results,
+    name: str,  # experiment
+    pick: Pick,
+) -> float:
+    "Mean over networks, in gradients of one image."
+    runs = [results.runs[name][seed] for seed in results.seeds(name, "network")]
+    return float(np.mean([_cost(run, pick(run.results)) for run in runs]))
+
+
 def _sensitivity_images(report: ReportRecord) -> int:
     return sum(entry.images for entry in report.classes)
 
@@ -151,8 +162,6 @@ def method_changes(
     if any(part is None for part in parts):
         return None
     found = {"parts": [_report(part) for part in parts]}
-    runs = [results.runs[name][seed] for seed in results.seeds(name, "network")]
-    found["cost"] = float(np.mean([_cost(run, part) for run, part in zip(runs, parts)]))
     starts = [run.held_out.sigma_pp for run in results.of("network", name)]
     found["start sigma"] = float(np.mean(starts))
     for figure in ("sigma", "global"):
@@ -161,7 +170,7 @@ def method_changes(
 
 
 # %% ../../nbs/evidence/07c_starts.ipynb #3d3d1137
-def _row_of(method: str, found: dict[str, Any]) -> dict[str, Any]:
+def _row_of(method: str, found: dict[str, Any], cost: float) -> dict[str, Any]:
     relative = tuple(100 * end / found["start sigma"] for end in found["sigma"])
     return {
         "method": method,
@@ -170,7 +179,7 @@ def _row_of(method: str, found: dict[str, Any]) -> dict[str, Any]:
         "change of sigma (pp)": interval_text(found["sigma"], 2),
         "of sigma (%)": interval_text(relative, 0),
         "change of global (pp)": interval_text(found["global"], 2),
-        "cost (gradients)": f"{found['cost']:,.0f}",
+        "cost (gradients)": f"{cost:,.0f}",
     }
 
 
@@ -189,7 +198,8 @@ def starts_frame(
         for method, name, pick in METHODS_OF_STARTS:
             found = method_changes(results, name, pick)
             if found is not None:
-                rows.append({"start": regime, **_row_of(method, found)})
+                cost = method_cost(results, name, pick)
+                rows.append({"start": regime, **_row_of(method, found, cost)})
     return pd.DataFrame(rows).set_index(["start", "method"]).fillna("")
 
 
