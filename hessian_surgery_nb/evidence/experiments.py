@@ -5,19 +5,18 @@
 # %% ../../nbs/evidence/03_experiments.ipynb #5a054ffe
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from .deflation_experiments import phases_settings, surgery_in_phases
+from .experiment import Experiment
 from hessian_surgery_nb.evidence.fronts import (
     ALTERNATIVE_DIRECTIONS,
     front_along,
     front_in_small_steps,
     front_of_biases,
 )
+from .lesion_experiments import LESIONS
 from .loss_walks import walks_at_loss
-from .records import StoredRecord
 from hessian_surgery_nb.evidence.settling_experiments import (
     along_training,
     settling,
@@ -45,54 +44,21 @@ from hessian_surgery_nb.evidence.spectrum_experiments import (
     starting_network,
     walks,
 )
-from .study import Study
 from hessian_surgery_nb.evidence.surgery_experiments import (
-    ABLATION,
-    BOXED,
-    BOXED_COUNTED,
-    ablation,
-    lesion_surgery,
     scheduled_surgery,
     surgery_iterations,
 )
 from hessian_surgery_nb.evidence.training_experiments import (
     balanced_fine_tuning,
-    balanced_start,
     fine_tuning_after_surgery,
     finetune_settings,
     focal_fine_tuning,
-    focal_start,
-    other_start_settings,
     post_hoc_methods,
 )
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ["EXPERIMENTS", "no_settings", "Experiment", "experiments_for"]
-
-
-# %% ../../nbs/evidence/03_experiments.ipynb #c6c06190
-def no_settings(
-    study: Study,
-) -> dict[str, Any]:
-    "Nothing of the study but what every run records."
-    return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    "What is run, and why."
-
-    name: str
-    run: Callable[..., StoredRecord] = field(repr=False)  # run(study, folder, *starts, **settings)
-    summary: str  # one line for a newcomer
-    shown_in: tuple[str, ...] = ()  # "Table 4", "Figure 1", ...
-    needs: tuple[str, ...] = ("network",)  # experiments whose weights it starts from
-    suits: tuple[str, ...] = ("few",)  # kinds of datasets, as `Study.kind` has them
-    settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of `run`
-    # what of the study its result depends on besides
-    depends_on: Callable[[Study], dict[str, Any]] = field(default=no_settings, repr=False)
-
+__all__ = ["EXPERIMENTS", "experiments_for"]
 
 # %% ../../nbs/evidence/03_experiments.ipynb #abf821ba
 _START = (
@@ -351,94 +317,7 @@ _MANY_CLASSES = (
     ),
 )
 
-# %% ../../nbs/evidence/03_experiments.ipynb #890ab24b
-_LESION_STARTS = (
-    Experiment(
-        name="fl_start",
-        run=focal_start,
-        summary="The network trained on with focal loss.",
-        shown_in=("Table 13",),
-        suits=("isic",),
-        settings=dict(gamma=2.0),
-        depends_on=other_start_settings,
-    ),
-    Experiment(
-        name="cb_start",
-        run=balanced_start,
-        summary="The network trained on with class-balanced weights: a third of the time the head "
-        "alone, then all of it.",
-        shown_in=("Table 13",),
-        suits=("isic",),
-        settings=dict(beta=0.9999),
-        depends_on=other_start_settings,
-    ),
-)
-
-
-def _lesion_surgery(name: str, start: str, settings: Mapping[str, Any] = BOXED) -> Experiment:
-    noise = ", rolled back beyond counting noise" if settings is BOXED_COUNTED else ""
-    return Experiment(
-        name=name,
-        run=lesion_surgery,
-        summary=f"Surgery with boxes, from {start}{noise}.",
-        shown_in=("Table 13",),
-        needs=(start,),
-        suits=("isic",),
-        settings=settings,
-        depends_on=lambda study: dict(iterations=study.scale.iterations, start=start),
-    )
-
-
-# %% ../../nbs/evidence/03_experiments.ipynb #442f05dc
-def _lesion_rivals(name: str, start: str) -> Experiment:
-    return Experiment(
-        name=name,
-        run=post_hoc_methods,
-        summary="What needs no training: tau-normalisation, logit adjustment, tuned biases.",
-        shown_in=("Table 13",),
-        needs=(start,),
-        suits=("isic",),
-        settings=dict(steps=41),
-        depends_on=lambda study: dict(start=start),
-    )
-
-
-def _lesion_sensitivity(name: str, start: str) -> Experiment:
-    return Experiment(
-        name=name,
-        run=sensitivity_at_start,
-        summary="The spike-class sensitivity matrix with its noise, and its effective rank.",
-        shown_in=("Table 14",),
-        needs=(start,),
-        suits=("isic",),
-        depends_on=lambda study: dict(start=start),
-    )
-
-
 # %% ../../nbs/evidence/03_experiments.ipynb #61032dcf
-_LESIONS = (
-    *_LESION_STARTS,
-    _lesion_surgery("ce_surgery", start="network"),
-    _lesion_surgery("ce_surgery_counted", start="network", settings=BOXED_COUNTED),
-    _lesion_surgery("fl_surgery", start="fl_start"),
-    _lesion_surgery("fl_surgery_counted", start="fl_start", settings=BOXED_COUNTED),
-    _lesion_rivals("fl_rivals", start="fl_start"),
-    _lesion_sensitivity("fl_sensitivity", start="fl_start"),
-    _lesion_surgery("cb_surgery", start="cb_start"),
-    _lesion_surgery("cb_surgery_counted", start="cb_start", settings=BOXED_COUNTED),
-    _lesion_rivals("cb_rivals", start="cb_start"),
-    _lesion_sensitivity("cb_sensitivity", start="cb_start"),
-    Experiment(
-        name="ablation",
-        run=ablation,
-        summary="Surgery with boxes or the ball, four exponents, natural or stratified images.",
-        shown_in=("Table 8",),
-        suits=("isic",),
-        settings=dict(grid=ABLATION),
-        depends_on=lambda study: dict(iterations=study.scale.iterations),
-    ),
-)
-
 _SETTLING = (
     Experiment(
         name="state_at_start",
@@ -481,7 +360,7 @@ _ALL = (
     *_RIVALS,
     *_SETTLING,
     *_MANY_CLASSES,
-    *_LESIONS,
+    *LESIONS,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .experiments import EXPERIMENTS, Experiment
+from .experiment import Experiment
+from .experiments import EXPERIMENTS
 from .records import StoredRecord
 from .stored_runs import StoredRun
 from hessian_surgery_nb.evidence.study import (
