@@ -476,6 +476,11 @@ def surroundings(p):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             anomaly=torch.is_anomaly_enabled(),
             random=torch.get_rng_state(),
+            precision=[
+                torch.get_float32_matmul_precision(),
+                torch.backends.cudnn.allow_tf32,
+                torch.backends.cudnn.enabled,
+            ],
             sdpa=[
                 torch.backends.cuda.flash_sdp_enabled(),
                 torch.backends.cuda.math_sdp_enabled(),
@@ -535,6 +540,16 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def short_products():
+    "Products of float32 matrices in bfloat16, where a machine can; convolutions in TF32."
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -554,6 +569,7 @@ CONTEXTS = {
     ),
     "double by default": default_double,
     "deterministic": deterministic,
+    "short products": short_products,
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "one thread backwards": lambda: torch.autograd.set_multithreading_enabled(False),
 }

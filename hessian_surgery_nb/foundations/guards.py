@@ -18,6 +18,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as module_hooks
+from torch.nn.modules import rnn as recurrent
 
 # %% auto #0
 __all__ = ["plainly", "checksum", "undisturbed"]
@@ -52,6 +53,67 @@ def _saved_as_they_are():
             autograd._saved_tensors_hooks_disable(forbidden)
 
 
+# %% ../../nbs/foundations/01_guards.ipynb #b525a1be
+class _SharedBlock:
+    "A context manager that many threads may be in at once: entered by the first, left by the last."
+
+    def __init__(self, make_block: Callable):
+        self.make_block = make_block
+        self.stack = contextlib.ExitStack()
+        self.lock = threading.RLock()
+        self.num_inside = 0
+
+    def __enter__(self):
+        with self.lock:
+            if self.num_inside == 0:
+                self.stack.enter_context(self.make_block())
+            self.num_inside += 1
+
+    def __exit__(self, *exception):
+        with self.lock:
+            self.num_inside -= 1
+            if self.num_inside == 0:
+                self.stack.close()
+
+
+# %% ../../nbs/foundations/01_guards.ipynb #742a889e
+def _precisions() -> list:
+    "Where PyTorch keeps the precision of products in float32, since 2.9."
+    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(convolutions, "fp32_precision"):
+        return []
+    return [convolutions, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+
+
+def _set_by_older_names(products: str, convolutions: bool):
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextlib.contextmanager
+def _float32_is_float32():
+    "Products and convolutions of float32 keep all bits of their inputs."
+    places = _precisions()
+    before = [place.fp32_precision for place in places]
+    try:
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by newer names, which PyTorch does not tell by the older ones
+        older = None
+    if older is not None:
+        _set_by_older_names("highest", False)
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if older is not None:
+            _set_by_older_names(*older)
+        for place, precision in zip(places, before):
+            place.fp32_precision = precision
+
+
+_IN_FLOAT32 = _SharedBlock(_float32_is_float32)
+
 # %% ../../nbs/foundations/01_guards.ipynb #3b9dc5f3
 _DEVICES = "cpu", "cuda", "xpu", "mps"
 
@@ -73,6 +135,7 @@ def plainly(
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_saved_as_they_are())
+        stack.enter_context(_IN_FLOAT32)
         yield
 
 
@@ -193,6 +256,38 @@ def _without_fast_path():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _WithoutCudnn:
+    "The functions of recurrent layers, by PyTorch's own kernels, which have second derivatives."
+
+    def __init__(self, functions):
+        self.functions = functions
+
+    def __getattr__(self, name: str):
+        function = getattr(self.functions, name)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            enabled = torch.backends.cudnn.enabled
+            torch.backends.cudnn.enabled = False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.backends.cudnn.enabled = enabled
+
+        return call
+
+
+@contextlib.contextmanager
+def _with_recurrent_derivatives():
+    "On a GPU, cuDNN's recurrent layers have no derivative in evaluation and no second one at all."
+    functions = recurrent._VF
+    recurrent._VF = _WithoutCudnn(functions)
+    try:
+        yield
+    finally:
+        recurrent._VF = functions
+
+
 @contextlib.contextmanager
 def _settings_of_pytorch():
     "The settings that belong to the whole process."
@@ -204,32 +299,11 @@ def _settings_of_pytorch():
         stack.enter_context(_without_recomputation())
         stack.enter_context(_without_global_hooks())
         stack.enter_context(_without_fast_path())
+        stack.enter_context(_with_recurrent_derivatives())
         yield
 
 
-# %% ../../nbs/foundations/01_guards.ipynb #b525a1be
-class _SharedBlock:
-    "A context manager that many threads may be in at once: entered by the first, left by the last."
-
-    def __init__(self, make_block: Callable):
-        self.make_block = make_block
-        self.stack = contextlib.ExitStack()
-        self.lock = threading.RLock()
-        self.num_inside = 0
-
-    def __enter__(self):
-        with self.lock:
-            if self.num_inside == 0:
-                self.stack.enter_context(self.make_block())
-            self.num_inside += 1
-
-    def __exit__(self, *exception):
-        with self.lock:
-            self.num_inside -= 1
-            if self.num_inside == 0:
-                self.stack.close()
-
-
+# %% ../../nbs/foundations/01_guards.ipynb #3107e1bd
 _PYTORCH_SET_ASIDE = _SharedBlock(_settings_of_pytorch)
 
 # %% ../../nbs/foundations/01_guards.ipynb #2b691f90
