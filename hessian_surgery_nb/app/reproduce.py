@@ -97,6 +97,7 @@ QUICK = Scale(  # to see that everything runs
     gradient_images=60,
     settle_steps=4,
     temperature_looks=1,
+    criteria_looks=2,
     start_epochs=3,
 )
 

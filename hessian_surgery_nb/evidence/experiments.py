@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .criteria_experiments import CRITERIA
 from .deflation_experiments import phases_settings, surgery_in_phases
 from .experiment import Experiment
 from hessian_surgery_nb.evidence.fronts import (
@@ -17,6 +18,7 @@ from hessian_surgery_nb.evidence.fronts import (
 )
 from .lesion_experiments import LESIONS
 from .loss_walks import walks_at_loss
+from .path_experiments import PATHS
 from hessian_surgery_nb.evidence.settling_experiments import (
     along_training,
     settling,
@@ -361,6 +363,8 @@ _ALL = (
     *_SETTLING,
     *_MANY_CLASSES,
     *LESIONS,
+    *CRITERIA,
+    *PATHS,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 

@@ -38,6 +38,7 @@ __all__ = [
     "gradient_images",
     "network_state",
     "state_at_start",
+    "training_snapshots",
     "average_weights",
     "along_training",
     "temperature_settings",
@@ -136,8 +137,11 @@ def state_at_start(
 _AVERAGED = (2, 4, 8)  # of the last snapshots
 
 
-def _snapshots(study: Study, folder: Path) -> list[tuple[float, Path]]:  # epochs, file
-    "Of the starting network; made again where they are gone."
+def training_snapshots(
+    study: Study,
+    folder: Path,  # of an experiment, for snapshots that must be made again
+) -> list[tuple[float, Path]]:  # epochs, file
+    "The starting network along its training; made again where files are gone."
     of_start = study.store.folder(f"{study.label}_network")
     count = study.scale.epochs * study.scale.snapshots
     times = [part / study.scale.snapshots for part in range(1, count + 1)]
@@ -167,7 +171,7 @@ def along_training(
     folder: Path,
 ) -> TrajectoryRun:
     "Every snapshot of training, and averages of the last."
-    snapshots = _snapshots(study, folder)
+    snapshots = training_snapshots(study, folder)
     states = []
     for epochs, file in snapshots:
         model = load_weights(build_network(study), file).eval()

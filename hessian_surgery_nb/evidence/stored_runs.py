@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hessian_surgery_nb.evidence.criteria_results import (
+    BatchSizesRun,
+    ClippingRun,
+    CriteriaRun,
+)
 from hessian_surgery_nb.evidence.records import (
     ReportRecord,
     StoredRecord,
@@ -118,6 +123,9 @@ _EXPERIMENTS = {
     DeflationRun: ("deflated", "deflated_smooth"),
     TrajectoryRun: ("state_at_start", "along_training", "temperature"),
     SettlingRun: ("settling",),
+    CriteriaRun: ("criteria_along_training",),
+    ClippingRun: ("clipping_sgd",),
+    BatchSizesRun: ("two_batch_sizes",),
 }
 
 # %% ../../nbs/evidence/00d_stored_runs.ipynb #5bce3584

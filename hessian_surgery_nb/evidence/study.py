@@ -97,6 +97,7 @@ class Scale:
     gradient_images: int = 2560  # of training, that show the gradient
     settle_steps: int = 80  # of a short anneal
     temperature_looks: int = 4  # an epoch, while a network is cooled and heated
+    criteria_looks: int = 10  # snapshots of training whose spectra are compared
     seen_pixels: int | None = None  # a side, to which a named network scales; None: as it wants
     start_epochs: int = 15  # of training on with another loss there; the paper's
 

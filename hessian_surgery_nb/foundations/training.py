@@ -44,6 +44,7 @@ class TrainLog:
 
     loss: tuple[float, ...]  # mean training loss of each epoch
     accuracy: tuple[float, ...]  # training accuracy of each epoch, in [0, 1]
+    clipped: tuple[float, ...] = ()  # share of the steps of each epoch that were; (): no clip
 
     def __repr__(self) -> str:
         return (
@@ -73,6 +74,7 @@ class _Settings:
     shift: int  # pixels
     precision: str
     seed: int
+    clip: float | None
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 2 or not self.lr > 0:
@@ -80,6 +82,8 @@ class _Settings:
                 "epochs must be at least 1, batch_size at least 2 and lr positive. "
                 f"Got {self.epochs}, {self.batch_size}, {self.lr}."
             )
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip must be positive, or None. Got {self.clip}.")
         for name, choices in _CHOICES.items():
             chosen = getattr(self, name)
             if chosen not in choices:
@@ -140,7 +144,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator  # of the order of the images, and of the augmentation
-    log: list[tuple[float, float]]  # loss and accuracy of each epoch
+    log: list[tuple[float, ...]]  # of each epoch, as `_train_epoch` gives it
 
 
 def _save_run(run: _Run, file: Path, request: dict):
@@ -213,9 +217,10 @@ def _step(
     loss_fn: Callable[..., torch.Tensor],
     inputs: torch.Tensor,  # one batch
     labels: torch.Tensor,
-    half: bool,  # bfloat16 for the forward pass
+    settings: _Settings,
     directions: torch.Tensor | None,  # (n, K), which the step leaves alone
-) -> tuple[float, int]:  # loss, correct images
+) -> tuple[float, int, bool]:  # loss, correct images, whether the gradient was shortened
+    half = settings.precision == "bf16"
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
         logits = run.model(inputs)
     loss = loss_fn(logits.float() if half else logits, labels)
@@ -223,10 +228,19 @@ def _step(
     loss.backward()
     if directions is not None:
         _remove_from_gradients(run.model, directions)
+    shortened = settings.clip is not None and _clip_gradients(run.model, settings.clip)
     run.optimizer.step()
     run.scheduler.step()
     correct = (logits.argmax(1) == labels).sum().item()
-    return loss.item(), correct
+    return loss.item(), correct, shortened
+
+
+def _clip_gradients(
+    model: nn.Module,
+    largest: float,  # norm of the gradient of all weights
+) -> bool:  # whether it was longer
+    norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return norm.item() > largest
 
 
 def _remove_from_gradients(
@@ -250,22 +264,24 @@ def _train_epoch(
     directions: torch.Tensor | None,  # as for _step
     snapshots: dict[int, list[Callable[[], None]]],  # what to do after which step
     bar: Any,  # of tqdm
-) -> tuple[float, float]:  # mean loss, accuracy
+) -> tuple[float, ...]:  # mean loss, accuracy; with clip the share of shortened gradients
     images, labels = data
     device = next(run.model.parameters()).device
     order = torch.randperm(len(labels), generator=run.generator)
-    half = settings.precision == "bf16"
     total_loss = 0.0
     num_correct = 0
+    num_shortened = 0
     batches = order.tensor_split(_steps_an_epoch(labels, settings))
     for step, rows in enumerate(batches, 1):
         inputs = images[rows]
         if settings.shift:
             inputs = shifted(inputs, settings.shift, run.generator)
         inputs = fast_layout(inputs).to(device)
-        loss, correct = _step(run, loss_fn, inputs, labels[rows].to(device), half, directions)
+        batch = inputs, labels[rows].to(device)
+        loss, correct, shortened = _step(run, loss_fn, *batch, settings, directions)
         total_loss += loss * len(rows)
         num_correct += correct
+        num_shortened += shortened
         bar.update()
         if step in snapshots:
             run.model.eval()
@@ -275,7 +291,9 @@ def _train_epoch(
     mean_loss = total_loss / len(labels)
     accuracy = num_correct / len(labels)
     bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}")
-    return mean_loss, accuracy
+    if settings.clip is None:
+        return mean_loss, accuracy
+    return mean_loss, accuracy, num_shortened / len(batches)
 
 
 def _steps_an_epoch(labels: torch.Tensor, settings: _Settings) -> int:
@@ -297,6 +315,7 @@ def train(
     schedule: str = "cosine",  # of lr: "cosine" falls to 0, "onecycle" rises first, "constant"
     shift: int = 0,  # augmentation: move images by up to so many pixels, mirror half; 0: none
     precision: str = "float32",  # or "bf16": products in bfloat16, weights in float32
+    clip: float | None = None,  # largest norm of a gradient, of all weights together; None: any
     project: Callable[[nn.Module], torch.Tensor] | None = None,  # model -> (n, K); see below
     seed: int = 0,  # order of the batches, augmentation, dropout
     after_epoch: Callable[[nn.Module, int], None] | None = None,  # after each, in evaluation mode
@@ -318,13 +337,14 @@ def train(
         shift=shift,
         precision=precision,
         seed=seed,
+        clip=clip,
     )
     _check_finite(data[0])
     loss_fn = nn.CrossEntropyLoss() if loss_fn is None else loss_fn
     per_epoch = _steps_an_epoch(data[1], settings)
     run = _new_run(model, settings, epochs * per_epoch)
     snapshots = whole("snapshots", snapshots)
-    request = asdict(settings)
+    request = {name: value for name, value in asdict(settings).items() if value is not None}
     file = None
     if run_dir is not None:
         request["made_from"] = _made_from(model, loss_fn, data, project)
@@ -337,16 +357,15 @@ def train(
                 directions = None if project is None else project(model.eval())
                 calls = _snapshot_calls(model, snapshot, snapshots, epoch, per_epoch)
                 model.train()
-                loss, accuracy = _train_epoch(run, data, loss_fn, settings, directions, calls, bar)
-                _check_loss(loss, epoch, lr)
-                run.log.append((loss, accuracy))
+                done = _train_epoch(run, data, loss_fn, settings, directions, calls, bar)
+                _check_loss(done[0], epoch, lr)
+                run.log.append(done)
                 if after_epoch is not None:
                     after_epoch(model.eval(), epoch)
                 if file is not None:
                     _save_run(run, file, request)
     model.eval().zero_grad()
-    losses, accuracies = zip(*run.log)
-    return TrainLog(losses, accuracies)
+    return TrainLog(*zip(*run.log))
 
 
 # %% ../../nbs/foundations/15_training.ipynb #4da0e7bf
