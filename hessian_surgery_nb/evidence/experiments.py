@@ -17,6 +17,7 @@ from hessian_surgery_nb.evidence.fronts import (
 )
 from .lesion_experiments import LESIONS
 from .loss_walks import walks_at_loss
+from .question_experiments import QUESTIONS
 from hessian_surgery_nb.evidence.settling_experiments import (
     along_training,
     settling,
@@ -361,6 +362,7 @@ _ALL = (
     *_SETTLING,
     *_MANY_CLASSES,
     *LESIONS,
+    *QUESTIONS,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 

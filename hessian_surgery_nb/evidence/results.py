@@ -406,6 +406,9 @@ class AfterSurgeryRun(StoredRecord):
 
     weights: str  # digest of the file
     epochs: Sequence[MeasuredRecord]
+    # an epoch each: of the squared change of weights, the share along the spikes before it
+    along_spikes: Sequence[float] | None = None
+    spikes_kept: Sequence[float] | None = None  # overlap of their space before and after
 
 
 @dataclass(frozen=True, kw_only=True)
