@@ -15,12 +15,15 @@ from torch import nn
 from ..class_structure import class_gradients
 from .experiment import Experiment
 from hessian_surgery_nb.evidence.question_results import (
+    ColumnsRecord,
     ConfusionRun,
+    ContrastsRun,
     DirectionRecord,
     LanczosStepsRun,
     RitzRecord,
 )
-from .spectrum_experiments import curvature
+from .deflation_experiments import phase_sizes
+from .spectrum_experiments import curvature, first_amplitude
 from .study import StartingPoint, Study
 from hessian_surgery_nb.evidence.training_experiments import (
     balanced_fine_tuning,
@@ -29,10 +32,13 @@ from hessian_surgery_nb.evidence.training_experiments import (
     focal_fine_tuning,
     long_finetune_settings,
 )
+from ..deflation import deflated_eigenpairs
 from ..foundations.accuracy import predict
 from ..foundations.weights import inner
 from ..hvp import HessianOperator
 from ..lanczos import lanczos_tridiag, top_eigenpairs
+from ..predicted_logits import logit_jacobian
+from ..sensitivity import Sensitivity
 
 # %% auto #0
 __all__ = [
@@ -43,6 +49,8 @@ __all__ = [
     "lanczos_steps",
     "confusion_counts",
     "confusion",
+    "participation",
+    "contrasts",
 ]
 
 
@@ -80,7 +88,8 @@ def global_mean(
     images = study.splits.hessian
     columns = class_gradients(model, images.pair)  # sum of a class over the root of its weight
     logits, labels = predict(model, study.batches(images))
-    right = logits.double().softmax(1).gather(1, labels.to(logits.device)[:, None])[:, 0]
+    labels = labels.to(logits.device)
+    right = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
     weights = [(1 - right[labels == label]).sum() for label in labels.unique()]
     return columns @ torch.stack(weights).sqrt().to(columns)
 
@@ -139,6 +148,54 @@ def confusion(
     return ConfusionRun(classes=list(study.classes), **counts)
 
 
+# %% ../../nbs/evidence/02j_question_experiments.ipynb #f3b44c0f
+def participation(
+    columns: torch.Tensor,  # (C, K)
+    noise: torch.Tensor,  # (C, K), one standard error
+) -> torch.Tensor:  # (K,) from 1 to C, but for noise; nan where nothing is left
+    "How many classes each column is spread over."
+    squares = columns.square()
+    variances = noise.square()
+    second = (squares - variances).sum(0)
+    fourth = (squares.square() - 6 * squares * variances + 3 * variances.square()).sum(0)
+    ratio = second.square() / fourth
+    return ratio.where((second > 0) & (fourth > 0), torch.nan)
+
+
+# %% ../../nbs/evidence/02j_question_experiments.ipynb #9b35efd4
+def _columns_record(sensitivity: Sensitivity) -> ColumnsRecord:
+    matrix, noise = sensitivity.matrix, sensitivity.noise
+    return ColumnsRecord(
+        participation=participation(matrix.double(), noise.double()).tolist(),
+        signal_to_noise=(matrix.norm(dim=0) / noise.norm(dim=0)).tolist(),
+    )
+
+
+def contrasts(
+    study: Study,
+    folder: Path,
+    start: StartingPoint,
+    *,
+    metrics: Sequence[str],  # that S is measured by: "accuracy", "probability"
+) -> ContrastsRun:
+    "How many classes each of all spikes moves."
+    eps = first_amplitude(study, start.model)
+    # in phases, since the last are a hundredth of the first
+    phases = phase_sizes(study.num_spikes, study.scale.phase)
+    shown = dict(seed=study.seed, progress=study.progress)
+    pairs, _ = deflated_eigenpairs(curvature(study, start.model), phases, tol=1e-2, **shown)
+    data = study.batches(study.splits.sensitivity)
+    jacobian = logit_jacobian(start.model, pairs, data, eps=0.2 * eps, progress=study.progress)
+    return ContrastsRun(
+        eps=eps,
+        values=pairs.values.tolist(),
+        classes=len(study.classes),
+        columns={
+            metric: _columns_record(jacobian.sensitivity(eps, metric=metric)) for metric in metrics
+        },
+    )
+
+
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #2bc888c5
 _MEASURED = (
     Experiment(
@@ -154,6 +211,14 @@ _MEASURED = (
         run=confusion,
         summary="Which classes are taken for which.",
         suits=("few", "isic"),
+    ),
+    Experiment(
+        name="contrasts",
+        run=contrasts,
+        summary="How many classes each of all spikes moves.",
+        suits=("many",),
+        settings=dict(metrics=("accuracy", "probability")),
+        depends_on=lambda study: dict(phase=study.scale.phase),
     ),
 )
 _LONG = (

@@ -5,13 +5,20 @@
 # %% ../../nbs/evidence/00d_question_results.ipynb #f1a0c7d3
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .records import StoredRecord
 
 # %% auto #0
-__all__ = ["RitzRecord", "DirectionRecord", "LanczosStepsRun", "ConfusionRun"]
+__all__ = [
+    "RitzRecord",
+    "DirectionRecord",
+    "LanczosStepsRun",
+    "ConfusionRun",
+    "ColumnsRecord",
+    "ContrastsRun",
+]
 
 
 # %% ../../nbs/evidence/00d_question_results.ipynb #0c0bf99a
@@ -53,3 +60,22 @@ class ConfusionRun(StoredRecord):
     classes: Sequence[str]
     sensitivity: Sequence[Sequence[int]]  # (C, C)
     held_out: Sequence[Sequence[int]]  # (C, C)
+
+
+# %% ../../nbs/evidence/00d_question_results.ipynb #c76f1e3f
+@dataclass(frozen=True, kw_only=True)
+class ColumnsRecord(StoredRecord):
+    "Columns of a sensitivity matrix, one a spike."
+
+    participation: Sequence[float]  # (K,) classes that a column is spread over, noise taken out
+    signal_to_noise: Sequence[float]  # (K,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastsRun(StoredRecord):
+    "How many classes each of all spikes moves."
+
+    eps: float  # amplitude that S is measured with
+    values: Sequence[float]  # (K,) eigenvalues
+    classes: int
+    columns: Mapping[str, ColumnsRecord]  # metric -> columns

@@ -41,7 +41,11 @@ from hessian_surgery_nb.evidence.results import (
     WalkAtLossRun,
     WalkRun,
 )
-from .question_results import ConfusionRun, LanczosStepsRun
+from hessian_surgery_nb.evidence.question_results import (
+    ConfusionRun,
+    ContrastsRun,
+    LanczosStepsRun,
+)
 from .settling_results import SettlingRun, TrajectoryRun
 from ..foundations.checks import InputError
 
@@ -129,6 +133,7 @@ _EXPERIMENTS = {
     SettlingRun: ("settling",),
     LanczosStepsRun: ("lanczos_steps",),
     ConfusionRun: ("confusion",),
+    ContrastsRun: ("contrasts",),
 }
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #5bce3584

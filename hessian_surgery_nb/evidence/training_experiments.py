@@ -314,10 +314,12 @@ def fine_tuning_after_surgery(
         after_epoch=lambda model, epoch: write_atomic(files[epoch], weights_bytes(model)),
         **(FINETUNE | changed),
     )
+    before = report(study, begun)
     shares, kept = _where_it_went(study, chain([begun], _loaded(study, files)))
     return AfterSurgeryRun(
         weights=store_weights(study, folder, model),
         epochs=[report(study, network) for network in _loaded(study, files)],
+        start=before,
         along_spikes=shares,
         spikes_kept=kept,
     )
