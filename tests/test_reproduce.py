@@ -117,6 +117,8 @@ def test_killed_in_every_run_it_ends_in_the_same_numbers(place, whole):
         "surgery_gamma_p2",
         "bulk_finetune",
         "classic_finetune",
+        "bulk_finetune_update",
+        "classic_finetune_15",
     ):
         p = start(place, out)
         assert any(f"{name} begins" in line for line in p.stderr), f"{name} never began"

@@ -82,6 +82,7 @@ QUICK = Scale(  # to see that everything runs
     blocks=1,
     epochs=8,
     finetune_epochs=1,
+    long_finetune_epochs=2,
     hessian=64,
     sizes=(16, 32, 64),
     resamples=2,

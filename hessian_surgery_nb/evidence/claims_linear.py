@@ -26,6 +26,7 @@ from hessian_surgery_nb.evidence.claims import (
     weakest_of,
 )
 from .figures import linear_fits
+from .smaller_claims import opposition_correlation
 from .reading import Results
 from .results import WalkAtLossRun
 from .tables import walk_figures
@@ -77,6 +78,11 @@ def row_cosine(
 
 
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #8c2d9feb
+def _opposed_by_confusion(run: Any, confused: Any) -> float:
+    "Rank correlation over pairs of classes."
+    return opposition_correlation(run.matrix, confused.held_out)
+
+
 def _loss_change(run: Any) -> float:
     "Of the walk through the bulk, in percent, without its sign."
     return 100 * abs(run.bulk.loss[-1] / run.bulk.loss[0] - 1)
@@ -163,6 +169,22 @@ _SENSITIVITY = (
         claim="Cat and dog are opposed along the spikes.",
         paper="spike 4: cat +1.6, dog -1.9",
         rule="their rows of S have a negative cosine, interval below 0",
+    ),
+    claim_of_runs(
+        mean_within(
+            value_of_pairs("sensitivity", "confusion", _opposed_by_confusion),
+            BELOW_0,
+            "rank correlation {}",
+            2,
+        ),
+        "sensitivity",
+        "confusion",
+        key="confused_opposed",
+        section="11",
+        claim="Classes with opposed sensitivities are those that look alike.",
+        paper="cat and dog; no figure",
+        rule="over pairs of classes, the cosine of their rows of S falls with how often they are "
+        "confused, held-out: rank correlation, interval over networks below 0",
     ),
 )
 

@@ -18,6 +18,7 @@ from hessian_surgery_nb.evidence.fronts import (
 )
 from .lesion_experiments import LESIONS
 from .loss_walks import walks_at_loss
+from .question_experiments import QUESTIONS
 from .path_experiments import PATHS
 from hessian_surgery_nb.evidence.settling_experiments import (
     along_training,
@@ -365,6 +366,7 @@ _ALL = (
     *LESIONS,
     *CRITERIA,
     *PATHS,
+    *QUESTIONS,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 

@@ -406,6 +406,10 @@ class AfterSurgeryRun(StoredRecord):
 
     weights: str  # digest of the file
     epochs: Sequence[MeasuredRecord]
+    start: MeasuredRecord | None = None  # after surgery, before the first epoch
+    # an epoch each: of the squared change of weights, the share along the spikes before it
+    along_spikes: Sequence[float] | None = None
+    spikes_kept: Sequence[float] | None = None  # overlap of their space before and after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,12 @@
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0004
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from .published import PAPER
+from .question_results import LanczosStepsRun
 from .reading import Results, interval_text
 from .results import SurgeryRun
 from .prediction import rank_correlation
@@ -19,11 +20,21 @@ __all__ = [
     "steps_frame",
     "damping_frame",
     "amplitude_frame",
+    "row_cosines",
     "opposed_frame",
     "spike_1_frame",
     "rank_frame",
+    "pair_confusion",
+    "opposed_and_confused",
+    "opposition_correlation",
+    "confusion_frame",
     "lanczos_steps_frame",
+    "short_runs_frame",
+    "worst_miss",
+    "global_mean_frame",
     "bulk_frame",
+    "contrasts_frame",
+    "rank_and_front",
 ]
 
 
@@ -106,10 +117,12 @@ def amplitude_frame(
 
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0010
-def _opposition(matrix: np.ndarray) -> np.ndarray:  # (C, C) cosines, the diagonal above all
+def row_cosines(
+    matrix: np.ndarray,  # S, (C, K)
+) -> np.ndarray:  # (C, C)
     "Cosines between the rows of a sensitivity matrix."
     rows = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    return rows @ rows.T + 2 * np.eye(len(rows))
+    return rows @ rows.T
 
 
 def _moves(results: Results, seed: int, classes: Sequence[int]) -> list[float]:
@@ -143,7 +156,7 @@ def opposed_frame(
     rows = {}
     for seed in results.seeds("sensitivity", "network"):
         names = results.runs["network"][seed].results.held_out.names
-        cosines = _opposition(np.array(results.runs["sensitivity"][seed].results.matrix))
+        cosines = row_cosines(np.array(results.runs["sensitivity"][seed].results.matrix))
         chosen = [names.index(label) for label in pair]
         least = np.unravel_index(cosines.argmin(), cosines.shape)
         moves = _moves(results, seed, chosen)
@@ -192,6 +205,60 @@ def rank_frame(results: Results):
     return pd.DataFrame(columns).rename_axis("seed").round(2)
 
 
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #822ba51d
+def pair_confusion(
+    counts: Sequence[Sequence[int]],  # (C, C) images by true and predicted class
+) -> np.ndarray:  # (C, C), symmetric
+    "Rate at which either class of a pair is taken for the other, both added."
+    rates = np.asarray(counts, dtype=float)
+    rates = rates / rates.sum(1, keepdims=True)
+    return rates + rates.T
+
+
+def opposed_and_confused(
+    matrix: Sequence[Sequence[float]],  # S, (C, K)
+    counts: Sequence[Sequence[int]],  # (C, C) images by true and predicted class
+) -> tuple[np.ndarray, np.ndarray]:  # cosine and confusion, one a pair
+    "Of each pair of classes."
+    cosines = row_cosines(np.asarray(matrix))
+    pairs = np.triu_indices(len(cosines), 1)
+    return cosines[pairs], pair_confusion(counts)[pairs]
+
+
+def opposition_correlation(
+    matrix: Sequence[Sequence[float]],  # S, (C, K)
+    counts: Sequence[Sequence[int]],  # (C, C) images by true and predicted class
+) -> float:
+    "Rank correlation over pairs between the cosine of their rows and how often they are confused."
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*opposed_and_confused(matrix, counts)).statistic)
+
+
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #3abcef08
+def confusion_frame(results: Results):
+    """Rank correlation over pairs of classes between the cosine of their rows of S and how often
+    they are confused; and the cosine of the pair that is confused most.
+    """
+    import pandas as pd
+
+    rows = {}
+    for seed in results.seeds("sensitivity", "confusion"):
+        matrix = results.runs["sensitivity"][seed].results.matrix
+        found = results.runs["confusion"][seed].results
+        cosines, confused = opposed_and_confused(matrix, found.held_out)
+        most = confused.argmax()
+        pair = [found.classes[row[most]] for row in np.triu_indices(len(found.classes), 1)]
+        rows[seed] = {
+            "held-out": round(opposition_correlation(matrix, found.held_out), 2),
+            "sensitivity set": round(opposition_correlation(matrix, found.sensitivity), 2),
+            "most confused": " and ".join(pair),
+            "their cosine": round(cosines[most], 2),
+            "more opposed pairs": int((cosines < cosines[most]).sum()),
+        }
+    return pd.DataFrame(rows).T.rename_axis("seed")
+
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0017
 def _ritz_values(diagonal: np.ndarray, steps: int, seed: int) -> np.ndarray:  # descending
     "Plain Lanczos with reorthogonalisation on a diagonal matrix, from a random vector."
@@ -235,6 +302,56 @@ def lanczos_steps_frame(
     return pd.DataFrame(rows, index=range(1, 11)).rename_axis("rank")
 
 
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #7973299f
+def short_runs_frame(
+    results: Results,
+    seed: int,
+):
+    "The ten largest Ritz values of a network after so many steps, from three start vectors."
+    import pandas as pd
+
+    run = results.runs["lanczos_steps"][seed].results
+    columns = {"certified": [f"{value:.1f}" for value in run.values[:10]]}
+    for place, count in enumerate(run.steps):
+        found = np.array([draw.values[place][:10] for draw in run.runs])
+        columns[f"{count} steps"] = [
+            f"{low:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
+            for low, high in zip(found.min(0), found.max(0))
+        ]
+    return pd.DataFrame(columns, index=range(1, 11)).rename_axis("rank")
+
+
+def worst_miss(
+    run: LanczosStepsRun,
+    steps: int,
+    spikes: int,
+) -> float:  # percent
+    "By how much so many steps miss the worst of the leading eigenvalues, mean of start vectors."
+    place = list(run.steps).index(steps)
+    values = np.array(run.values[:spikes])
+    found = np.array([draw.values[place][:spikes] for draw in run.runs])
+    return 100 * float(np.abs(found / values - 1).max(1).mean())
+
+
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #5f3449b7
+def global_mean_frame(results: Results):
+    """Curvature along the global mean of gradients, how many eigenvalues are larger, and how much
+    of it lies among the leading C - 1 eigenvectors; the same of the gradient of the loss.
+    """
+    import pandas as pd
+
+    rows = {}
+    for seed in results.seeds("lanczos_steps"):
+        run = results.runs["lanczos_steps"][seed].results
+        row = {"lambda_1": run.values[0], "lambda_9": run.values[8]}
+        for name, found in (("global mean", run.global_mean), ("gradient", run.loss_gradient)):
+            row[f"along the {name}"] = found.curvature
+            row[f"larger than the {name}'s"] = sum(value > found.curvature for value in run.values)
+            row[f"{name} inside (%)"] = 100 * found.inside
+        rows[seed] = row
+    return pd.DataFrame(rows).T.rename_axis("seed").round(1)
+
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0021
 def bulk_frame(results: Results):
     "Median of |lambda| by quadrature, and the first and ninth eigenvalue over it; a row a seed."
@@ -255,3 +372,47 @@ def bulk_frame(results: Results):
             "lambda_9 / median": f"{run.values[8] / median:,.0f}",
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
+
+
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #9dd0b63b
+def contrasts_frame(
+    results: Results,
+    metric: str = "probability",  # that S is measured by, or "accuracy"
+):
+    "Classes that spikes move, the median of each fifth of them; and how that goes with their rank."
+    import pandas as pd
+
+    rows = {}
+    for seed in results.seeds("contrasts"):
+        run = results.runs["contrasts"][seed].results
+        spread = np.array(run.columns[metric].participation, dtype=float)
+        ranks = np.arange(1, len(spread) + 1)
+        row = {}
+        for part in np.array_split(ranks, 5):
+            row[f"{part[0]} to {part[-1]}"] = round(np.nanmedian(spread[part - 1]), 1)
+        known = np.isfinite(spread)
+        correlation = rank_correlation(ranks[known], spread[known])
+        row["rank correlation"] = interval_text(correlation, 2)
+        rows[seed] = row
+    return pd.DataFrame(rows).T.rename_axis("seed")
+
+
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #fd359616
+def rank_and_front(
+    groups: Mapping[str, Results],  # name -> stored runs
+    price: float = 0.005,  # in global accuracy, a fraction
+):
+    "Effective rank of S, and the held-out fall of sigma (%) that a price buys; a row a network."
+    import pandas as pd
+
+    rows = []
+    for name, results in groups.items():
+        for seed in results.seeds("network", "sensitivity", "front_spikes"):
+            start = results.runs["network"][seed].results.held_out
+            points = results.runs["front_spikes"][seed].results.points
+            point = next(each for each in points if each.price == price)
+            row = {"networks": name, "seed": seed}
+            row["effective rank"] = results.runs["sensitivity"][seed].results.effective_rank
+            row["fall of sigma (%)"] = 100 * (1 - point.held_out.sigma_pp / start.sigma_pp)
+            rows.append(row)
+    return pd.DataFrame(rows).set_index(["networks", "seed"]).round(2)

@@ -81,6 +81,7 @@ class Scale:
     snapshots: int = 2  # an epoch that are kept of a small network's training
     precision: str = "float32"  # of products in training, or "bf16"
     finetune_epochs: int = 3  # the paper: 15
+    long_finetune_epochs: int = 15  # of the experiments that have the paper's
     hessian: int = 128  # images that show the curvature
     sizes: tuple[int, ...] = (64, 128, 256, 512)  # nested batches of appendix A
     resamples: int = 8  # bootstrapped batches that vote on the number of spikes

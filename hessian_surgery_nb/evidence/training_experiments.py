@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ..baselines import post_hoc
+from ..class_structure import subspace_overlap
 from hessian_surgery_nb.evidence.results import (
     AfterSurgeryRun,
     CandidateRecord,
@@ -42,6 +44,7 @@ from hessian_surgery_nb.foundations.weight_files import (
     weights_bytes,
     write_atomic,
 )
+from ..foundations.weights import flatten, inner
 from ..lanczos import top_eigenpairs
 
 # %% auto #0
@@ -50,7 +53,9 @@ __all__ = [
     "TRAINING_ON",
     "cheapest_spread",
     "fine_tuning",
+    "finetune_epochs",
     "finetune_settings",
+    "long_finetune_settings",
     "focal_fine_tuning",
     "balanced_fine_tuning",
     "class_balanced_loss",
@@ -96,10 +101,9 @@ class _Candidate:
 
 
 def _epochs(
-    study: Study, folder: Path, start: StartingPoint, label: str, loss_fn: nn.Module
+    study: Study, folder: Path, start: StartingPoint, label: str, loss_fn: nn.Module, epochs: int
 ) -> list[_Candidate]:
     "Fine-tune; the state after each epoch is stored."
-    epochs = study.scale.finetune_epochs
     files = [folder / f"{label}_epoch{epoch}.safetensors" for epoch in range(1, epochs + 1)]
     train(
         copy.deepcopy(start.model),
@@ -133,11 +137,12 @@ def fine_tuning(
     start: StartingPoint,
     losses: dict[str, nn.Module],  # by label
     price: float,  # balanced accuracy that the second choice may lose, a fraction
+    epochs: int,
 ) -> FineTuningRun:
     "Fine-tuning with each of these losses; loss and length chosen on the sensitivity set."
     candidates = [_Candidate(setting="none", file=None)]
     for label, loss_fn in losses.items():
-        candidates += _epochs(study, folder, start, label, loss_fn)
+        candidates += _epochs(study, folder, start, label, loss_fn, epochs)
     sweep = [
         _candidate_record(study, each.network(study, start), each.setting) for each in candidates
     ]
@@ -155,13 +160,29 @@ def fine_tuning(
 
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #b9b351c3
+def finetune_epochs(
+    study: Study,
+    long: bool,  # as long as the paper's
+) -> int:
+    "How many epochs of fine-tuning."
+    return study.scale.long_finetune_epochs if long else study.scale.finetune_epochs
+
+
 def finetune_settings(
     study: Study,
 ) -> dict[str, Any]:
     "What fine-tuning depends on."
-    return dict(FINETUNE, epochs=study.scale.finetune_epochs)
+    return dict(FINETUNE, epochs=finetune_epochs(study, long=False))
 
 
+def long_finetune_settings(
+    study: Study,
+) -> dict[str, Any]:
+    "What fine-tuning as long as the paper's depends on."
+    return dict(FINETUNE, epochs=finetune_epochs(study, long=True))
+
+
+# %% ../../nbs/evidence/02b_training_experiments.ipynb #3337eb4b
 def focal_fine_tuning(
     study: Study,
     folder: Path,
@@ -169,10 +190,11 @@ def focal_fine_tuning(
     *,
     gammas: Sequence[float],  # focusing parameters
     price: float,  # as for `fine_tuning`
+    long: bool = False,  # as many epochs as the paper's
 ) -> FineTuningRun:
     "With focal loss; focus and length chosen on the sensitivity set."
     losses = {f"gamma {gamma:g}": FocalLoss(gamma) for gamma in gammas}
-    return fine_tuning(study, folder, start, losses, price)
+    return fine_tuning(study, folder, start, losses, price, finetune_epochs(study, long))
 
 
 def balanced_fine_tuning(
@@ -182,10 +204,11 @@ def balanced_fine_tuning(
     *,
     beta: float,  # of the effective number of images
     price: float,  # as for `fine_tuning`
+    long: bool = False,  # as many epochs as the paper's
 ) -> FineTuningRun:
     "With class-balanced weights; length chosen on the sensitivity set."
     losses = {f"beta {beta:g}": class_balanced_loss(study, beta)}
-    return fine_tuning(study, folder, start, losses, price)
+    return fine_tuning(study, folder, start, losses, price, finetune_epochs(study, long))
 
 
 def class_balanced_loss(
@@ -228,21 +251,56 @@ def post_hoc_methods(
 
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #39ad7849
+def _spikes(study: Study, model: nn.Module) -> torch.Tensor:  # (n, K)
+    "Leading eigenvectors on the images that show the curvature."
+    operator = curvature(study, model)
+    return top_eigenpairs(operator, study.num_spikes, tol=1e-2, seed=study.seed).vectors
+
+
+def _flat(model: nn.Module) -> torch.Tensor:  # (n,)
+    return flatten([param.detach() for param in model.parameters()])
+
+
+def _loaded(study: Study, files: Sequence[Path]) -> Iterator[nn.Module]:
+    "Networks from their files, one at a time."
+    for file in files:
+        yield load_weights(build_network(study), file).eval()
+
+
+def _where_it_went(
+    study: Study,
+    networks: Iterable[nn.Module],  # before the first epoch, and after each
+) -> tuple[list[float], list[float]]:  # along the spikes, spikes kept; an epoch each
+    "Share of each squared change of weights along the spikes before it; how much of them it left."
+    shares, kept = [], []
+    for model, following in pairwise(networks):
+        spikes = _spikes(study, model)
+        change = _flat(following) - _flat(model)
+        along = inner(spikes, change).to(change).square().sum() / change.square().sum()
+        shares.append(along.item())
+        kept.append(subspace_overlap(spikes, _spikes(study, following)))
+    return shares, kept
+
+
+# %% ../../nbs/evidence/02b_training_experiments.ipynb #43001c30
 def fine_tuning_after_surgery(
     study: Study,
     folder: Path,
     start: StartingPoint,
     *,
-    within: str,  # "bulk": gradients are kept out of the spikes; "anywhere": as they are
+    within: str,  # "bulk": training is kept out of the spikes; "anywhere": it is not
+    removed_from: str = "gradients",  # or "updates"; as for `train`
+    long: bool = False,  # as many epochs as the paper's
+    **changed: Any,  # of FINETUNE
 ) -> AfterSurgeryRun:
     "Whether training keeps what surgery gave, epoch by epoch."
     model = start.model
-    epochs = study.scale.finetune_epochs
+    begun = copy.deepcopy(model)
+    epochs = finetune_epochs(study, long)
     files = [folder / f"epoch{epoch}.safetensors" for epoch in range(1, epochs + 1)]
 
     def spikes(model: nn.Module) -> torch.Tensor:  # (n, K)
-        operator = curvature(study, model)
-        return top_eigenpairs(operator, study.num_spikes, tol=1e-2, seed=study.seed).vectors
+        return _spikes(study, model)
 
     train(
         model,
@@ -252,11 +310,19 @@ def fine_tuning_after_surgery(
         run_dir=folder / "training",
         progress=study.progress,
         project=spikes if within == "bulk" else None,
+        removed_from=removed_from,
         after_epoch=lambda model, epoch: write_atomic(files[epoch], weights_bytes(model)),
-        **FINETUNE,
+        **(FINETUNE | changed),
     )
-    reports = [report(study, load_weights(build_network(study), file).eval()) for file in files]
-    return AfterSurgeryRun(weights=store_weights(study, folder, model), epochs=reports)
+    before = report(study, begun)
+    shares, kept = _where_it_went(study, chain([begun], _loaded(study, files)))
+    return AfterSurgeryRun(
+        weights=store_weights(study, folder, model),
+        epochs=[report(study, network) for network in _loaded(study, files)],
+        start=before,
+        along_spikes=shares,
+        spikes_kept=kept,
+    )
 
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #79282c6f

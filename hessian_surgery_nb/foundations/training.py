@@ -200,15 +200,18 @@ def _load_run(run: _Run, file: Path, request: dict):
 
 
 def _made_from(
-    model: nn.Module, loss_fn: Callable, data: tuple, project: Callable | None
+    model: nn.Module, loss_fn: Callable, data: tuple, project: Callable | None, removed_from: str
 ) -> dict[str, str]:
     "Fingerprints of what a trained network depends on besides the settings."
-    return {
+    made_from = {
         "loss": fingerprint(loss_fn),
         "images": data_fingerprint([data]),
         "network": fingerprint(str(model)),
         "projection": code_fingerprint(project),
     }
+    if project is not None and removed_from != "gradients":
+        made_from["removed_from"] = removed_from
+    return made_from
 
 
 # %% ../../nbs/foundations/15_training.ipynb #96b4bcf6
@@ -218,7 +221,7 @@ def _step(
     inputs: torch.Tensor,  # one batch
     labels: torch.Tensor,
     settings: _Settings,
-    directions: torch.Tensor | None,  # (n, K), which the step leaves alone
+    barred: _Barred | None,  # directions that the step leaves alone
 ) -> tuple[float, int, bool]:  # loss, correct images, whether the gradient was shortened
     half = settings.precision == "bf16"
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
@@ -226,13 +229,52 @@ def _step(
     loss = loss_fn(logits.float() if half else logits, labels)
     run.optimizer.zero_grad()
     loss.backward()
-    if directions is not None:
-        _remove_from_gradients(run.model, directions)
-    shortened = settings.clip is not None and _clip_gradients(run.model, settings.clip)
-    run.optimizer.step()
+    shortened = _optimizer_step(run, settings, barred)
     run.scheduler.step()
     correct = (logits.argmax(1) == labels).sum().item()
     return loss.item(), correct, shortened
+
+
+# %% ../../nbs/foundations/15_training.ipynb #632f6d12
+@dataclass(frozen=True, kw_only=True)
+class _Barred:
+    "Directions that an epoch of training stays out of."
+
+    directions: torch.Tensor  # V, (n, K), orthonormal columns
+    removed_from: str  # "gradients" or "updates"
+
+
+def _outside(
+    parts: list[torch.Tensor],  # of a vector u, one a parameter
+    directions: torch.Tensor,  # V, (n, K), orthonormal columns
+) -> list[torch.Tensor]:
+    "In place of u: u - V V'u."
+    vector = flatten(parts)
+    along = directions @ inner(directions, vector).to(directions)
+    return unflatten(vector - along, parts)
+
+
+def _optimizer_step(
+    run: _Run,
+    settings: _Settings,
+    barred: _Barred | None,
+) -> bool:  # whether the gradient was shortened
+    "A step of the optimizer, its gradients or its result kept out of the barred directions."
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    if barred is not None and barred.removed_from == "gradients":
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for p, part in zip(params, _outside(gradients, barred.directions)):
+            p.grad = part.clone()
+    shortened = settings.clip is not None and _clip_gradients(run.model, settings.clip)
+    of_updates = barred is not None and barred.removed_from == "updates"
+    before = [p.detach().clone() for p in params] if of_updates else []
+    run.optimizer.step()
+    if of_updates:
+        updates = [p.detach() - old for p, old in zip(params, before)]
+        with torch.no_grad():
+            for p, old, part in zip(params, before, _outside(updates, barred.directions)):
+                p.copy_(old + part)
+    return shortened
 
 
 def _clip_gradients(
@@ -243,25 +285,13 @@ def _clip_gradients(
     return norm.item() > largest
 
 
-def _remove_from_gradients(
-    model: nn.Module,
-    directions: torch.Tensor,  # V, (n, K), orthonormal columns
-):
-    "In place of each gradient g: g - V V'g."
-    params = [p for p in model.parameters() if p.requires_grad]
-    gradient = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-    along = directions @ inner(directions, gradient).to(directions)
-    for p, part in zip(params, unflatten(gradient - along, params)):
-        p.grad = part.clone()
-
-
 # %% ../../nbs/foundations/15_training.ipynb #68daf945
 def _train_epoch(
     run: _Run,
     data: tuple[torch.Tensor, torch.Tensor],  # images and labels
     loss_fn: Callable[..., torch.Tensor],
     settings: _Settings,
-    directions: torch.Tensor | None,  # as for _step
+    barred: _Barred | None,  # as for _step
     snapshots: dict[int, list[Callable[[], None]]],  # what to do after which step
     bar: Any,  # of tqdm
 ) -> tuple[float, ...]:  # mean loss, accuracy; with clip the share of shortened gradients
@@ -278,7 +308,7 @@ def _train_epoch(
             inputs = shifted(inputs, settings.shift, run.generator)
         inputs = fast_layout(inputs).to(device)
         batch = inputs, labels[rows].to(device)
-        loss, correct, shortened = _step(run, loss_fn, *batch, settings, directions)
+        loss, correct, shortened = _step(run, loss_fn, *batch, settings, barred)
         total_loss += loss * len(rows)
         num_correct += correct
         num_shortened += shortened
@@ -317,6 +347,7 @@ def train(
     precision: str = "float32",  # or "bf16": products in bfloat16, weights in float32
     clip: float | None = None,  # largest norm of a gradient, of all weights together; None: any
     project: Callable[[nn.Module], torch.Tensor] | None = None,  # model -> (n, K); see below
+    removed_from: str = "gradients",  # or "updates", whatever the optimizer makes of gradients
     seed: int = 0,  # order of the batches, augmentation, dropout
     after_epoch: Callable[[nn.Module, int], None] | None = None,  # after each, in evaluation mode
     snapshot: Callable[[nn.Module, float], None] | None = None,  # with the epochs done so far
@@ -326,7 +357,8 @@ def train(
 ) -> TrainLog:
     """Train in the ordinary way.
 
-    Before every epoch `project` gives directions that gradients are kept orthogonal to."""
+    Before every epoch `project` gives directions that gradients, or the steps that the optimizer
+    makes of them, are kept orthogonal to."""
     settings = _Settings(
         epochs=epochs,
         lr=lr,
@@ -339,6 +371,8 @@ def train(
         seed=seed,
         clip=clip,
     )
+    if removed_from not in ("gradients", "updates"):
+        raise InputError(f"removed_from must be gradients or updates. Got {removed_from!r}.")
     _check_finite(data[0])
     loss_fn = nn.CrossEntropyLoss() if loss_fn is None else loss_fn
     per_epoch = _steps_an_epoch(data[1], settings)
@@ -347,17 +381,20 @@ def train(
     request = {name: value for name, value in asdict(settings).items() if value is not None}
     file = None
     if run_dir is not None:
-        request["made_from"] = _made_from(model, loss_fn, data, project)
+        request["made_from"] = _made_from(model, loss_fn, data, project, removed_from)
         file = Path(run_dir) / "training.safetensors"
     with seeded(seed):
         if file is not None and file.exists():
             _load_run(run, file, request)
         with _bar(epochs * per_epoch, len(run.log) * per_epoch, progress) as bar:
             for epoch in range(len(run.log), epochs):
-                directions = None if project is None else project(model.eval())
+                barred = None
+                if project is not None:
+                    directions = project(model.eval())
+                    barred = _Barred(directions=directions, removed_from=removed_from)
                 calls = _snapshot_calls(model, snapshot, snapshots, epoch, per_epoch)
                 model.train()
-                done = _train_epoch(run, data, loss_fn, settings, directions, calls, bar)
+                done = _train_epoch(run, data, loss_fn, settings, barred, calls, bar)
                 _check_loss(done[0], epoch, lr)
                 run.log.append(done)
                 if after_epoch is not None:
