@@ -256,7 +256,7 @@ def test_an_experiment_that_is_not_known_is_refused_with_those_that_are(place):
 
 @pytest.mark.parametrize("workers, budget", [("1", "8"), ("2", "20")])
 def test_what_is_under_way_ends_with_its_budget(place, workers, budget):
-    "Training that would take hours is cut off, here or in a helper; its epochs are kept."
+    "Training that would take hours is cut off, here or in a helper; nothing is half written."
     out = place / f"endless{workers}"
     more = ("--epochs", "1000000", "--budget", budget, "--jobs", workers)
     p = start(place, out, *more)
@@ -264,13 +264,9 @@ def test_what_is_under_way_ends_with_its_budget(place, workers, budget):
     assert p.returncode == 0, errors
     assert "network begins" in errors and "Traceback" not in errors
     assert "Left are toys_resnet20_s0: network, " in errors
-    assert (
-        "This goes on: hessian-surgery reproduce toys " in errors and f"--budget {budget}" in errors
-    )
+    assert "This goes on: hessian-surgery reproduce toys " in errors
+    assert f"--budget {budget}" in errors
     assert not list(out.glob("*.json")) and not list(out.rglob("*.part"))
-    kept = out / "work" / "toys_resnet20_s0_network"
-    assert json.loads((kept / "seconds.json").read_text())["stretches"] == 1
-    assert (kept / "training.safetensors").exists()
 
 
 def test_in_stretches_it_ends_in_the_same_numbers(place, whole):
