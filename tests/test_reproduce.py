@@ -229,6 +229,64 @@ def test_seeds_side_by_side_give_the_same_numbers(place, whole):
     )
 
 
+def test_experiments_by_name_bring_what_they_start_from(place, whole):
+    out = place / "named"
+    p = start(place, out, "--experiment", "surgery_gamma_p2", "random_same", "--dry-run")
+    said, errors = p.communicate(timeout=300)
+    assert p.returncode == 0, errors
+    assert "random_same" in said and "bulk_finetune" in said  # tables and names together
+    command = [*COMMAND, "toys", *SOME[8:], "--experiment", "surgery_gamma_p2"]
+    p = subprocess.run(
+        [*command, "--data", str(place), "--out", str(out)],
+        env=os.environ | dict(HESSIAN_SURGERY_CACHE=str(place / "cache"), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert p.returncode == 0, p.stderr
+    names = [f"toys_resnet20_s0_{name}.json" for name in ("network", "surgery_gamma_p2")]
+    assert numbers(out) == {name: whole[2][name] for name in names}
+
+
+def test_an_experiment_that_is_not_known_is_refused_with_those_that_are(place):
+    p = start(place, place / "refused", "--experiment", "spectrum", "spectra")
+    _, errors = p.communicate(timeout=300)
+    assert p.returncode == 2 and "Traceback" not in errors
+    assert "spectra: not known; known: network, structure, spectrum," in errors
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize("workers, budget", [("1", "8"), ("2", "20")])
+def test_what_is_under_way_ends_with_its_budget(place, workers, budget):
+    "Training that would take hours is cut off, here or in a helper; nothing is half written."
+    out = place / f"endless{workers}"
+    more = ("--epochs", "1000000", "--budget", budget, "--jobs", workers)
+    p = start(place, out, *more)
+    _, errors = p.communicate(timeout=300)
+    assert p.returncode == 0, errors
+    assert "network begins" in errors and "Traceback" not in errors
+    assert "Left are toys_resnet20_s0: network, " in errors
+    assert "This goes on: hessian-surgery reproduce toys " in errors
+    assert f"--budget {budget}" in errors
+    assert not list(out.glob("*.json")) and not list(out.rglob("*.part"))
+
+
+def test_in_stretches_it_ends_in_the_same_numbers(place, whole):
+    out, budget, stretches = place / "stretches", 1, 0
+    while True:
+        p = start(place, out, "--budget", str(budget), "--jobs", str(1 + stretches % 2))
+        said, errors = p.communicate(timeout=300)
+        assert p.returncode == 0, errors
+        assert not list(out.rglob("*.part"))
+        stretches += 1
+        if "This goes on" not in errors:
+            break
+        assert "Table 4" not in said  # not before all is there
+        budget *= 2
+    assert stretches > 1 and "Table 4" in said
+    assert numbers(out) == whole[2]
+
+
 def helpers(of):
     "The processes that a command began."
     import psutil

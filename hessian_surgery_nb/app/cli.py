@@ -15,7 +15,7 @@ from .. import __version__
 from .command_flags import add_own_commands
 from .demo import add_demo
 from .options import Help, with_config
-from .reproduce import add_reproduce
+from .reproduce_flags import add_reproduce
 from .run_control import logged, share_run
 from ..foundations.checks import InputError
 from ..foundations.distributed import LostRank

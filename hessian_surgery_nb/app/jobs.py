@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +23,21 @@ import torch
 
 from .pages import duration
 from ..evidence.experiments import EXPERIMENTS
-from ..evidence.run_experiments import perform
-from ..evidence.study import Study
+from ..evidence.run_experiments import perform, request
+from ..evidence.stored_runs import StoredRun, read_run
+from ..evidence.study import Study, runs_label
 
 # %% auto #0
-__all__ = ["Job", "time_left", "JobQueue", "run_jobs"]
+__all__ = [
+    "Job",
+    "time_left",
+    "seconds_taken",
+    "Budget",
+    "OutOfTime",
+    "within",
+    "JobQueue",
+    "run_jobs",
+]
 
 
 # %% ../../nbs/app/05_jobs.ipynb #803f336b
@@ -42,6 +55,10 @@ class Job(NamedTuple):
     def run(self) -> float:
         "The seconds that the run took, now or when it was stored."
         return perform(self.study, self.name).seconds
+
+    def check_stored(self) -> None:
+        "Refuse a stored run that was asked for in another way."
+        self.study.store.read(self.path.stem, request(self.study, self.name))
 
 
 # %% ../../nbs/app/05_jobs.ipynb #6a533af8
@@ -62,6 +79,86 @@ def time_left(
     return left
 
 
+# %% ../../nbs/app/05_jobs.ipynb #fb160d40
+def seconds_taken(
+    jobs: Sequence[Job],  # of studies that differ in the seed alone
+) -> dict[str, list[float]]:  # experiment -> seconds of its runs
+    "What stored runs of these experiments took, with any seed, on this kind of device."
+    seconds: dict[str, list[float]] = {}
+    for name in dict.fromkeys(job.name for job in jobs):
+        for run in _stored_runs(jobs[0].study, name):
+            if run.about.device == torch.device(jobs[0].study.device).type:
+                seconds.setdefault(name, []).append(run.seconds)
+    return seconds
+
+
+def _stored_runs(
+    study: Study,
+    name: str,  # of an experiment
+) -> list[StoredRun]:
+    "Those of this study and of others that differ in the seed."
+    label = runs_label(study.dataset, study.network, study.start)
+    form = re.compile(rf"{re.escape(label)}_s\d+_{re.escape(name)}\.json")
+    files = sorted(study.store.directory.glob(f"*_{name}.json"))
+    return [read_run(file) for file in files if form.fullmatch(file.name)]
+
+
+# %% ../../nbs/app/05_jobs.ipynb #297f4f0f
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    "Seconds that may be spent from now on."
+
+    seconds: float
+    begun: float = field(default_factory=time.monotonic)  # by the clock of all processes
+
+    @property
+    def left(self) -> float:
+        "Seconds; below 0 once it is spent."
+        return self.begun + self.seconds - time.monotonic()
+
+    def admits(
+        self,
+        expected: float,  # seconds of a run; 0: not known
+    ) -> bool:
+        "Whether a run may begin: there is time for it, or no budget of this size has."
+        left = self.left
+        is_too_long_for_any = expected > self.seconds
+        return left > 0 and (expected <= left or is_too_long_for_any)
+
+
+# %% ../../nbs/app/05_jobs.ipynb #c35a9f74
+class OutOfTime(BaseException):
+    "The budget is spent. No `except Exception` holds it up."
+
+
+_RINGS_AGAIN = 10.0  # seconds, longer than it takes to tidy up
+
+
+def _ring(*_):
+    raise OutOfTime
+
+
+def within(
+    budget: Budget | None,  # None: as long as it takes
+    work: Callable[[], float],
+) -> float | None:  # what `work` returns; None where it was cut off
+    "Work that ends when the budget is spent."
+    if budget is None or threading.current_thread() is not threading.main_thread():
+        return work()  # signals reach the main thread only
+    before = signal.signal(signal.SIGALRM, _ring)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(budget.left, 1e-6), _RINGS_AGAIN)
+            return work()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except OutOfTime:  # it may also ring just after the work, before the alarm is off
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 # %% ../../nbs/app/05_jobs.ipynb #f0c17279
 class JobQueue:
     "Experiments to run."
@@ -71,22 +168,41 @@ class JobQueue:
         jobs: Iterable[Job],  # those that others need come first
         seconds: dict[str, list[float]],  # experiment -> what its runs took so far
         workers: int = 1,  # so many at a time
+        budget: Budget | None = None,  # None: until all are done
     ):
-        self.waiting = list(jobs)
+        self.jobs = list(jobs)
+        self.waiting = list(self.jobs)
         self.running: list[Job] = []
+        self.cut_off: list[Job] = []
         self.seconds = {name: list(runs) for name, runs in seconds.items()}
         self.workers = workers
-        self.total = len(self.waiting)
+        self.budget = budget
+        self.total = len(self.jobs)
 
     def startable(self) -> list[Job]:
-        "Jobs that can begin: what they start from is there, and a worker is free."
-        unfinished = [*self.waiting, *self.running]
+        """Jobs that can begin.
+
+        What they start from is there, a worker is free, and the budget admits them."""
+        unfinished = self.unfinished
         able = [
             job
             for job in self.waiting
             if not any(Job(job.study, name) in unfinished for name in EXPERIMENTS[job.name].needs)
+            and self._is_admitted(job)
         ]
         return able[: self.workers - len(self.running)]
+
+    @property
+    def unfinished(self) -> list[Job]:
+        "What waits, what runs, and what was cut off."
+        found = [*self.waiting, *self.running, *self.cut_off]
+        return sorted(found, key=self.jobs.index)
+
+    def _is_admitted(self, job: Job) -> bool:
+        if self.budget is None:
+            return True
+        known = self.seconds.get(job.name)
+        return self.budget.admits(np.mean(known) if known else 0.0)
 
     def begin(self, job: Job) -> None:
         "Say which job begins, and how long all will take."
@@ -100,15 +216,22 @@ class JobQueue:
             flush=True,
         )
 
-    def finish(self, job: Job, seconds: float) -> None:
+    def finish(
+        self,
+        job: Job,
+        seconds: float | None,  # None: it was cut off
+    ) -> None:
         "Note what a job took."
         self.running.remove(job)
-        self.seconds.setdefault(job.name, []).append(seconds)
+        if seconds is None:
+            self.cut_off.append(job)
+        else:
+            self.seconds.setdefault(job.name, []).append(seconds)
 
 
 # %% ../../nbs/app/05_jobs.ipynb #4653574a
 def run_jobs(queue: JobQueue) -> None:
-    "Run all experiments of a queue."
+    "Run all experiments of a queue, or those that its budget admits."
     threads = max(1, torch.get_num_threads() // queue.workers)
     if queue.workers == 1:
         _run_here(queue, threads)
@@ -117,10 +240,10 @@ def run_jobs(queue: JobQueue) -> None:
 
 
 def _run_here(queue: JobQueue, threads: int) -> None:
-    while queue.waiting:
-        job = queue.waiting[0]
+    while startable := queue.startable():
+        job = startable[0]
         queue.begin(job)
-        queue.finish(job, _run(job, threads))
+        queue.finish(job, _run(job, threads, queue.budget))
 
 
 def _run_in_helpers(queue: JobQueue, threads: int) -> None:
@@ -132,18 +255,22 @@ def _run_in_helpers(queue: JobQueue, threads: int) -> None:
     )
     begun: dict[Future, Job] = {}
     with helpers:
-        while queue.waiting or queue.running:
-            for job in queue.startable():
+        while (startable := queue.startable()) or queue.running:
+            for job in startable:
                 queue.begin(job)
-                begun[helpers.submit(_run, job, threads)] = job
+                begun[helpers.submit(_run, job, threads, queue.budget)] = job
             finished, _ = wait(begun, return_when=FIRST_COMPLETED)
             for future in finished:
                 queue.finish(begun.pop(future), future.result())
 
 
-def _run(job: Job, threads: int) -> float:  # seconds
+def _run(
+    job: Job,
+    threads: int,
+    budget: Budget | None,
+) -> float | None:  # seconds; None where it was cut off
     torch.set_num_threads(threads)
-    return job.run()
+    return within(budget, job.run)
 
 
 # %% ../../nbs/app/05_jobs.ipynb #53ae1992

@@ -15,20 +15,28 @@ from pathlib import Path
 from torch import nn
 
 from .inputs import count_outputs, pick_device
-from .jobs import Job, JobQueue, run_jobs, time_left
+from hessian_surgery_nb.app.jobs import (
+    Budget,
+    Job,
+    JobQueue,
+    run_jobs,
+    seconds_taken,
+    time_left,
+)
 from hessian_surgery_nb.app.options import (
-    add_command,
-    add_debug_flag,
-    add_device_flag,
     check_at_least,
     check_seed,
 )
 from .paper_report import show_results
+from .pages import duration
 from .publishing import command_line
-from ..evidence.experiments import EXPERIMENTS, experiments_for
+from hessian_surgery_nb.evidence.experiments import (
+    EXPERIMENTS,
+    experiments_for,
+    experiments_named,
+)
 from ..evidence.reading import read_results
 from hessian_surgery_nb.evidence.study import (
-    STARTS,
     Scale,
     Study,
     build_network,
@@ -48,13 +56,13 @@ from ..settings import SurgeryConfig, check_config
 __all__ = [
     "QUICK",
     "asked_for",
+    "experiments_asked_for",
     "scale_of",
     "protected_accuracy",
     "kept_back",
     "studies_of",
     "sources_of",
     "run_reproduce",
-    "add_reproduce",
 ]
 
 
@@ -74,6 +82,20 @@ def asked_for(args: argparse.Namespace) -> list[str]:  # none: all
 
 def _numbered(kind: str, numbers: list[int] | None) -> list[str]:
     return [] if numbers is None else [f"{kind} {number}" for number in numbers]
+
+
+def experiments_asked_for(
+    args: argparse.Namespace,
+    kind: str,  # of the dataset: few, many or isic
+) -> list[str]:  # names, each after those that it starts from
+    "What is run: what is named, and what the tables and figures that are named need."
+    asked = asked_for(args)
+    if args.experiment is None:
+        return experiments_for(*asked, kind=kind)
+    named = experiments_named(*args.experiment, kind=kind)
+    if not asked and not args.all:
+        return named
+    return list(dict.fromkeys([*named, *experiments_for(*asked, kind=kind)]))
 
 
 # %% ../../nbs/app/05b_reproduce.ipynb #aaee24f9
@@ -151,7 +173,7 @@ def kept_back(args: argparse.Namespace) -> tuple[int, int]:
 def studies_of(args: argparse.Namespace, store: RunStore) -> list[Study]:  # one a seed
     "One dataset, one network, one seed each."
     to_tune_on, to_report_on = kept_back(args)
-    for name in ("seeds", "jobs", "epochs", "pixels", "hessian"):
+    for name in ("seeds", "jobs", "budget", "epochs", "pixels", "hessian"):
         number = getattr(args, name)
         if number is not None:
             check_at_least(f"--{name}", number, 1)
@@ -280,11 +302,12 @@ def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
 # %% ../../nbs/app/05b_reproduce.ipynb #59f10984
 def run_reproduce(args: argparse.Namespace) -> int:  # exit code
     "The `reproduce` command."
+    budget = None if args.budget is None else Budget(seconds=args.budget)
     asked = asked_for(args)
     out = check_out(args.out)
     work = out / "work" if args.work is None else check_out(args.work)
     studies = studies_of(args, RunStore(out, work))
-    jobs = _all_jobs(studies, experiments_for(*asked, kind=studies[0].kind))
+    jobs = _all_jobs(studies, experiments_asked_for(args, studies[0].kind))
     if not args.dry_run:
         missing = {job.name for job in jobs if not job.path.exists()}
         sources = sources_of(studies, missing)
@@ -292,9 +315,9 @@ def run_reproduce(args: argparse.Namespace) -> int:  # exit code
 
     stored = [job for job in jobs if job.path.exists()]
     todo = [job for job in jobs if not job.path.exists()]
-    seconds: dict[str, list[float]] = {}
     for job in stored:
-        seconds.setdefault(job.name, []).append(job.run())
+        job.check_stored()
+    seconds = seconds_taken(jobs)
     print(
         f"{len(stored)} runs are stored in {out}, {len(todo)} to do; "
         f"{time_left(todo, seconds, args.jobs)}",
@@ -306,7 +329,11 @@ def run_reproduce(args: argparse.Namespace) -> int:  # exit code
             print(f"{job.study.label}  {job.name:18} {EXPERIMENTS[job.name].summary}")
         return 0
 
-    run_jobs(JobQueue(todo, seconds, args.jobs))
+    queue = JobQueue(todo, seconds, args.jobs, budget)
+    run_jobs(queue)
+    if queue.unfinished:
+        _say_what_is_left(queue, args)
+        return 0
     results = read_results(out, args.dataset, args.network, args.start)
     show_results(results, out, asked, command_line(args.argv), args.json)
     return 0
@@ -316,185 +343,23 @@ def _all_jobs(studies: Sequence[Study], experiments: Sequence[str]) -> list[Job]
     return [Job(study, name) for study in studies for name in experiments]
 
 
+# %% ../../nbs/app/05b_reproduce.ipynb #87571103
+def _say_what_is_left(queue: JobQueue, args: argparse.Namespace) -> None:
+    left: dict[str, list[str]] = {}
+    for job in queue.unfinished:
+        left.setdefault(job.study.label, []).append(job.name)
+    listed = "; ".join(f"{label}: {', '.join(names)}" for label, names in left.items())
+    print(
+        f"The budget of {duration(args.budget)} has no time for {len(queue.unfinished)} of "
+        f"{queue.total} runs; {time_left(queue.unfinished, queue.seconds, args.jobs)}.\n"
+        f"Left are {listed}.\nThis goes on: {command_line(args.argv)}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 # %% ../../nbs/app/05b_reproduce.ipynb #d272853e
 def _with_sources(job: Job, sources: dict[str, str]) -> Job:
     "The same job; its stored run says, and must say, what it was made from."
     store = replace(job.study.store, made_from=sources)
     return Job(replace(job.study, store=store), job.name)
-
-
-# %% ../../nbs/app/05b_reproduce.ipynb #aeda1d94
-def add_reproduce(
-    commands: argparse._SubParsersAction,  # of the whole command line
-) -> None:
-    "The `reproduce` command and its flags."
-    parser = add_command(
-        commands,
-        "reproduce",
-        run_reproduce,
-        summary="the paper's tables and figures, on your machine",
-        description=_DESCRIPTION,
-        pictures=True,
-    )
-    parser.add_argument("dataset", help=_DATASET_HELP)
-    _add_choice_flags(parser)
-    _add_start_flags(parser)
-    _add_size_flags(parser)
-    _add_place_flags(parser)
-
-
-_DESCRIPTION = (
-    "Run the experiments behind the paper's tables and figures, store each as JSON, and lay the "
-    "results beside the paper's. Runs that are stored are not repeated; interrupted ones go on. "
-    "With the small network on a processor, single tables take from minutes to hours and all of "
-    "them many hours (see --dry-run)."
-)
-
-
-_DATASET_HELP = (
-    "cifar10, cifar100, isic, or a directory with train/CLASS/* and test/CLASS/*, or in the "
-    "layout of ISIC-2019"
-)
-
-
-# %% ../../nbs/app/05b_reproduce.ipynb #002dc23e
-def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
-    "Which tables, which figures."
-    for kind in ("table", "figure"):
-        parser.add_argument(
-            f"--{kind}",
-            type=int,
-            action="append",
-            metavar="N",
-            help=f"this {kind} only; may be repeated",
-        )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="every table and figure (also when none is named)",
-    )
-
-
-# %% ../../nbs/app/05b_reproduce.ipynb #c7720579
-def _add_start_flags(parser: argparse.ArgumentParser) -> None:
-    "Which network, from which weights, how often."
-    add = parser.add_argument
-    add(
-        "--network",
-        metavar="NAME",
-        default="resnet20",
-        help="resnet20: 0.27 million weights; resnet50: 23.5 million; resnet50bias: the paper's, "
-        "with a bias on every convolution; or torchvision:NAME, timm:NAME, "
-        "package.module:function or file.py:function",
-    )
-    add(
-        "--start",
-        choices=STARTS,
-        metavar="KIND",
-        default="annealed",
-        help="annealed: the learning rate falls to 0; constant: Adam at 1e-3 to the end; "
-        "pretrained: so from the weights of --init",
-    )
-    add(
-        "--weights",
-        metavar="FILE",
-        help="start from these weights (.safetensors) instead of training",
-    )
-    add(
-        "--init",
-        metavar="FILE",
-        help="begin training from these weights, such as ImageNet's; the head may differ",
-    )
-    add(
-        "--precision",
-        choices=("float32", "bf16"),
-        default="float32",
-        help="of matrix products in training",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="the first seed: initial weights, order of batches, split of the test images",
-    )
-    add("--seeds", type=int, default=3, metavar="N", help="how many seeds")
-    add(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs side by side, sharing the cores evenly",
-    )
-
-
-# %% ../../nbs/app/05b_reproduce.ipynb #3ecde83e
-def _add_size_flags(parser: argparse.ArgumentParser) -> None:
-    "Which images, how many, and how long training takes."
-    add = parser.add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="where datasets lie; default: HESSIAN_SURGERY_DATA, or ./data",
-    )
-    add("--held-back", type=int, nargs="+", metavar="N", help=_HELD_BACK_HELP)
-    add(
-        "--download",
-        action="store_true",
-        help="let torchvision fetch CIFAR into --data",
-    )
-    add("--tau", type=float, help=_TAU_HELP)
-    add("--epochs", type=int, help="of training; default 10, and 1 for a pretrained start")
-    add(
-        "--hessian",
-        type=int,
-        metavar="N",
-        help="training images that show the curvature; default 128, and 256 for ISIC-2019, "
-        "as in the paper",
-    )
-    add(
-        "--pixels",
-        type=int,
-        metavar="N",
-        help="a side, where images come in many sizes (ISIC-2019), default 32; and to which a "
-        "network by name scales them, default: what it wants",
-    )
-    add_device_flag(parser)
-
-
-_HELD_BACK_HELP = (
-    "training images a class that are kept from training to tune on, and all test images report; "
-    "a second number: so many more to report on, and the test images apart, where they are of "
-    "another kind; 0: half of the test images each. Default: 50 for cifar100 and tinyimagenet100, "
-    "else 0"
-)
-
-# %% ../../nbs/app/05b_reproduce.ipynb #3d6663d3
-_TAU_HELP = (
-    "classes at least this accurate are protected (a fraction); 0: those above the mean. "
-    "Default: 0.85, our choice, for cifar10, else 0"
-)
-
-
-def _add_place_flags(parser: argparse.ArgumentParser) -> None:
-    "Where runs go, and how the command speaks."
-    add = parser.add_argument
-    add(
-        "--out",
-        default="hessian-surgery-runs",
-        metavar="DIR",
-        help="where runs, tables, figures and the page go",
-    )
-    add(
-        "--work",
-        metavar="DIR",
-        help="where weights and half-done runs go; default: work in --out",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="a tiny network and a few steps, to see that everything runs; the numbers mean "
-        "nothing",
-    )
-    add("--dry-run", action="store_true", help="say what would be run, and stop")
-    add("--json", action="store_true", help="print the tables as JSON")
-    add_debug_flag(parser)

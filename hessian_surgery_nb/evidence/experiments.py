@@ -61,7 +61,7 @@ from hessian_surgery_nb.evidence.training_experiments import (
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ["EXPERIMENTS", "experiments_for"]
+__all__ = ["EXPERIMENTS", "experiments_for", "experiments_named"]
 
 # %% ../../nbs/evidence/03_experiments.ipynb #abf821ba
 _START = (
@@ -389,6 +389,24 @@ def experiments_for(
     for each in suited:
         if not wanted or set(wanted) & set(each.shown_in):
             _add_with_needs(each.name, ordered)
+    return list(ordered)
+
+
+def experiments_named(
+    *names: str,  # of experiments
+    kind: str = "few",  # of dataset, as `Study.kind` has it
+) -> list[str]:  # names, in an order in which each has what it needs
+    "These experiments, and those that they start from."
+    known = [each.name for each in EXPERIMENTS.values() if kind in each.suits]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(
+            "an experiment must be one that is run on this dataset. "
+            f"{', '.join(unknown)}: not known; known: {', '.join(known)}."
+        )
+    ordered = {}
+    for name in names:
+        _add_with_needs(name, ordered)
     return list(ordered)
 
 
