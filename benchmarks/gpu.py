@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,10 +20,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from contenders import PRODUCTS
+from problem import PEERS, processor
 from torch import nn
 
 from hessian_surgery_nb.comparison import compare
@@ -44,37 +47,59 @@ from hessian_surgery_nb.surgery import operate
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit_here() -> str:
+    "Of this repository; where there is no git, what HESSIAN_SURGERY_COMMIT says."
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    told = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return os.environ.get("HESSIAN_SURGERY_COMMIT") or told or "unknown"
+
+
 class Notebook:
     "What was found so far; written after every check, so that nothing is lost."
 
     def __init__(self, file: Path, device: str):
         self.file, self.device = file, device
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-        self.found = dict(
-            about=dict(
-                date=str(date.today()), commit=commit, device=device, machine=name,
-                torch=torch.__version__, python=platform.python_version(),
-            ),
-            checks={},
-            failed=[],
-        )  # fmt: skip
+        card = torch.cuda.get_device_name() if device == "cuda" else None
+        self.about = dict(
+            date=str(date.today()),
+            commit=commit_here(),
+            device=device if card is None else f"{device}: {card}",
+            processor=processor(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            python=platform.python_version(),
+            weights="random",
+            data="noise, and digits",
+            batch=None,
+            peers={name: installed(package) for name, package in PEERS.items()},
+        )
+        self.rows: list[dict] = []
 
-    def check(self, name: str, make: Callable[[], object]):
+    @property
+    def failed(self) -> list[str]:
+        return [row["check"] for row in self.rows if "failed" in row]
+
+    def check(self, name: str, make: Callable[[], dict]):
         "Record what a check returns, or why it failed."
         start = time.perf_counter()
         try:
-            result = make()
+            row = dict(check=name, **make())
         except Exception as error:
             traceback.print_exc()
-            result = f"FAILED {type(error).__name__}: {str(error)[:400]}"
-            self.found["failed"].append(name)
-        taken = time.perf_counter() - start
-        print(f"{name}: {result} ({taken:.1f} s)", flush=True)
-        self.found["checks"][name] = dict(result=result, seconds=taken)
-        self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+            row = dict(check=name, failed=f"{type(error).__name__}: {str(error)[:400]}")
+        row["took"] = time.perf_counter() - start
+        print(row, flush=True)
+        self.rows.append(row)
+        command = f"python benchmarks/gpu.py {self.device} {self.file}"
+        found = dict(command=command, about=self.about, rows=self.rows)
+        self.file.write_text(json.dumps(found, indent=1) + "\n")
 
     def wait(self):
         if self.device == "cuda":
@@ -411,8 +436,8 @@ def main() -> int:
     book = Notebook(args.out, args.device)
     for name in args.checks:
         CHECKS[name](book, args)
-    print("failed:", ", ".join(book.found["failed"]) or "nothing")
-    return int(bool(book.found["failed"]))
+    print("failed:", ", ".join(book.failed) or "nothing")
+    return int(bool(book.failed))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
@@ -259,7 +260,10 @@ def _without_fast_path():
 class _WithoutCudnn:
     "The functions of recurrent layers, by PyTorch's own kernels, which have second derivatives."
 
-    def __init__(self, functions):
+    def __init__(
+        self,
+        functions: Any,  # of PyTorch, by name
+    ):
         self.functions = functions
 
     def __getattr__(self, name: str):
