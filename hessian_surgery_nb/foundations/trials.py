@@ -84,7 +84,7 @@ class Trial:
         self.steps = (1.0,)  # of differences, in units of the usual one
         if self.theta.dtype == torch.float64:
             self.tolerance = 1e-4
-            self.steps = (1.0, 0.01)
+            self.steps = (1.0, 0.01, 0.001)  # kinks need a short one
 
     def _direction(self) -> torch.Tensor:
         "A random one, and the gradient's."
@@ -119,10 +119,10 @@ def gradient_error(
     def value_at(theta):
         return trial.value(trial.tensors(theta)).reshape(1)
 
+    predicted = (trial.gradient_at(trial.theta) @ trial.v).reshape(1)
     with torch.no_grad():
-        slope = difference(value_at, trial.theta, trial.v)
-    predicted = trial.gradient_at(trial.theta) @ trial.v
-    return _relative_distance(predicted.reshape(1), slope, trial.negligible)
+        slopes = [difference(value_at, trial.theta, trial.v, step) for step in trial.steps]
+    return min(_relative_distance(predicted, slope, trial.negligible) for slope in slopes)
 
 
 def product_error(
