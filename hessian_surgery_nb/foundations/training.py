@@ -23,6 +23,7 @@ from hessian_surgery_nb.foundations.fingerprints import (
 )
 from .guards import plainly
 from .images import fast_layout
+from .plans import free_memory
 from .testbed import seeded
 from hessian_surgery_nb.foundations.weight_files import (
     named_part,
@@ -126,8 +127,10 @@ def shifted(
     columns = torch.arange(width) + right
     mirrored = torch.rand(num_images, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
+    # drawn on the CPU, so that a seed means the same everywhere
+    rows, columns = (t.to(images.device, non_blocking=True) for t in (rows, columns))
     padded = nn.functional.pad(images, (pixels,) * 4).permute(0, 2, 3, 1)
-    which = torch.arange(num_images)[:, None, None]
+    which = torch.arange(num_images, device=images.device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -215,7 +218,7 @@ def _step(
     labels: torch.Tensor,
     half: bool,  # bfloat16 for the forward pass
     directions: torch.Tensor | None,  # (n, K), which the step leaves alone
-) -> tuple[float, int]:  # loss, correct images
+) -> tuple[torch.Tensor, torch.Tensor]:  # loss, correct images; not waited for
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
         logits = run.model(inputs)
     loss = loss_fn(logits.float() if half else logits, labels)
@@ -225,8 +228,7 @@ def _step(
         _remove_from_gradients(run.model, directions)
     run.optimizer.step()
     run.scheduler.step()
-    correct = (logits.argmax(1) == labels).sum().item()
-    return loss.item(), correct
+    return loss.detach(), (logits.argmax(1) == labels).sum()
 
 
 def _remove_from_gradients(
@@ -239,6 +241,20 @@ def _remove_from_gradients(
     along = directions @ inner(directions, gradient).to(directions)
     for p, part in zip(params, unflatten(gradient - along, params)):
         p.grad = part.clone()
+
+
+# %% ../../nbs/foundations/15_training.ipynb #3b25abdd
+def _near(
+    data: tuple[torch.Tensor, torch.Tensor],  # images and labels
+    device: torch.device,  # of the network
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "On the GPU that trains, where images take less than a quarter of what is free there."
+    images, labels = data
+    if device.type != "cuda":
+        return data
+    if images.device != device and images.nbytes > free_memory(device) / 4:
+        return data
+    return images.to(device), labels.to(device)
 
 
 # %% ../../nbs/foundations/15_training.ipynb #68daf945
@@ -254,9 +270,11 @@ def _train_epoch(
     images, labels = data
     device = next(run.model.parameters()).device
     order = torch.randperm(len(labels), generator=run.generator)
+    if images.device == labels.device:
+        order = order.to(images.device)
     half = settings.precision == "bf16"
-    total_loss = 0.0
-    num_correct = 0
+    losses = torch.zeros((), dtype=torch.float64, device=device)
+    num_correct = torch.zeros((), dtype=torch.int64, device=device)
     batches = order.tensor_split(_steps_an_epoch(labels, settings))
     for step, rows in enumerate(batches, 1):
         inputs = images[rows]
@@ -264,7 +282,7 @@ def _train_epoch(
             inputs = shifted(inputs, settings.shift, run.generator)
         inputs = fast_layout(inputs).to(device)
         loss, correct = _step(run, loss_fn, inputs, labels[rows].to(device), half, directions)
-        total_loss += loss * len(rows)
+        losses += loss.double() * len(rows)
         num_correct += correct
         bar.update()
         if step in snapshots:
@@ -272,8 +290,8 @@ def _train_epoch(
             for call in snapshots[step]:
                 call()
             run.model.train()
-    mean_loss = total_loss / len(labels)
-    accuracy = num_correct / len(labels)
+    mean_loss = losses.item() / len(labels)
+    accuracy = num_correct.item() / len(labels)
     bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}")
     return mean_loss, accuracy
 
@@ -329,6 +347,7 @@ def train(
     if run_dir is not None:
         request["made_from"] = _made_from(model, loss_fn, data, project)
         file = Path(run_dir) / "training.safetensors"
+    near = _near(data, next(model.parameters()).device)
     with seeded(seed):
         if file is not None and file.exists():
             _load_run(run, file, request)
@@ -337,7 +356,7 @@ def train(
                 directions = None if project is None else project(model.eval())
                 calls = _snapshot_calls(model, snapshot, snapshots, epoch, per_epoch)
                 model.train()
-                loss, accuracy = _train_epoch(run, data, loss_fn, settings, directions, calls, bar)
+                loss, accuracy = _train_epoch(run, near, loss_fn, settings, directions, calls, bar)
                 _check_loss(loss, epoch, lr)
                 run.log.append((loss, accuracy))
                 if after_epoch is not None:
