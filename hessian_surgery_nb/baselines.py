@@ -50,9 +50,9 @@ __all__ = [
 def class_accuracies(
     logits: torch.Tensor,  # (N, C)
     y: torch.Tensor,  # (N,)
-) -> torch.Tensor:  # (C,) float64
+) -> torch.Tensor:  # (C,) float64, on the CPU
     "Class accuracies from logits."
-    return class_means(logits.argmax(1) == y, y, logits.shape[1])
+    return class_means(logits.argmax(1) == y, y, logits.shape[1]).cpu()
 
 
 def _sigma_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # (), in [0, 1] units

@@ -245,7 +245,7 @@ def cross_fitted(
 ) -> Step:
     "The best step, as far along as images that had no say in it would go."
     if count == 1:
-        predicted = jacobian.accuracy(whole).cpu()
+        predicted = jacobian.accuracy(whole)
         return Step(alpha=whole, predicted=predicted, out_of_fold=predicted, shrink=1.0)
     accuracies = _out_of_fold_accuracies(jacobian, allowed_fall, radius, count, seed)
     counts = torch.bincount(jacobian.labels.cpu(), minlength=jacobian.logits.shape[1]).double()
@@ -263,7 +263,7 @@ def cross_fitted(
     best = min(allowed, key=lambda factor: (sigma(factor), factor))
     return Step(
         alpha=best * whole,
-        predicted=jacobian.accuracy(best * whole).cpu(),
+        predicted=jacobian.accuracy(best * whole),
         out_of_fold=accuracies[best],
         shrink=best,
     )

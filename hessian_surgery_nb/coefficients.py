@@ -116,15 +116,16 @@ def solve_coefficients(
 
     Subject to S alpha >= -max_drop on strong classes.
     """
-    S = np.asarray(getattr(S, "matrix", S), dtype=np.float64)
-    accuracy = np.asarray(accuracy, dtype=np.float64)
+    S = _as_array(getattr(S, "matrix", S))
+    accuracy = _as_array(accuracy)
+    box = None if box is None else _as_array(box)
     _check_problem(S, accuracy, eps, max_drop, box)
     if tau is None:
         tau = accuracy.mean()
     if box is None:
         radius = np.full(S.shape[1], eps)
     else:
-        radius = np.asarray(box, dtype=np.float64)
+        radius = box
     problem = _ScaledProblem(
         gain=class_weights(accuracy, p).numpy() @ S * radius,
         strong_change=S[accuracy >= tau - 1e-9] * radius,
@@ -137,12 +138,19 @@ def solve_coefficients(
 
 
 # %% ../nbs/04b_coefficients.ipynb #7569c800
+def _as_array(numbers: torch.Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+    "In double precision; of a tensor, wherever it lies."
+    if torch.is_tensor(numbers):
+        numbers = numbers.detach().cpu()
+    return np.asarray(numbers, dtype=np.float64)
+
+
 def _check_problem(
     S: np.ndarray,
     accuracy: np.ndarray,
     eps: float,
     max_drop: float,
-    box: torch.Tensor | None,
+    box: np.ndarray | None,
 ):
     "Refuse what has no solution."
     if not (eps > 0 and math.isfinite(eps)):
@@ -154,7 +162,7 @@ def _check_problem(
     _check_matrix(S, accuracy)
     if box is None:
         return
-    if len(box) != S.shape[1] or not (np.asarray(box) > 0).all():
+    if len(box) != S.shape[1] or not (box > 0).all():
         raise InputError(f"box must hold {S.shape[1]} positive bounds. Got {box}.")
 
 

@@ -152,7 +152,7 @@ def _prediction_error(
     true: ClassReport,
 ) -> float:  # rms over classes
     "How far the predicted accuracies are from the true ones."
-    predicted = search.operation.team.broadcast(path.jacobian.accuracy(step).cpu())
+    predicted = search.operation.team.broadcast(path.jacobian.accuracy(step))
     return (predicted - true.accuracy).square().mean().sqrt().item()
 
 

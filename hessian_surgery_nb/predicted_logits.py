@@ -121,7 +121,7 @@ def along(
 def accuracy(
     self: LogitJacobian,
     alpha: torch.Tensor,  # (K,)
-) -> torch.Tensor:  # (C,) float64
+) -> torch.Tensor:  # (C,) float64, on the CPU
     "Predicted accuracy of each class."
     return self._accuracy_of(self.at(alpha))
 
@@ -129,7 +129,7 @@ def accuracy(
 # %% ../nbs/04a_predicted_logits.ipynb #ff208be3
 @patch
 def _accuracy_of(self: LogitJacobian, logits: torch.Tensor) -> torch.Tensor:
-    return class_means(logits.argmax(1) == self.labels, self.labels, self.logits.shape[1])
+    return class_means(logits.argmax(1) == self.labels, self.labels, self.logits.shape[1]).cpu()
 
 
 @patch

@@ -30,7 +30,7 @@ from ..foundations.runs import pack_bits
 from ..foundations.splits import input_digests
 from ..foundations.training import train
 from ..foundations.weight_files import load_weights
-from ..settling import Settledness, class_bias, settledness
+from ..settling import Settledness, class_bias, count_images, settledness
 from ..settling_methods import Settled, newton_in_spikes, settle
 
 # %% auto #0
@@ -47,8 +47,22 @@ __all__ = [
     "settling",
 ]
 
-
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #be4fa8eb
+_FOLDS = 8  # of the images, for the errors of settledness
+
+
+def _images_at_once(
+    study: Study,
+    number: int,  # of images
+) -> int:
+    "As many as fit a core's cache; on a GPU, where images are small, a fold of settledness."
+    on_cpu = torch.device(study.device).type == "cpu"
+    pixels = study.scale.seen_pixels or study.splits.train.x.shape[-1]
+    if on_cpu or pixels > 64:
+        return 64
+    return max(1, min(1000, number // _FOLDS))
+
+
 def gradient_images(
     study: Study,
     number: int,  # at most
@@ -62,7 +76,8 @@ def gradient_images(
     digests = input_digests([(train_set.x[rows], train_set.y[rows])])
     free = [row for row, digest in zip(rows.tolist(), digests) if digest not in taken]
     kept = torch.tensor(free[:number])
-    return list(zip(train_set.x[kept].split(64), train_set.y[kept].split(64)))
+    size = _images_at_once(study, len(kept))
+    return list(zip(train_set.x[kept].split(size), train_set.y[kept].split(size)))
 
 
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #07ab1514
@@ -100,11 +115,14 @@ def network_state(
     epochs: float,  # of training so far
 ) -> StateRecord:
     "How settled a network is, how biased, and what biases gain that may cost nothing."
-    scale = study.scale
+    shown = gradient_images(study, study.scale.gradient_images)
+    a_fold = count_images(shown) // _FOLDS
     found = settledness(
         model,
         nn.CrossEntropyLoss(),
-        gradient_images(study, scale.gradient_images),
+        shown,
+        folds=_FOLDS,
+        images_at_once=max(1, min(a_fold, len(shown[0][1]))),
         hessian_data=study.splits.hessian.pair,
         tol=3e-2,
         seed=study.seed,

@@ -153,7 +153,7 @@ def predicted_spread(
     "Spread and global accuracy of the predicted logits."
     report = ClassReport(
         accuracy=jacobian.accuracy(alpha),
-        counts=torch.bincount(jacobian.labels),
+        counts=torch.bincount(jacobian.labels).cpu(),
         names=(),
         measured_on="",
     )

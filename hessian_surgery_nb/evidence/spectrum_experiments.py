@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..amplitude import paper_amplitude
-from ..baselines import class_accuracies
 from ..class_structure import class_subspace, subspace_overlap
 from ..coefficients import solve_coefficients
 from ..effective_rank import screening_of
@@ -39,7 +38,7 @@ from hessian_surgery_nb.evidence.study import (
     store_start,
     store_weights,
 )
-from ..foundations.accuracy import predict
+from ..foundations.accuracy import class_accuracy
 from ..foundations.datasets import Samples
 from ..foundations.networks import num_params
 from ..foundations.training import TrainLog, train
@@ -48,10 +47,10 @@ from hessian_surgery_nb.foundations.weight_files import (
     weights_bytes,
     write_atomic,
 )
+from ..foundations.weights import moved_state
 from ..hvp import HessianOperator
 from ..isic import hessian_images
 from ..lanczos import Eigenpairs, top_eigenpairs
-from ..foundations.weights import moved_state
 from ..sensitivity import Sensitivity, sensitivity_matrix
 from ..slq import SpectralDensity, spectral_density
 from ..spike_validation import bulk_walk, count_spikes, stability
@@ -454,7 +453,7 @@ def _at_amplitude(
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     moved = moved_state(params, pairs.vectors @ alpha.to(pairs.vectors))
     data = study.batches(study.splits.sensitivity)
-    measured = class_accuracies(*predict(model, data, state=moved)) - accuracy
+    measured = class_accuracy(model, data, state=moved) - accuracy
     predicted = sensitivity.matrix @ alpha
     return AmplitudePoint(
         eps=eps,

@@ -123,17 +123,17 @@ def matvec(
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #bc5b33af
 def project_out(
     vector: torch.Tensor,  # (n,), changed in place
-    basis: torch.Tensor,  # (m, n), orthonormal rows; may be of a shorter type
+    basis: torch.Tensor,  # (m, n), orthonormal rows; may be of a shorter type, or on the CPU
     team: Team = Team(),
 ) -> torch.Tensor:  # (m,) float64 on the CPU: basis @ vector, as it was
     "One pass of Gram-Schmidt: vector - basis' (basis vector)."
     overlaps = torch.zeros(len(basis), dtype=torch.float64, device=vector.device)
     for part in chunks(basis):
-        overlaps += (basis[:, part].to(vector.dtype) @ vector[part]).double()
+        overlaps += (basis[:, part].to(vector) @ vector[part]).double()
     overlaps = team.all_reduce(overlaps)
     coefficients = overlaps.to(vector.dtype)
     for part in chunks(basis):
-        vector[part].addmv_(basis[:, part].to(vector.dtype).T, coefficients, alpha=-1)
+        vector[part].addmv_(basis[:, part].to(vector).T, coefficients, alpha=-1)
     return overlaps.cpu()
 
 

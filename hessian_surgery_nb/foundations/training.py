@@ -23,6 +23,7 @@ from hessian_surgery_nb.foundations.fingerprints import (
 )
 from .guards import plainly
 from .images import fast_layout
+from .plans import free_memory
 from .testbed import seeded
 from hessian_surgery_nb.foundations.weight_files import (
     named_part,
@@ -130,8 +131,10 @@ def shifted(
     columns = torch.arange(width) + right
     mirrored = torch.rand(num_images, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
+    # drawn on the CPU, so that a seed means the same everywhere
+    rows, columns = (t.to(images.device, non_blocking=True) for t in (rows, columns))
     padded = nn.functional.pad(images, (pixels,) * 4).permute(0, 2, 3, 1)
-    which = torch.arange(num_images)[:, None, None]
+    which = torch.arange(num_images, device=images.device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -222,7 +225,7 @@ def _step(
     labels: torch.Tensor,
     settings: _Settings,
     barred: _Barred | None,  # directions that the step leaves alone
-) -> tuple[float, int, bool]:  # loss, correct images, whether the gradient was shortened
+) -> tuple[torch.Tensor, torch.Tensor, bool]:  # loss, correct images, whether it was shortened
     half = settings.precision == "bf16"
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
         logits = run.model(inputs)
@@ -231,8 +234,8 @@ def _step(
     loss.backward()
     shortened = _optimizer_step(run, settings, barred)
     run.scheduler.step()
-    correct = (logits.argmax(1) == labels).sum().item()
-    return loss.item(), correct, shortened
+    correct = (logits.argmax(1) == labels).sum()
+    return loss.detach(), correct, shortened
 
 
 # %% ../../nbs/foundations/15_training.ipynb #632f6d12
@@ -285,6 +288,20 @@ def _clip_gradients(
     return norm.item() > largest
 
 
+# %% ../../nbs/foundations/15_training.ipynb #3b25abdd
+def _near(
+    data: tuple[torch.Tensor, torch.Tensor],  # images and labels
+    device: torch.device,  # of the network
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "On the GPU that trains, where images take less than a quarter of what is free there."
+    images, labels = data
+    if device.type != "cuda":
+        return data
+    if images.device != device and images.nbytes > free_memory(device) / 4:
+        return data
+    return images.to(device), labels.to(device)
+
+
 # %% ../../nbs/foundations/15_training.ipynb #68daf945
 def _train_epoch(
     run: _Run,
@@ -298,8 +315,10 @@ def _train_epoch(
     images, labels = data
     device = next(run.model.parameters()).device
     order = torch.randperm(len(labels), generator=run.generator)
-    total_loss = 0.0
-    num_correct = 0
+    if images.device == labels.device:
+        order = order.to(images.device)
+    losses = torch.zeros((), dtype=torch.float64, device=device)
+    num_correct = torch.zeros((), dtype=torch.int64, device=device)
     num_shortened = 0
     batches = order.tensor_split(_steps_an_epoch(labels, settings))
     for step, rows in enumerate(batches, 1):
@@ -309,7 +328,7 @@ def _train_epoch(
         inputs = fast_layout(inputs).to(device)
         batch = inputs, labels[rows].to(device)
         loss, correct, shortened = _step(run, loss_fn, *batch, settings, barred)
-        total_loss += loss * len(rows)
+        losses += loss.double() * len(rows)
         num_correct += correct
         num_shortened += shortened
         bar.update()
@@ -318,8 +337,8 @@ def _train_epoch(
             for call in snapshots[step]:
                 call()
             run.model.train()
-    mean_loss = total_loss / len(labels)
-    accuracy = num_correct / len(labels)
+    mean_loss = losses.item() / len(labels)
+    accuracy = num_correct.item() / len(labels)
     bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}")
     if settings.clip is None:
         return mean_loss, accuracy
@@ -383,6 +402,7 @@ def train(
     if run_dir is not None:
         request["made_from"] = _made_from(model, loss_fn, data, project, removed_from)
         file = Path(run_dir) / "training.safetensors"
+    near = _near(data, next(model.parameters()).device)
     with seeded(seed):
         if file is not None and file.exists():
             _load_run(run, file, request)
@@ -394,7 +414,7 @@ def train(
                     barred = _Barred(directions=directions, removed_from=removed_from)
                 calls = _snapshot_calls(model, snapshot, snapshots, epoch, per_epoch)
                 model.train()
-                done = _train_epoch(run, data, loss_fn, settings, barred, calls, bar)
+                done = _train_epoch(run, near, loss_fn, settings, barred, calls, bar)
                 _check_loss(done[0], epoch, lr)
                 run.log.append(done)
                 if after_epoch is not None:
