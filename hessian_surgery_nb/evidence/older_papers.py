@@ -86,7 +86,9 @@ def criteria_frame(
     last = [run.states[-1] for run in results.of("criteria_along_training")]
     names = [part.name for part in last[0].sets]
     rows = {name: _set_row([state.of(name) for state in last]) for name in names}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("images")
+    return (
+        pd.DataFrame.from_dict(rows, orient="index").astype(object).fillna("").rename_axis("images")
+    )
 
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #f3477ab4
@@ -349,7 +351,12 @@ def solutions_frame(
         }
     between = {"way from the initialisation": over_seeds([run.distance for run in runs], 1)}
     rows["from one to the other"] = between
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("network")
+    return (
+        pd.DataFrame.from_dict(rows, orient="index")
+        .astype(object)
+        .fillna("")
+        .rename_axis("network")
+    )
 
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #2bc45548
