@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 
 from hessian_surgery_nb.evidence.claims import (
+    ABOVE_0,
+    all_of,
     claim_of_runs,
     every_network,
     mean_within,
@@ -15,6 +17,13 @@ from hessian_surgery_nb.evidence.claims import (
     value_of_each,
 )
 from .claims_spectra import BULK_AND_OUTLIERS, lowest_over_first
+from .criteria_results import CriteriaRun
+from hessian_surgery_nb.evidence.older_papers import (
+    barrier_height,
+    gain_of_choice,
+    largest_share,
+    only_clipped_negative,
+)
 from ..spectrum_type import TYPE_LIMIT
 
 # %% auto #0
@@ -51,6 +60,20 @@ _PAPYAN = (
     ),
 )
 
+
+# %% ../../nbs/evidence/08h_claims_others.ipynb #9f47e52c
+def _always_positive(run: CriteriaRun) -> bool:
+    kinds = [state.sets[0].spectrum.kind for state in run.states]
+    return all(kind == "mainly-positive" for kind in kinds)
+
+
+def _told_apart(run: CriteriaRun) -> bool:
+    "Unseen images from spoilt ones, at the end of training."
+    last = run.states[-1]
+    verdicts = [last.of(name).verdict.verdict for name in ("unseen", "spoilt")]
+    return verdicts == ["plausible", "doubtful"]
+
+
 # %% ../../nbs/evidence/08h_claims_others.ipynb #faf72dc1
 _TYPE = (
     claim_of_runs(
@@ -65,30 +88,60 @@ _TYPE = (
         paper="all models, optimizers and datasets but those with changed gradients",
         rule=f"the lowest eigenvalue is above {TYPE_LIMIT} of the highest, on every network",
     ),
-    untested_claim(
-        _ON_SMALL_NETWORKS,
+    claim_of_runs(
+        every_network(
+            value_of_each("criteria_along_training", _always_positive), "always so on {}"
+        ),
+        "criteria_along_training",
+        key="gabdullin_stays",
+        section="Gabdullin",
+        claim="The spectrum is mainly positive throughout training.",
+        paper="every epoch shown, of a ResNet-18 and of a transformer",
+        rule="mainly positive on training images at every snapshot, on every network",
+    ),
+    claim_of_runs(
+        every_network(
+            value_of_each("clipping_sgd", only_clipped_negative),
+            "mainly negative with a clip and not without on {}",
+        ),
+        "clipping_sgd",
         key="gabdullin_gradients",
         section="Gabdullin",
         claim="Gradients that are changed from outside make it mainly negative.",
-        paper="averaging, normalisation, rescaling of groups",
+        paper="averaging, normalisation, rescaling of groups; clipping suspected",
+        rule="SGD clipped at norm 1 or 0.1 is mainly negative after some epoch, and SGD without a "
+        "clip after none, on every network; clipping is the only such change that is run",
     ),
-    untested_claim(
-        _ON_SMALL_NETWORKS,
+    claim_of_runs(
+        every_network(
+            value_of_each("criteria_along_training", _told_apart),
+            "unseen images plausible and spoilt ones doubtful on {}",
+        ),
+        "criteria_along_training",
         key="gabdullin_criteria",
         section="Gabdullin",
         claim="Ratios of two criteria on other data tell whether a network generalises.",
         paper="below 1.5 and below 1.2",
+        rule="at the end of training they call unseen images plausible and spoilt images "
+        "doubtful, on every network",
     ),
 )
 
 # %% ../../nbs/evidence/08h_claims_others.ipynb #6f69e0c7
 _CHOICE = (
-    untested_claim(
-        _ON_SMALL_NETWORKS,
+    claim_of_runs(
+        mean_within(
+            value_of_each("criteria_along_training", lambda run: gain_of_choice(run, "spoilt")),
+            ABOVE_0,
+            "{} pp on spoilt images",
+        ),
+        "criteria_along_training",
         key="gabdullin_choice",
         section="Gabdullin",
         claim="The largest C_t chooses better weights than the smallest first eigenvalue.",
         paper="56.9 against 55.4 % and 56.8 against 56.4 %",
+        rule="of snapshots within two points of the best training accuracy, the one of largest "
+        "C_t is more often right on spoilt images",
     ),
     untested_claim(
         "no stored run trains for hundreds of epochs",
@@ -96,6 +149,25 @@ _CHOICE = (
         section="Gabdullin",
         claim="Long training shrinks all eigenvalues without a gain in generalisation.",
         paper="quasi-singular spectra",
+    ),
+)
+
+# %% ../../nbs/evidence/08h_claims_others.ipynb #11adf8c6
+_ONE_BASIN = all_of(
+    mean_within(
+        value_of_each("two_batch_sizes", lambda run: barrier_height(run, "bent")),
+        (-math.inf, 1.0),
+        "{} pp lost on the bend",
+    ),
+    mean_within(
+        value_of_each("two_batch_sizes", lambda run: barrier_height(run, "straight")),
+        (-math.inf, math.inf),
+        "{} on the line",
+    ),
+    mean_within(
+        value_of_each("two_batch_sizes", lambda run: 100 * largest_share(run)),
+        (-math.inf, 10.0),
+        "{} % in the leading space",
     ),
 )
 
@@ -124,12 +196,15 @@ _SAGUN = (
         claim="Other data under the same network only move outliers.",
         paper="no figure in the abstract",
     ),
-    untested_claim(
-        "no stored run has a path between two solutions",
+    claim_of_runs(
+        _ONE_BASIN,
+        "two_batch_sizes",
         key="sagun_basin",
         section="Sagun",
         claim="Small and large batches end in one basin, connected through its flat region.",
         paper="no figure in the abstract",
+        rule="along a bent path training accuracy falls less than a point below its ends, and "
+        "less than a tenth of its direction at the ends lies in the leading eigenvectors",
     ),
 )
 

@@ -109,19 +109,20 @@ def _labelled(study: Study, x: torch.Tensor, y: torch.Tensor) -> Samples:
 def criteria_sets(
     study: Study,
     shift: Mapping[str, float],  # as `spoilt` takes it
+    images: int,  # at most, for a spectrum
 ) -> list[CriteriaSet]:  # training images first
     "Training images, others of them, unseen ones, the same spoilt, and of another kind if any."
     splits = study.splits
-    number = len(splits.hessian)
     generator = torch.Generator().manual_seed(study.seed)
     drawn = gradient_images(study, study.scale.gradient_images)
     learned = _labelled(study, *(torch.cat(parts) for parts in zip(*drawn)))
+    number = min(images, len(learned) // 2)
     rows = random_rows(splits.held_out, number, generator)
     unseen = splits.held_out
     other = replace(unseen, x=spoilt(unseen.x, **shift, seed=study.seed))
     parts = {
-        "training": (splits.hessian, learned),
-        "training, others": (learned[:number], learned),
+        "training": (learned[:number], learned),
+        "training, others": (learned[number : 2 * number], learned),
         "unseen": (unseen[rows], unseen),
         "spoilt": (other[rows], other),
     }
@@ -153,12 +154,8 @@ def _verdict_record(verdict: Verdict) -> CriteriaVerdictRecord:
     return CriteriaVerdictRecord(verdict=verdict.verdict, reach=ratios[0], number=ratios[1])
 
 
-_PRECISION = 1e-2  # to which an end of a spectrum is certified, of the largest magnitude
-
-
 def _kind_of(study: Study, model: nn.Module, images: Samples, **effort: int) -> SpectrumType:
-    operator = curvature(study, model, images)
-    return spectrum_type(operator, tol=_PRECISION, seed=study.seed, **effort)
+    return spectrum_type(curvature(study, model, images), seed=study.seed, **effort)
 
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #4f3b81e2
@@ -215,6 +212,7 @@ def criteria_along_training(
     study: Study,
     folder: Path,
     *,
+    images: int,  # at most, for a spectrum
     probes: int,  # of a spectrum
     matvecs: int,  # of a probe
     shift: Mapping[str, float],  # as `spoilt` takes it
@@ -229,7 +227,7 @@ def criteria_along_training(
     looks = study.scale.criteria_looks
     spacing = len(snapshots) / looks
     chosen = sorted({max(0, round((look + 1) * spacing) - 1) for look in range(looks)})
-    sets = criteria_sets(study, shift)
+    sets = criteria_sets(study, shift, images)
     states = []
     for number in tqdm(chosen, desc="snapshots", leave=False, disable=not study.progress):
         epochs, file = snapshots[number]
@@ -315,7 +313,9 @@ CRITERIA = (
         "them, unseen ones, spoilt ones.",
         needs=(),
         suits=("few", "many"),
-        settings=dict(probes=3, matvecs=24, shift=dict(blur=1.0, contrast=0.5, noise=0.3)),
+        settings=dict(
+            images=256, probes=3, matvecs=32, shift=dict(blur=0.7, contrast=0.7, noise=0.1)
+        ),
         depends_on=criteria_settings,
     ),
     Experiment(
@@ -323,7 +323,7 @@ CRITERIA = (
         run=clipping_sgd,
         summary="The kind of the spectrum while SGD trains, its gradients clipped or not.",
         needs=(),
-        settings=dict(clips=(None, 1.0, 0.1), probes=3, matvecs=24),
+        settings=dict(clips=(None, 1.0, 0.1), probes=3, matvecs=32),
         depends_on=clipping_settings,
     ),
 )
