@@ -313,7 +313,7 @@ def short_runs_frame(
     run = results.runs["lanczos_steps"][seed].results
     columns = {"certified": [f"{value:.1f}" for value in run.values[:10]]}
     for place, count in enumerate(run.steps):
-        found = np.array([draw.values[place][:10] for draw in run.runs])
+        found = np.array([draw.values[place][:10] for draw in run.runs]).round(1) + 0.0
         columns[f"{count} steps"] = [
             f"{low:.1f}" if high - low < 0.05 else f"{low:.1f} to {high:.1f}"
             for low, high in zip(found.min(0), found.max(0))
