@@ -26,7 +26,7 @@ mkdir -p "$work/runs" || exit 2
 work=$(cd "$work" && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HESSIAN_SURGERY_CACHE="$work/cache" HESSIAN_SURGERY_DATA="${DATA:-${HESSIAN_SURGERY_DATA:-data}}"
-export HESSIAN_SURGERY_TEST_DEVICE="$device" NVIDIA_TF32_OVERRIDE=0 # products in full float32
+export HESSIAN_SURGERY_TEST_DEVICE="$device"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + jobs) / (jobs + 1) ))}
 
 few=(surgery_gamma_p2 surgery_adam_p2 front_biases state_at_start spectrum surgery_paper_eps
@@ -62,7 +62,8 @@ reproduce() { # FOLDER JOBS SEED EXPERIMENT ... -- IMAGES AND FLAGS
     shift
     run() {
         [ "$(left)" -gt $((2 * margin)) ] || return 0
-        "$python" -m hessian_surgery_nb reproduce "${images[@]}" --experiment "$@" --seed "$seed" --seeds 1 \
+        timeout --signal INT --kill-after 10 $(($(left) + margin)) \
+            "$python" -m hessian_surgery_nb reproduce "${images[@]}" --experiment "$@" --seed "$seed" --seeds 1 \
             --device "$device" --jobs "$workers" --budget $(($(left) - margin)) --out "$work/runs/$folder"
     }
     local images=("$@")

@@ -111,12 +111,17 @@ class SpikeStore:
         path: str | Path | None = None,  # a file; None: in memory
         count: int = 0,  # how many a file holds already
     ):
-        if path is None:
-            self.all = torch.empty(capacity, n, dtype=dtype, device=device)
-        else:
-            flat = torch.from_file(str(path), shared=True, size=capacity * n, dtype=dtype)
-            self.all = flat.view(capacity, n)
         self.count = count
+        self.file = None  # (capacity, n), the file as a tensor
+        if path is not None:
+            flat = torch.from_file(str(path), shared=True, size=capacity * n, dtype=dtype)
+            self.file = flat.view(capacity, n)
+        if self.file is not None and torch.device(device).type == "cpu":
+            self.all = self.file
+            return
+        self.all = torch.empty(capacity, n, dtype=dtype, device=device)
+        if self.file is not None:  # a GPU does not read files: it has them twice
+            self.all[:count] = self.file[:count].to(device)
 
     @property
     def vectors(self) -> torch.Tensor:  # (n, count)
@@ -153,6 +158,8 @@ class SpikeStore:
                 )
         unit = vector / vector_norm(vector).to(vector)
         self.all[self.count] = unit.to(self.all.dtype)
+        if self.file is not None and self.file is not self.all:
+            self.file[self.count] = self.all[self.count].cpu()
         self.count += 1
         return cosines
 

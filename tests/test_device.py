@@ -6,6 +6,7 @@ processor, as they do in experiments: the library moves each batch.
 
 import copy
 import os
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hessian_surgery_nb.baselines import post_hoc
 from hessian_surgery_nb.class_structure import class_subspace
 from hessian_surgery_nb.comparison import compare
 from hessian_surgery_nb.deflated_surgery import deflated_operate
+from hessian_surgery_nb.deflation import SpikeStore
 from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.foundations.accuracy import class_accuracy, predict
 from hessian_surgery_nb.foundations.networks import digits_net
@@ -159,6 +161,11 @@ MEASURED = {
     "surgery in phases": lambda net: outcome(
         deflated_operate(net, LOSS, CURVATURE, TUNED, phases=(2, 1), **SHOWN)
     ),
+    "surgery in phases, kept in files": lambda net: in_a_directory(
+        lambda run_dir: outcome(
+            deflated_operate(net, LOSS, CURVATURE, TUNED, phases=(2, 1), run_dir=run_dir, **SHOWN)
+        )
+    ),
     "linearised": lambda net: (
         linearised_operate(net, LOSS, CURVATURE, TUNED, rounds=1, **SHOWN)
         .to_frame()
@@ -195,6 +202,11 @@ SHOWN = dict(held_out=HELD, config=QUICK, progress=False)
 
 def changed(**settings):
     return dict(SHOWN, config=SurgeryConfig(**{**vars(QUICK), **settings}))
+
+
+def in_a_directory(work):
+    with tempfile.TemporaryDirectory() as directory:
+        return work(directory)
 
 
 def spikes(net):
@@ -238,3 +250,13 @@ def test_training_within_the_bulk(there):
     moved = nn.utils.parameters_to_vector(there.parameters()).detach() - before
     decayed = directions.T @ moved
     assert is_there(moved) and moved.norm() > 0 and torch.isfinite(decayed).all()
+
+
+def test_directions_in_a_file_are_found_again(tmp_path):
+    options = dict(dtype=torch.float64, device=DEVICE, path=tmp_path / "directions.bin")
+    store = SpikeStore(20, 4, **options)
+    generator = torch.Generator().manual_seed(0)
+    store.add(torch.randn(20, 3, generator=generator, dtype=torch.float64).to(DEVICE))
+    again = SpikeStore(20, 4, count=3, **options)
+    assert is_there(again.vectors) and torch.equal(again.vectors.cpu(), store.vectors.cpu())
+    assert relative_error(again.vectors.T @ again.vectors, torch.eye(3)) < 1e-12

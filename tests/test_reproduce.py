@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from hessian_surgery_nb.app import reproduce
+from hessian_surgery_nb.app.cli import main
 from hessian_surgery_nb.foundations.datasets import write_toy_images
 from hessian_surgery_nb.foundations.networks import resnet20
 from hessian_surgery_nb.foundations.weight_files import weights_bytes
@@ -269,6 +271,16 @@ def test_what_is_under_way_ends_with_its_budget(place, workers, budget):
     assert "This goes on: hessian-surgery reproduce toys " in errors
     assert f"--budget {budget}" in errors
     assert not list(out.glob("*.json")) and not list(out.rglob("*.part"))
+
+
+def test_reading_images_ends_with_the_budget_too(place, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "sources_of", lambda *_: time.sleep(200))
+    out = place / "slow"
+    flags = ["--quick", "--seeds", "1", "--experiment", "spectrum", "--budget", "1"]
+    began = time.monotonic()
+    assert main(["reproduce", str(place / "toys"), *flags, "--out", str(out)]) == 0
+    assert time.monotonic() - began < 150
+    assert "Left are toys_resnet20_s0: network, spectrum." in capsys.readouterr().err
 
 
 def test_in_stretches_it_ends_in_the_same_numbers(place, whole):

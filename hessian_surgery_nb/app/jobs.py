@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,8 +140,8 @@ def _ring(*_):
 
 def within(
     budget: Budget | None,  # None: as long as it takes
-    work: Callable[[], float],
-) -> float | None:  # what `work` returns; None where it was cut off
+    work: Callable[[], Any],
+) -> Any:  # what `work` returns; None where it was cut off
     "Work that ends when the budget is spent."
     if budget is None or threading.current_thread() is not threading.main_thread():
         return work()  # signals reach the main thread only

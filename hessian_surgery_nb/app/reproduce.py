@@ -22,6 +22,7 @@ from hessian_surgery_nb.app.jobs import (
     run_jobs,
     seconds_taken,
     time_left,
+    within,
 )
 from hessian_surgery_nb.app.options import (
     check_at_least,
@@ -310,8 +311,9 @@ def run_reproduce(args: argparse.Namespace) -> int:  # exit code
     jobs = _all_jobs(studies, experiments_asked_for(args, studies[0].kind))
     if not args.dry_run:
         missing = {job.name for job in jobs if not job.path.exists()}
-        sources = sources_of(studies, missing)
-        jobs = [_with_sources(job, sources) for job in jobs]
+        sources = within(budget, lambda: sources_of(studies, missing))
+        if sources is not None:  # images were read in time
+            jobs = [_with_sources(job, sources) for job in jobs]
 
     stored = [job for job in jobs if job.path.exists()]
     todo = [job for job in jobs if not job.path.exists()]
