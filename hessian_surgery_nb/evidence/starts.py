@@ -5,13 +5,12 @@
 # %% ../../nbs/evidence/07c_starts.ipynb #1396cbc3
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .prediction import rank_correlation
 from hessian_surgery_nb.evidence.reading import (
     Results,
     interval_text,
@@ -19,12 +18,8 @@ from hessian_surgery_nb.evidence.reading import (
     reports_text,
 )
 from .records import ReportRecord, StoredRecord
-from .results import FrontRun, SurgeryRun
-from hessian_surgery_nb.evidence.settling_results import (
-    SettlingMethod,
-    SettlingRun,
-    StateRecord,
-)
+from .results import FrontRun, PostHocRecord, SurgeryRun
+from .settling_results import SettlingMethod, SettlingRun
 from .stored_runs import StoredRun
 from .tables_many import at_price
 from ..foundations.checks import InputError
@@ -36,12 +31,11 @@ __all__ = [
     "METHODS_OF_STARTS",
     "priced",
     "settled_by",
+    "post_hoc_part",
     "method_cost",
     "method_changes",
+    "network_changes",
     "starts_frame",
-    "states_frame",
-    "plot_bias_and_gain",
-    "plot_temperature",
     "plot_ways",
 ]
 
@@ -73,6 +67,13 @@ def settled_by(
     return pick
 
 
+def post_hoc_part(
+    name: str,  # of a method that needs no training
+) -> Pick:
+    "That method's record."
+    return lambda run: run.methods[name]
+
+
 def _whole(run: StoredRecord) -> StoredRecord:
     return run
 
@@ -88,6 +89,7 @@ METHODS_OF_STARTS: tuple[tuple[str, str, Pick], ...] = (
     ("biases at no price", "front_biases", priced(0.0)),
     ("biases at 0.25 pp", "front_biases", priced(0.0025)),
     ("biases at 0.5 pp", "front_biases", priced(0.005)),
+    ("tau-norm", "rivals", post_hoc_part("tau-norm")),
     ("Newton, two steps", "settling", settled_by("Newton, two steps")),
     (
         "Newton, two steps, then biases at 0.2 pp",
@@ -133,7 +135,7 @@ def _cost(run: StoredRun, part: StoredRecord) -> float:
         method, tuned = _method_of(results, part)
         settling = _PRODUCT * of_curvature * method.matvecs + method.gradient_images
         return settling + passes * tuned
-    return passes
+    return passes * (part.passes if isinstance(part, PostHocRecord) else 1)
 
 
 def _method_of(run: SettlingRun, part: StoredRecord) -> tuple[SettlingMethod, bool]:
@@ -169,6 +171,23 @@ def method_changes(
     return found
 
 
+# %% ../../nbs/evidence/07c_starts.ipynb #2a63af64
+def network_changes(
+    results: Results,
+    name: str,  # experiment
+    pick: Pick,
+) -> dict[int, tuple[float, float]]:  # seed -> fall of sigma (%), change of global accuracy (pp)
+    "What a method did to each network, held-out."
+    found = {}
+    for seed in results.seeds(name, "network") if name in results else []:
+        part = pick(results.runs[name][seed].results)
+        if part is not None:
+            before, after = results.runs["network"][seed].results.held_out, _report(part)
+            fall = 100 * (1 - after.sigma_pp / before.sigma_pp)
+            found[seed] = fall, after.global_percent - before.global_percent
+    return found
+
+
 # %% ../../nbs/evidence/07c_starts.ipynb #3d3d1137
 def _row_of(method: str, found: dict[str, Any], cost: float) -> dict[str, Any]:
     relative = tuple(100 * end / found["start sigma"] for end in found["sigma"])
@@ -201,97 +220,6 @@ def starts_frame(
                 cost = method_cost(results, name, pick)
                 rows.append({"start": regime, **_row_of(method, found, cost)})
     return pd.DataFrame(rows).set_index(["start", "method"]).fillna("")
-
-
-# %% ../../nbs/evidence/07c_starts.ipynb #60c37bd2
-_STATES = "state_at_start", "along_training", "temperature"  # experiments that hold states
-
-
-def _state_row(state: StateRecord) -> dict[str, Any]:
-    before, after = state.held_out, state.free.held_out
-    return {
-        "when": state.when,
-        "epochs": state.epochs,
-        "class bias (%)": 100 * state.class_bias.size,
-        "predicted fall of the loss": state.settledness.predicted_fall,
-        "predicted fall (% of the loss)": 100
-        * state.settledness.predicted_fall
-        / state.settledness.loss,
-        "share": state.settledness.share,
-        "global (%)": before.global_percent,
-        "sigma (pp)": before.sigma_pp,
-        "free gain (pp)": before.sigma_pp - after.sigma_pp,
-        "free gain (%)": 100 * (1 - after.sigma_pp / before.sigma_pp),
-        "change of global (pp)": after.global_percent - before.global_percent,
-    }
-
-
-def states_frame(
-    regimes: Mapping[str, Results],  # in words -> its runs
-):
-    "Every stored state of every network."
-    import pandas as pd
-
-    rows = []
-    for regime, results in regimes.items():
-        for name in _STATES:
-            for seed, run in results.runs.get(name, {}).items():
-                for state in run.results.states:
-                    key = {"start": regime, "seed": seed, "experiment": name}
-                    rows.append(key | _state_row(state))
-    return pd.DataFrame(rows)
-
-
-# %% ../../nbs/evidence/07c_starts.ipynb #b2311905
-def plot_bias_and_gain(
-    frame: Any,  # of states_frame
-    ax: Axes | None = None,
-) -> Axes:
-    "Free gain of biases against the class bias measured beforehand, one point a network."
-    groups = frame["start"].astype(str) + frame["seed"].astype(str)
-    title = "Class bias beforehand, free gain afterwards"
-    if groups.nunique() >= 4:
-        triple = rank_correlation(frame["class bias (%)"], frame["free gain (%)"], groups=groups)
-        title = f"Rank correlation {interval_text(triple, 2)}"
-    ax = new_axes(
-        ax,
-        title=title,
-        xlabel="class bias on the sensitivity set (%)",
-        ylabel="sigma falls for nothing (%), held-out",
-    )
-    for (name, part), colour in zip(frame.groupby("start"), ("blue", "red", "orange", "green")):
-        ax.plot(
-            part["class bias (%)"],
-            part["free gain (%)"],
-            "o",
-            ms=4,
-            color=COLOURS[colour],
-            label=name,
-        )
-    ax.axhline(0, color=COLOURS["grey"], lw=0.8)
-    ax.legend(frameon=False, fontsize=8)
-    return ax
-
-
-def plot_temperature(
-    frame: Any,  # of states_frame
-    start: str,  # kind of start
-    axes: Sequence[Axes] | None = None,  # two; None: new ones
-) -> Sequence[Axes]:
-    "Class bias and free gain while a network is cooled and heated, a line a seed."
-    import matplotlib.pyplot as plt
-
-    if axes is None:
-        axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")[1]
-    chosen = frame[(frame["experiment"] == "temperature") & (frame["start"] == start)]
-    for ax, column in zip(axes, ("class bias (%)", "free gain (%)")):
-        new_axes(ax, title=column, xlabel="epochs of training", ylabel="")
-        for _, part in chosen.groupby("seed"):
-            ax.plot(part["epochs"], part[column], "-", lw=0.8, color=COLOURS["grey"])
-            for phase, colour in (("start", "black"), ("cooling", "blue"), ("heating", "red")):
-                there = part[part["when"] == phase]
-                ax.plot(there["epochs"], there[column], "o", ms=4, color=COLOURS.get(colour, "k"))
-    return axes
 
 
 # %% ../../nbs/evidence/07c_starts.ipynb #b6c5b79d

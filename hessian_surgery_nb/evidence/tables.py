@@ -5,7 +5,6 @@
 # %% ../../nbs/evidence/05_tables.ipynb #33051576
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -498,7 +497,7 @@ ROWS_9 = (  # method, experiment
 
 
 def _epoch_row(
-    runs: Sequence[AfterSurgeryRun],
+    runs: list[AfterSurgeryRun],
     epoch: int,  # from 0
 ) -> dict[str, Any]:
     "Reports after an epoch, and how much of its change of weights lay along the spikes."
