@@ -23,6 +23,7 @@ from .foundations.checks import InputError
 from .foundations.distributed import Team, current_team
 from .foundations.forward import Forward, functional_logits
 from .foundations.guards import plainly
+from .foundations.krylov_basis import fix_signs
 from hessian_surgery_nb.foundations.losses import (
     as_loss_module,
     call_loss,
@@ -349,10 +350,11 @@ def class_subspace(
     # eigenvectors V u / sqrt(lambda), orthonormal to the last digit
     Q, R = torch.linalg.qr(V @ (U[:, :k] / values[:k].sqrt()).to(V))
     weights = next(iter(select_params(model, params).values()))
-    vectors = (Q * R.diagonal().sign()).to(weights)
+    rows = (Q * R.diagonal().sign()).to(weights).T.contiguous()
+    fix_signs(rows, rows.shape[1])  # which sign eigh gives depends on the machine
     return Eigenpairs(
         values=values[:k],
-        vectors=team.shard(vectors),
+        vectors=team.shard(rows.T),
         residuals=torch.full((k,), math.nan, dtype=torch.float64),
         num_matvecs=0,
         converged=torch.zeros(k, dtype=torch.bool),
