@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from .published import PAPER
+from .question_experiments import participation
 from .question_results import LanczosStepsRun
 from .reading import Results, interval_text
 from .results import SurgeryRun
@@ -34,6 +36,7 @@ __all__ = [
     "global_mean_frame",
     "bulk_frame",
     "contrasts_frame",
+    "participation_frame",
     "rank_and_front",
 ]
 
@@ -395,6 +398,28 @@ def contrasts_frame(
         row["rank correlation"] = interval_text(correlation, 2)
         rows[seed] = row
     return pd.DataFrame(rows).T.rename_axis("seed")
+
+
+# %% ../../nbs/evidence/07b_smaller_claims.ipynb #de0cdf6e
+def participation_frame(results: Results):
+    "Classes that the first, the median and the last spike move; rank correlation with its number."
+    import pandas as pd
+    from scipy.stats import spearmanr
+
+    rows = {}
+    for seed in results.seeds("sensitivity"):
+        run = results.runs["sensitivity"][seed].results
+        matrix, noise = (
+            torch.tensor(each, dtype=torch.float64) for each in (run.matrix, run.noise)
+        )
+        spread = participation(matrix, noise).numpy()
+        rows[seed] = {
+            "first": spread[0],
+            "median": np.nanmedian(spread),
+            "last": spread[-1],
+            "rank correlation": spearmanr(range(len(spread)), spread, nan_policy="omit").statistic,
+        }
+    return pd.DataFrame(rows).T.rename_axis("seed").round(2)
 
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #fd359616

@@ -503,8 +503,7 @@ def _epoch_row(
     "Reports after an epoch, and how much of its change of weights lay along the spikes."
     row = {"seeds": len(runs)} | reports_text([run.epochs[epoch].held_out for run in runs])
     if all(run.along_spikes is not None for run in runs):
-        shares = [100 * run.along_spikes[epoch] for run in runs]
-        row["along spikes (%)"] = over_seeds(shares, 2)
+        row["along spikes (%)"] = over_seeds([100 * run.along_spikes[epoch] for run in runs], 2)
         row["spikes kept (%)"] = over_seeds([100 * run.spikes_kept[epoch] for run in runs], 0)
     return row
 
