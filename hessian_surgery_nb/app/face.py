@@ -37,6 +37,7 @@ _FACE = {
     "DeflatedOperator": "deflation",
     "deflated_operate": "deflated_surgery",
     "screen": "effective_rank",
+    "diagnose": "diagnosis",
     "class_accuracy": "foundations.accuracy",
     "predict": "foundations.accuracy",
     "load_weights": "foundations.weight_files",
