@@ -105,10 +105,9 @@ def one_of_digits(kind: str, schedule: str, seed: int) -> dict:
     if kind == "biased":
         net = with_wrong_biases(net, WRONG["digits"], seed)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(seed))
-    both = [splits.sensitivity, splits.held_out]
-    judges = replace(
-        both[0], x=torch.cat([part.x for part in both]), y=torch.cat([part.y for part in both])
-    )
+    both = splits.sensitivity, splits.held_out
+    joined = {name: torch.cat([getattr(part, name) for part in both]) for name in ("x", "y")}
+    judges = replace(both[0], ids=None, **joined)
     found, accuracy = examined(
         net,
         splits.train[order].batches(64),
