@@ -106,8 +106,8 @@ def one_of_digits(kind: str, schedule: str, seed: int) -> dict:
         net = with_wrong_biases(net, WRONG["digits"], seed)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(seed))
     both = splits.sensitivity, splits.held_out
-    joined = {name: torch.cat([getattr(part, name) for part in both]) for name in ("x", "y")}
-    judges = replace(both[0], ids=None, **joined)
+    joined = {name: torch.cat([getattr(part, name) for part in both]) for name in ("x", "y", "ids")}
+    judges = replace(both[0], **joined)
     found, accuracy = examined(
         net,
         splits.train[order].batches(64),
