@@ -24,14 +24,19 @@ from tqdm import tqdm
 
 from hessian_surgery_nb.diagnosis import Diagnosis, diagnose
 from hessian_surgery_nb.evidence.settling_experiments import gradient_images
-from hessian_surgery_nb.evidence.study import Study
+from hessian_surgery_nb.evidence.spectrum_experiments import RECIPES
+from hessian_surgery_nb.evidence.study import Study, build_network
 from hessian_surgery_nb.foundations.accuracy import predict
 from hessian_surgery_nb.foundations.datasets import Samples, load_digits
-from hessian_surgery_nb.foundations.networks import digits_net, find_head, resnet20
+from hessian_surgery_nb.foundations.networks import digits_net, find_head
 from hessian_surgery_nb.foundations.runs import RunStore
-from hessian_surgery_nb.foundations.splits import long_tail_splits
+from hessian_surgery_nb.foundations.splits import (
+    long_tail_counts,
+    long_tail_splits,
+    shuffled_rows,
+)
 from hessian_surgery_nb.foundations.training import train
-from hessian_surgery_nb.foundations.weight_files import load_weights
+from hessian_surgery_nb.foundations.weight_files import load_weights, weights_bytes, write_atomic
 from hessian_surgery_nb.rest_trial import try_rest
 
 KINDS = dict(balanced=1.0, tail10=10.0, tail30=30.0, confused=1.0, biased=1.0)
@@ -127,15 +132,68 @@ def one_of_digits(kind: str, schedule: str, seed: int) -> dict:
     )
 
 
+def cifar(folder: Path, root: Path, seed: int, network: str = "resnet20") -> Study:
+    store = RunStore(folder, folder)
+    return Study(
+        store=store, seed=seed, dataset="cifar10", network=network, root=root, progress=False
+    )
+
+
+def cifar_tail(study: Study, ratio: float) -> Samples:
+    "Training images of which one class has that many times more than another."
+    images = study.splits.train
+    generator = torch.Generator().manual_seed(study.seed)
+    sizes = long_tail_counts(10, int(images.counts.min()), ratio)
+    by_frequency = torch.randperm(10, generator=generator).tolist()
+    drawn = [
+        shuffled_rows(images.y, label, generator)[:size] for label, size in zip(by_frequency, sizes)
+    ]
+    return images[torch.cat(drawn)]
+
+
+def of_cifar_tail(seed: int, root: Path, work: Path) -> dict:
+    "A network that was trained on a tenth of the images of one class; its weights stay in work."
+    study = cifar(work, root, seed)
+    images = cifar_tail(study, 10.0)
+    net = build_network(study)
+    file = work / f"cifar10_resnet20_tail10_s{seed}_network.safetensors"
+    if file.exists():
+        load_weights(net, file)
+    else:
+        train(net, images.pair, epochs=10, seed=seed, progress=True, **RECIPES["annealed"])
+        write_atomic(file, weights_bytes(net))
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    curved, further = rows[: study.scale.hessian], rows[study.scale.hessian :]
+    found, accuracy = examined(
+        net.eval(),
+        images[further[: study.scale.gradient_images]].batches(64),
+        images[curved].pair,
+        study.splits.sensitivity,
+        images.counts,
+        seed=seed,
+        tol=3e-2,
+    )
+    return dict(
+        network="CIFAR-10, tail10, annealed",
+        seed=seed,
+        truth=truth("tail10", "annealed"),
+        chosen_on=False,
+        global_percent=100 * accuracy,
+        diagnosis=found.to_dict(),
+    )
+
+
 def of_cifar(file: Path, root: Path) -> list[dict]:
     "The network, and where it is at rest the same with wrong biases."
     name = str(file)
     seed = int(re.search(r"_s(\d+)", name)[1])
-    store = RunStore(file.parent, file.parent)
-    study = Study(store=store, seed=seed, dataset="cifar10", root=root, progress=False)
-    net = load_weights(resnet20(classes=10, width=16, blocks=3), file).eval()
-    schedule = "constant" if "constant" in name or "hot" in name else "annealed"
-    kinds = ["balanced"] if schedule == "constant" else ["balanced", "biased"]
+    is_pretrained = "pretrained" in name
+    network = "timm:tf_efficientnet_lite0" if is_pretrained else "resnet20"
+    study = cifar(file.parent, root, seed, network)
+    net = load_weights(build_network(study), file).eval()
+    is_constant = any(word in name for word in ("constant", "hot", "pretrained"))
+    schedule = "constant" if is_constant else "annealed"
+    kinds = ["balanced"] if is_constant else ["balanced", "biased"]
     rows = []
     for kind in kinds:
         tried = with_wrong_biases(net, WRONG["cifar10"], seed) if kind == "biased" else net
@@ -149,6 +207,7 @@ def of_cifar(file: Path, root: Path) -> list[dict]:
             tol=3e-2,
         )
         after = ", after 390 steps at a constant rate" if "hot" in name else ""
+        after += ", EfficientNet-lite0, pretrained" if is_pretrained else ""
         row = dict(
             network=f"CIFAR-10, {kind}, {schedule}{after}",
             seed=seed,
@@ -189,6 +248,8 @@ def main():
     parser: argparse.ArgumentParser = arguments(__doc__, "nbs/runs/diagnosis.json")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(16)))
     parser.add_argument("--networks", nargs="*", default=[], help="safetensors of CIFAR-10")
+    parser.add_argument("--tails", type=int, nargs="*", default=[], help="seeds, CIFAR-10")
+    parser.add_argument("--work", default=".", help="folder for the weights of those")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cells = itertools.product(KINDS, SCHEDULES, args.seeds)
@@ -197,6 +258,8 @@ def main():
     for file in args.networks:
         rows += of_cifar(Path(file), Path(args.data).parent)
         print(rows[-1]["network"], rows[-1]["seed"], rows[-1]["diagnosis"]["line"], flush=True)
+    for seed in args.tails:
+        rows.append(of_cifar_tail(seed, Path(args.data).parent, Path(args.work)))
     rows = earlier_rows(args.out, rows) + rows
     conditions = about(args, seeds=sorted({row["seed"] for row in rows}))
     conditions["data"] = "digits of scikit-learn, CIFAR-10"

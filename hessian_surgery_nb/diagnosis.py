@@ -170,7 +170,11 @@ def _most_confused(
     return tuple(found)
 
 
-# %% ../nbs/07a_diagnosis.ipynb #597ff7da
+# %% ../nbs/07a_diagnosis.ipynb #566c4414
+def _gains(trial: RestTrial) -> bool:
+    return trial.gain >= _LEAST_GAIN and trial.gain > _ONE_PERCENT * trial.gain_error
+
+
 def _is_unsettled(trial: RestTrial) -> bool | None:  # None: the images do not tell
     "Would rest gain on other images what biases alone would not?"
     if trial.gain + _FIVE_PERCENT * trial.gain_error < _LEAST_GAIN or trial.beyond is None:
@@ -178,8 +182,7 @@ def _is_unsettled(trial: RestTrial) -> bool | None:  # None: the images do not t
     margin = _FIVE_PERCENT * trial.beyond_error
     if trial.beyond + margin < _LEAST_BEYOND:
         return False
-    gains = trial.gain >= _LEAST_GAIN and trial.gain > _ONE_PERCENT * trial.gain_error
-    return True if gains and trial.beyond - margin > _LEAST_BEYOND else None
+    return True if _gains(trial) and trial.beyond - margin > _LEAST_BEYOND else None
 
 
 def _is_biased(size: float, chance: float, gain: float, error: float) -> bool | None:
@@ -325,7 +328,9 @@ def _named(holds: dict[str, bool | None]) -> str:  # case -> yes, no, or None: u
     return "even"
 
 
-def _advice(case: str, unsettled: bool | None) -> str:
+def _advice(case: str, unsettled: bool | None, trial: RestTrial | None) -> str:
+    if case == "undecided" and trial is not None and _gains(trial):
+        return _ADVICE["unsettled"]  # and where biases alone would do, it does no harm
     if unsettled and case not in ("unsettled", "undecided"):
         return f"settle first (hs.settle), then {_ADVICE[case]}"
     return _ADVICE[case]
@@ -362,7 +367,7 @@ def diagnose(
         case=_named(holds),
         cases=tuple(case for case in _ORDER if holds[case]) or ("even",),
         undecided=tuple(case for case in _ORDER if holds[case] is None),
-        advice=_advice(_named(holds), holds["unsettled"]),
+        advice=_advice(_named(holds), holds["unsettled"], trial),
         unknown=tuple(name for name, is_missing in missing.items() if is_missing),
         **rarity,
         **_rest_evidence(trial),

@@ -292,6 +292,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         params=args.params,
         names=sets.classes,
         counts=_training_counts(args.data, sets.classes),
+        gradient_data=sets.gradient,
         seed=args.seed,
         progress=sys.stderr.isatty(),
         **options,
