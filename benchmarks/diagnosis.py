@@ -4,7 +4,7 @@ Digit networks: even classes, two long tails, and two classes whose labels were 
 quarter of the images; each trained with a learning rate that falls to 0 and with one that stays;
 and even classes with wrong biases in the head. With --data, networks of CIFAR-10 from their files
 as well, those at rest a second time with wrong biases. The limits of the rule were chosen on the
-digit networks of seeds 0 to 7. Rows of other networks that --out has already stay in it.
+digit networks of seeds 0 to 15. Rows of other networks that --out has already stay in it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hessian_surgery_nb.rest_trial import try_rest
 
 KINDS = dict(balanced=1.0, tail10=10.0, tail30=30.0, confused=1.0, biased=1.0)
 SCHEDULES = dict(annealed="cosine", constant="constant")
-CHOSEN_ON = range(8)  # seeds of digit networks
+CHOSEN_ON = range(16)  # seeds of digit networks
 WRONG = dict(digits=2.0, cifar10=1.0)  # standard deviation of the wrong biases, in logits
 CONFUSED = 3, 8  # their labels are exchanged for a quarter of the images
 RECIPE = dict(epochs=12, lr=0.1, optimizer="sgd", batch_size=8, weight_decay=0.0)
@@ -246,7 +246,7 @@ def earlier_rows(out: str, rows: list[dict]) -> list[dict]:
 
 def main():
     parser: argparse.ArgumentParser = arguments(__doc__, "nbs/runs/diagnosis.json")
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(16)))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(32)))
     parser.add_argument("--networks", nargs="*", default=[], help="safetensors of CIFAR-10")
     parser.add_argument("--tails", type=int, nargs="*", default=[], help="seeds, CIFAR-10")
     parser.add_argument("--work", default=".", help="folder for the weights of those")

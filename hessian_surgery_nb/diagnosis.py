@@ -25,6 +25,7 @@ _LEVEL = 0.01  # of each test
 _LEAST_BIAS = 0.05  # root mean square over classes, of predicted over true images
 _LEAST_RATIO = 2.0  # of the training images of two classes
 _LEAST_GAIN = 0.05  # of the loss of other images, by rest or by biases
+_LEAST_NEWTON = 0.01  # of that loss, by the Newton step once biases are in place
 _LEAST_BEYOND = 0.12  # of the fall of the training loss that is not by biases
 _ONE_PERCENT = 2.326  # a standard normal exceeds it in 1 % of all cases
 _FIVE_PERCENT = 1.645
@@ -170,26 +171,31 @@ def _most_confused(
     return tuple(found)
 
 
-# %% ../nbs/07a_diagnosis.ipynb #566c4414
+# %% ../nbs/07a_diagnosis.ipynb #0b05e7f1
+def _is_gain(gain: float, error: float, least: float) -> bool:
+    return gain >= least and gain > _ONE_PERCENT * error
+
+
 def _gains(trial: RestTrial) -> bool:
-    return trial.gain >= _LEAST_GAIN and trial.gain > _ONE_PERCENT * trial.gain_error
+    return _is_gain(trial.gain, trial.gain_error, _LEAST_GAIN)
 
 
 def _is_unsettled(trial: RestTrial) -> bool | None:  # None: the images do not tell
     "Would rest gain on other images what biases alone would not?"
     if trial.gain + _FIVE_PERCENT * trial.gain_error < _LEAST_GAIN or trial.beyond is None:
         return False
+    by_newton = _is_gain(trial.newton_gain, trial.newton_gain_error, _LEAST_NEWTON)
     margin = _FIVE_PERCENT * trial.beyond_error
-    if trial.beyond + margin < _LEAST_BEYOND:
+    if not by_newton and trial.beyond + margin < _LEAST_BEYOND:
         return False
-    return True if _gains(trial) and trial.beyond - margin > _LEAST_BEYOND else None
+    return True if _gains(trial) and (by_newton or trial.beyond - margin > _LEAST_BEYOND) else None
 
 
 def _is_biased(size: float, chance: float, gain: float, error: float) -> bool | None:
     "Are frequencies wrong, and do biases gain on images that they were not fitted on?"
     if chance >= _LEVEL or size < _LEAST_BIAS or gain + _FIVE_PERCENT * error < _LEAST_GAIN:
         return False
-    return True if gain >= _LEAST_GAIN and gain > _ONE_PERCENT * error else None
+    return True if _is_gain(gain, error, _LEAST_GAIN) else None
 
 
 # %% ../nbs/07a_diagnosis.ipynb #545b503c
@@ -218,6 +224,8 @@ class Diagnosis:
     slope_error: float | None
     rest_gain: float | None  # share of the loss of other images, by biases and a Newton step
     rest_gain_error: float | None
+    newton_gain: float | None  # share of what biases leave, by the Newton step
+    newton_gain_error: float | None
     beyond_biases: float | None  # share of the fall of the training loss
     beyond_biases_error: float | None
     bias: float  # root mean square over classes, noise taken out
@@ -262,8 +270,7 @@ class Diagnosis:
             )
         elif case == "unsettled":
             evidence = f"rest takes {self.rest_gain:.0%} +- {self.rest_gain_error:.0%} off the loss"
-            if self.beyond_biases is not None:
-                evidence += f", {self.beyond_biases:.0%} of it in training beyond biases"
+            evidence += f", {self.newton_gain:.0%} +- {self.newton_gain_error:.0%} after biases"
         elif case == "biased":
             evidence = (
                 f"predicted too often or seldom by {self.bias:.0%}, biases take "
@@ -309,6 +316,8 @@ def _rest_evidence(trial: RestTrial | None) -> dict[str, float | None]:
     names = dict(
         rest_gain="gain",
         rest_gain_error="gain_error",
+        newton_gain="newton_gain",
+        newton_gain_error="newton_gain_error",
         beyond_biases="beyond",
         beyond_biases_error="beyond_error",
     )

@@ -86,13 +86,15 @@ def relative_gain(
     return fall.mean().item() / base, fall.std().item() / math.sqrt(len(fall)) / base
 
 
-# %% ../nbs/03f_rest_trial.ipynb #4b078fd0
+# %% ../nbs/03f_rest_trial.ipynb #e301b305
 @dataclass(frozen=True, kw_only=True)
 class RestTrial:
     "What biases and a Newton step, fitted on training images, do to others."
 
     gain: float  # share of the loss of the other images that both steps take off
     gain_error: float  # its standard error, over those images
+    newton_gain: float  # share of what biases leave of it that the Newton step takes off
+    newton_gain_error: float
     beyond: float | None  # share of the fall of the training loss that biases do not bring
     beyond_error: float | None  # over training images; None: the training loss did not fall
     training_losses: tuple[float, float, float]  # before, with biases, after the Newton step too
@@ -108,7 +110,8 @@ class RestTrial:
         before, _, after = self.training_losses
         return (
             f"RestTrial(loss of {self.num_images} other images lower by {self.gain:.1%} +- "
-            f"{self.gain_error:.1%}; training loss {before:.4f} -> {after:.4f}{share}; "
+            f"{self.gain_error:.1%}, by {self.newton_gain:.1%} +- {self.newton_gain_error:.1%} "
+            f"after biases; training loss {before:.4f} -> {after:.4f}{share}; "
             f"{self.num_matvecs} products)"
         )
 
@@ -134,7 +137,7 @@ def _beyond_biases(
     return everything, math.sqrt((folds - 1) * without.var())
 
 
-# %% ../nbs/03f_rest_trial.ipynb #4535f06c
+# %% ../nbs/03f_rest_trial.ipynb #1c8a1481
 @plainly()
 def try_rest(
     model: nn.Module,  # in evaluation mode; left as it is
@@ -180,11 +183,15 @@ def try_rest(
     beyond, beyond_error = _beyond_biases(stages, labels, loss_fn, folds)
     before, classes = predict(model, others, forward=forward)
     after, _ = predict(settled.model, others, forward=with_biases)
-    losses = [losses_at_best_temperature(found, classes) for found in (before, after)]
-    gain, gain_error = relative_gain(*losses)
+    judged = before, before + biases.to(before), after
+    losses = [losses_at_best_temperature(found, classes) for found in judged]
+    gain, gain_error = relative_gain(losses[0], losses[2])
+    newton_gain, newton_gain_error = relative_gain(losses[1], losses[2])
     return RestTrial(
         gain=gain,
         gain_error=gain_error,
+        newton_gain=newton_gain,
+        newton_gain_error=newton_gain_error,
         beyond=beyond,
         beyond_error=beyond_error,
         training_losses=tuple(loss_fn(stage, labels).item() for stage in stages),

@@ -19,10 +19,12 @@ LOSS = nn.CrossEntropyLoss()
 CLASSES = 4
 
 
-def trial(gain=0.2, gain_error=0.02, beyond=0.3, beyond_error=0.03):
+def trial(gain=0.2, gain_error=0.02, beyond=0.3, beyond_error=0.03, newton=0.0):
     return RestTrial(
         gain=gain,
         gain_error=gain_error,
+        newton_gain=newton,
+        newton_gain_error=0.004,
         beyond=beyond,
         beyond_error=beyond_error,
         training_losses=(0.6, 0.5, 0.4),
@@ -45,8 +47,9 @@ def named(found_trial, **how):
     return diagnose(*answers(**how), counts=[500] * CLASSES, trial=found_trial)
 
 
-def test_a_gain_beyond_biases_is_an_unsettled_network():
-    found = named(trial())
+@pytest.mark.parametrize("beyond", [trial(), trial(beyond=0.1, newton=0.015)])
+def test_a_gain_beyond_biases_is_an_unsettled_network(beyond):
+    found = named(beyond)
     assert found.case == "unsettled" and found.advice.startswith("settle first")
 
 
@@ -56,6 +59,7 @@ def test_a_gain_beyond_biases_is_an_unsettled_network():
         trial(gain=0.03, gain_error=0.005),  # memorised: nothing for other images
         trial(gain=-0.1, gain_error=0.02),
         trial(beyond=0.04),  # biases alone do it
+        trial(beyond=0.04, newton=0.008),  # sure, but too small
         trial(beyond=None, beyond_error=None),  # the training loss does not fall
     ],
 )

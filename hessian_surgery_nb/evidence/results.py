@@ -237,6 +237,8 @@ class DiagnosisRecord(StoredRecord):
     slope_error: float | None
     rest_gain: float | None  # share of the loss of other images, by biases and a Newton step
     rest_gain_error: float | None
+    newton_gain: float | None  # share of what biases leave, by the Newton step
+    newton_gain_error: float | None
     beyond_biases: float | None  # share of the fall of the training loss
     beyond_biases_error: float | None
     bias: float  # root mean square over classes, noise taken out
