@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessian_surgery_nb.evidence.records import (
+    DiagnosisRecord,
     MeasuredRecord,
     OtherRecord,
     ReportRecord,
@@ -35,7 +36,6 @@ __all__ = [
     "PlaceRecord",
     "LossWalkRecord",
     "WalkAtLossRun",
-    "DiagnosisRecord",
     "ScreeningRecord",
     "MatrixRecord",
     "SensitivityRun",
@@ -222,37 +222,6 @@ class WalkAtLossRun(StoredRecord):
 
 
 # %% ../../nbs/evidence/00b_results.ipynb #94cc480c
-@dataclass(frozen=True, kw_only=True)
-class DiagnosisRecord(StoredRecord):
-    "Why the classes of a network are unequal. Fractions."
-
-    case: str  # the first of those that hold, or undecided
-    cases: Sequence[str]  # all that hold
-    undecided: Sequence[str]  # that may hold
-    advice: str
-    unknown: Sequence[str]  # what was not measured
-    count_ratio: float | None  # largest over smallest training count
-    count_chance: float | None  # how often equal counts look so uneven
-    slope: float | None  # of the class bias on the logarithm of the counts
-    slope_error: float | None
-    rest_gain: float | None  # share of the loss of other images, by biases and a Newton step
-    rest_gain_error: float | None
-    newton_gain: float | None  # share of what biases leave, by the Newton step
-    newton_gain_error: float | None
-    beyond_biases: float | None  # share of the fall of the training loss
-    beyond_biases_error: float | None
-    bias: float  # root mean square over classes, noise taken out
-    bias_chance: float
-    bias_gain: float  # share of the loss that biases take off, cross-fitted
-    bias_gain_error: float
-    sigma: float
-    sigma_of_counting: float  # what equal classes would have
-    sigma_chance: float
-    pairs_chance: float
-    most_confused: Sequence[Sequence[Any]]  # two names, and their share of all errors
-    line: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScreeningRecord(StoredRecord):
     "What is known of a network before surgery. Fractions."

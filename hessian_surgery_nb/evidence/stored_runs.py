@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hessian_surgery_nb.evidence.records import (
+    DiagnosisRecord,
     ReportRecord,
     StoredRecord,
     remaining_keys,
@@ -23,7 +24,6 @@ from hessian_surgery_nb.evidence.results import (
     BatchSimulationRun,
     BiasesRun,
     DeflationRun,
-    DiagnosisRecord,
     FineTuningRun,
     FrontRun,
     LinearisationRun,
