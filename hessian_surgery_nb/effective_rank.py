@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +15,11 @@ from torch import nn
 from .amplitude import choose_amplitude
 from .class_structure import class_subspace
 from .coefficients import solve_coefficients
+from .diagnosis import Diagnosis, diagnose
 from .foundations.accuracy import class_means, predict
-from .foundations.batches import Data
+from .foundations.batches import Data, as_batches, split_batch
 from .foundations.checks import InputError
+from .foundations.distributed import current_team
 from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
@@ -24,6 +27,7 @@ from .foundations.splits import check_disjoint
 from .foundations.testbed import Axes, COLOURS, new_axes
 from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
+from .rest_trial import RestTrial, try_rest
 from .sensitivity import Sensitivity, sensitivity_matrix
 
 # %% auto #0
@@ -168,22 +172,27 @@ class Screening:
     matvecs: int  # what screening cost
     passes: int  # over the sensitivity set, likewise
     sensitivity: Sensitivity = field(repr=False)
+    diagnosis: Diagnosis | None = None  # None: not asked for
 
     def __repr__(self):
         low_rank, high_rank = self.rank_interval
         low, high = self.predicted_interval
+        last = "" if self.diagnosis is None else f"\n{self.diagnosis.line}"
         return (
             f"Screening(effective rank {self.effective_rank:.2f} "
             f"[{low_rank:.2f}, {high_rank:.2f}], shuffled labels {self.noise_floor:.2f}, "
             f"s2/s1 {self.flatness:.2f}; predicted for one step: sigma {100 * self.sigma:.1f} -> "
             f"{100 * self.predicted_sigma:.1f} [{100 * low:.1f}, {100 * high:.1f}] pp; "
-            f"{self.matvecs} products, {self.passes} passes)"
+            f"{self.matvecs} products, {self.passes} passes){last}"
         )
 
     def to_dict(self) -> dict[str, object]:
         "For JSON."
-        found = {name: value for name, value in vars(self).items() if name != "sensitivity"}
+        left_out = ("sensitivity", "diagnosis")
+        found = {name: value for name, value in vars(self).items() if name not in left_out}
         found["signal_to_noise"] = self.sensitivity.signal_to_noise
+        if self.diagnosis is not None:
+            found["diagnosis"] = self.diagnosis.to_dict()
         return found
 
 
@@ -194,6 +203,7 @@ def screening_of(
     *,
     matvecs: int = 0,
     passes: int | None = None,  # what S cost; None: the passes that it tells of
+    diagnosis: Diagnosis | None = None,
     seed: int = 0,
 ) -> Screening:
     "Everything that a sensitivity matrix says beforehand, without another pass."
@@ -213,6 +223,7 @@ def screening_of(
         matvecs=matvecs,
         passes=s.num_passes if passes is None else passes,
         sensitivity=s,
+        diagnosis=diagnosis,
     )
 
 
@@ -231,6 +242,29 @@ def _cumulative_energy(singular_values: torch.Tensor) -> tuple[float, ...]:
     return tuple((squares.cumsum(0) / squares.sum()).tolist())
 
 
+# %% ../nbs/08_effective_rank.ipynb #364f2f37
+def _class_counts(data: Data, num_classes: int) -> torch.Tensor | None:  # (C,); None: no counts
+    "Images of each class; labels outside of them are left out."
+    batches = [split_batch(batch)[1] for batch in as_batches(data)]
+    if any(labels.ndim != 1 or labels.is_floating_point() for labels in batches):
+        return None
+    labels = torch.cat(batches).cpu()
+    inside = labels[(labels >= 0) & (labels < num_classes)].long()
+    return torch.bincount(inside, minlength=num_classes) if len(inside) else None
+
+
+def _tried(
+    gradient_data: Data | None,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    sensitivity_data: Data,
+    **options: Any,  # as for try_rest
+) -> RestTrial | None:  # None: no images for it, or several processes
+    if gradient_data is None or current_team().size > 1:
+        return None
+    return try_rest(model, loss_fn, gradient_data, sensitivity_data, **options)
+
+
 # %% ../nbs/08_effective_rank.ipynb #164ce5e3
 @plainly()
 def screen(
@@ -239,6 +273,8 @@ def screen(
     hessian_data: Data,
     sensitivity_data: Data,  # all four as for operate
     *,
+    gradient_data: Data | None = None,  # further training images, some thousands; None: no trial
+    counts: Sequence[int] | None = None,  # (C,) training images; None: those of hessian_data
     num_spikes: int | None = None,  # None: C - 1
     eps: float | None = None,  # None: choose_amplitude
     directions: str = "spikes",  # or "class_means": no eigenvalue search
@@ -251,10 +287,13 @@ def screen(
     progress: bool = False,
     **options: object,  # micro_batch, precision: as for HessianOperator
 ) -> Screening:
-    "Is surgery worth trying? One Lanczos run, one sensitivity matrix; the model is left as it is."
+    """Is surgery worth trying, and why are classes unequal? The model is left as it is.
+
+    One Lanczos run, one sensitivity matrix; with `gradient_data` a trial of rest as well."""
     if directions not in ("spikes", "class_means"):
         raise InputError(f"directions must be 'spikes' or 'class_means'. Got {directions!r}.")
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data)
+    check_disjoint(gradient=gradient_data, sensitivity=sensitivity_data)
     centre = predict(model, sensitivity_data, forward=forward)
     logits, _ = centre
     if directions == "class_means":
@@ -271,7 +310,28 @@ def screen(
     else:
         s = sensitivity_matrix(model, pairs, sensitivity_data, eps=eps, progress=progress, **how)
         passes = s.num_passes
-    return screening_of(s, matvecs=pairs.num_matvecs, passes=passes + 1, seed=seed)
+    trial = _tried(
+        gradient_data,
+        model,
+        loss_fn,
+        sensitivity_data,
+        hessian_data=hessian_data,
+        params=params,
+        forward=forward,
+        reduction=options.get("reduction"),
+        tol=tol,
+        seed=seed,
+        progress=progress,
+    )
+    if counts is None:
+        counts = _class_counts(hessian_data, logits.shape[1])
+    return screening_of(
+        s,
+        matvecs=pairs.num_matvecs + (trial.num_matvecs if trial else 0),
+        passes=passes + (3 if trial else 1),
+        diagnosis=diagnose(*centre, counts=counts, trial=trial, names=names),
+        seed=seed,
+    )
 
 
 # %% ../nbs/08_effective_rank.ipynb #aaf8ad20

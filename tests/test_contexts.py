@@ -37,6 +37,7 @@ from hessian_surgery_nb import (
     slq,
     spectrum_type,
     settling,
+    rest_trial,
     settling_methods,
     spike_validation,
     surgery,
@@ -274,6 +275,7 @@ ENTRIES = {
     "newton_in_spikes": lambda p: settling_methods.newton_in_spikes(
         p.net, CE, p.hessian, num_pairs=2
     ),
+    "try_rest": lambda p: rest_trial.try_rest(p.net, CE, p.hessian, p.sensitive, num_pairs=2),
     "settle": lambda p: settling_methods.settle(p.net, CE, p.hessian, steps=3, checks=1),
     "spectrum_type": lambda p: spectrum_type.spectrum_type(
         operator(p), num_probes=2, num_matvecs=8
@@ -337,6 +339,9 @@ ENTRIES = {
     "deflated_eigenpairs": lambda p: list(deflation.deflated_eigenpairs(operator(p), (1, 1))),
     "DeflatedOperator": lambda p: deflation.DeflatedOperator(operator(p), directions()) @ given().v,
     "screen": lambda p: effective_rank.screen(p.net, CE, p.hessian, p.sensitive),
+    "screen, rest": lambda p: effective_rank.screen(
+        p.net, CE, p.hessian, p.sensitive, gradient_data=p.hessian
+    ),
     "post_hoc": lambda p: list(
         baselines.post_hoc(p.net, p.sensitive, p.held, [8, 8, 8], scales=True, steps=5)
     ),

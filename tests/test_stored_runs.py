@@ -38,7 +38,7 @@ def typed_pairs(value):
 def test_there_are_runs():
     assert len(FILES) > 200
     kinds = {type(read_stored(path)) for path in FILES if path.parent == RUNS}
-    assert BenchmarkFile in kinds and len(kinds) == 4
+    assert BenchmarkFile in kinds and len(kinds) == 5
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

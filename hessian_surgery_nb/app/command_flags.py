@@ -160,6 +160,13 @@ def _add_screen(commands: argparse._SubParsersAction) -> None:
     add_eps_flag(parser)
     add_directions_flag(parser, ("spikes", "class_means"))
     add_scheme_flag(parser)
+    parser.add_argument(
+        "--gradient",
+        type=int,
+        default=2560,
+        metavar="N",
+        help="further training images, at most, on which a step towards rest is tried; 0: none is",
+    )
 
 
 def _add_spectrum(commands: argparse._SubParsersAction) -> None:

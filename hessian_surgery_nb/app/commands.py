@@ -291,6 +291,8 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         scheme=args.scheme,
         params=args.params,
         names=sets.classes,
+        counts=_training_counts(args.data, sets.classes),
+        gradient_data=sets.gradient,
         seed=args.seed,
         progress=sys.stderr.isatty(),
         **options,

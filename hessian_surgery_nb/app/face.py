@@ -37,6 +37,8 @@ _FACE = {
     "DeflatedOperator": "deflation",
     "deflated_operate": "deflated_surgery",
     "screen": "effective_rank",
+    "diagnose": "diagnosis",
+    "try_rest": "rest_trial",
     "class_accuracy": "foundations.accuracy",
     "predict": "foundations.accuracy",
     "load_weights": "foundations.weight_files",

@@ -82,6 +82,7 @@ def load_inputs(
         order=order,
         seed=args.seed,
         hessian=args.hessian,
+        gradient=getattr(args, "gradient", 0),
         batch=args.batch,
         progress=_shows_progress(args),
     )

@@ -53,12 +53,13 @@ class ImageBatches:
 
 @dataclass(frozen=True)
 class OwnSets:
-    "Three sets that share no image."
+    "Three sets that share no image, and perhaps a fourth."
 
     hessian: ImageBatches
     sensitivity: ImageBatches
     held_out: ImageBatches
     classes: tuple[str, ...]
+    gradient: ImageBatches | None = None  # further training images; None: none asked for, or left
 
     def __repr__(self):
         return (
@@ -228,15 +229,18 @@ def own_sets(
     order: str | Sequence[str] | None = None,  # of the classes, as for label_order
     seed: int = 0,  # which images go where
     hessian: int = 128,  # images that show the curvature
+    gradient: int = 0,  # further training images, at most
     batch: int = 100,
     progress: bool = False,
 ) -> OwnSets:
     "Images to see the curvature, to decide, to report."
     hessian = whole("hessian", hessian)
+    gradient = whole("gradient", gradient, 0)
     batch = whole("batch", batch)
     generator = torch.Generator().manual_seed(seed_of(seed))
     learned, rest = own_files(folder, order)
-    curved = _for_curvature(learned, hessian, generator)
+    drawn = _for_curvature(learned, hessian + gradient, generator)
+    curved, further = drawn[:hessian], [] if learned is rest else drawn[hessian:]
     taken = {file for file, _ in curved}
     rest = {name: [file for file in files if file not in taken] for name, files in rest.items()}
     deciding, reporting = _halves(rest, generator)
@@ -252,7 +256,8 @@ def own_sets(
         labels = torch.tensor([classes.index(name) for _, name in labelled])
         return ImageBatches(images, labels, preparation, batch)
 
-    return OwnSets(read(curved), read(deciding), read(reporting), classes)
+    gradients = read(further) if further else None
+    return OwnSets(read(curved), read(deciding), read(reporting), classes, gradients)
 
 
 # %% ../../nbs/app/00_own_network.ipynb #786da71b

@@ -27,6 +27,7 @@ __all__ = [
     "MeasuredRecord",
     "SummaryRecord",
     "TableRecord",
+    "DiagnosisRecord",
 ]
 
 
@@ -264,3 +265,35 @@ class TableRecord(StoredRecord):
     def frame(self) -> pd.DataFrame:
         "The table."
         return pd.DataFrame(self.data, self.index, self.columns)
+
+
+# %% ../../nbs/evidence/00a_records.ipynb #dffa9668
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisRecord(StoredRecord):
+    "Why the classes of a network are unequal. Fractions."
+
+    case: str  # the first of those that hold, or undecided
+    cases: Sequence[str]  # all that hold
+    undecided: Sequence[str]  # that may hold
+    advice: str
+    unknown: Sequence[str]  # what was not measured
+    count_ratio: float | None  # largest over smallest training count
+    count_chance: float | None  # how often equal counts look so uneven
+    slope: float | None  # of the class bias on the logarithm of the counts
+    slope_error: float | None
+    rest_gain: float | None  # share of the loss of other images, by biases and a Newton step
+    rest_gain_error: float | None
+    newton_gain: float | None  # share of what biases leave, by the Newton step
+    newton_gain_error: float | None
+    beyond_biases: float | None  # share of the fall of the training loss
+    beyond_biases_error: float | None
+    bias: float  # root mean square over classes, noise taken out
+    bias_chance: float
+    bias_gain: float  # share of the loss that biases take off, cross-fitted
+    bias_gain_error: float
+    sigma: float
+    sigma_of_counting: float  # what equal classes would have
+    sigma_chance: float
+    pairs_chance: float
+    most_confused: Sequence[Sequence[Any]]  # two names, and their share of all errors
+    line: str

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessian_surgery_nb.evidence.records import (
+    DiagnosisRecord,
     MeasuredRecord,
     OtherRecord,
     ReportRecord,
@@ -238,6 +239,7 @@ class ScreeningRecord(StoredRecord):
     matvecs: int
     passes: int  # over the sensitivity set
     signal_to_noise: float
+    diagnosis: DiagnosisRecord | None = None  # None: made before there was one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from hessian_surgery_nb.evidence.criteria_results import (
     CriteriaRun,
 )
 from hessian_surgery_nb.evidence.records import (
+    DiagnosisRecord,
     ReportRecord,
     StoredRecord,
     remaining_keys,
@@ -64,6 +65,8 @@ __all__ = [
     "BenchmarkFile",
     "ScreenedNetwork",
     "ScreeningFile",
+    "DiagnosedNetwork",
+    "DiagnosisFile",
     "CoverageCell",
     "CoverageConditions",
     "CoverageFile",
@@ -272,6 +275,28 @@ class ScreeningFile(StoredRecord):
     rows: Sequence[ScreenedNetwork]
 
 
+# %% ../../nbs/evidence/00e_stored_runs.ipynb #8e2b1c77
+@dataclass(frozen=True, kw_only=True)
+class DiagnosedNetwork(StoredRecord):
+    "One network whose case is known from how it was made."
+
+    network: str  # of which kind
+    seed: int
+    truth: Sequence[str]  # cases that hold by construction
+    chosen_on: bool  # was the rule chosen on it
+    global_percent: float  # on the images that judge
+    diagnosis: DiagnosisRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisFile(StoredRecord):
+    "Whether the diagnosis is right."
+
+    command: str  # that makes it again
+    about: BenchmarkConditions
+    rows: Sequence[DiagnosedNetwork]
+
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #2c9741ac
 @dataclass(frozen=True, kw_only=True)
 class CoverageCell(StoredRecord):
@@ -372,6 +397,8 @@ def _kind(stored: Mapping[str, Any], name: str) -> type[StoredRecord]:
         return CoverageFile
     if "held_out_sigma_pp" in stored:
         return DemoFile
+    if name.startswith("diagnosis"):
+        return DiagnosisFile
     return ScreeningFile if name.startswith("screening") else BenchmarkFile
 
 
