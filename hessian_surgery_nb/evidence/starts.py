@@ -223,7 +223,14 @@ def starts_frame(
 
 
 # %% ../../nbs/evidence/07c_starts.ipynb #b6c5b79d
-_MARKS = {"surgery": "s", "linearised": "D", "biases": "o", "Newton": "^", "short": "v"}
+_MARKS = {
+    "surgery": "s",
+    "tau-norm": "P",
+    "linearised": "D",
+    "biases": "o",
+    "Newton": "^",
+    "short": "v",
+}
 
 
 def plot_ways(
