@@ -165,7 +165,8 @@ def _add_screen(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=2560,
         metavar="N",
-        help="further training images, at most, on which a step towards rest is tried; 0: none is",
+        help="further training images, at most, on which a step towards rest is tried, in one "
+        "process; 0: none is",
     )
 
 
