@@ -5,6 +5,7 @@
 # %% ../../nbs/evidence/07_prediction.ipynb #456922b7
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,14 +102,16 @@ def rank_correlation(
             return np.nan  # there is no order
         return spearmanr(first[rows], second[rows]).statistic
 
-    interval = bootstrap(
-        (np.arange(len(members)),),
-        correlation,
-        vectorized=False,
-        n_resamples=draws,
-        method="percentile",
-        rng=seed,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # draws without an order are left out below
+        interval = bootstrap(
+            (np.arange(len(members)),),
+            correlation,
+            vectorized=False,
+            n_resamples=draws,
+            method="percentile",
+            rng=seed,
+        )
     found = interval.bootstrap_distribution
     low, high = np.nanpercentile(found, [2.5, 97.5])
     return float(spearmanr(first, second).statistic), float(low), float(high)
