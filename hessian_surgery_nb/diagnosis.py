@@ -18,7 +18,7 @@ from .rest_trial import RestTrial, fit_few, relative_gain
 from .settling import class_bias
 
 # %% auto #0
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["confusion_counts", "Diagnosis", "diagnose"]
 
 # %% ../nbs/07a_diagnosis.ipynb #d2eb8379
 _LEVEL = 0.01  # of each test
@@ -31,7 +31,10 @@ _ONE_PERCENT = 2.326  # a standard normal exceeds it in 1 % of all cases
 _FIVE_PERCENT = 1.645
 
 
-def _confusions(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (C, C) float64
+def confusion_counts(
+    logits: torch.Tensor,  # (N, C)
+    labels: torch.Tensor,  # (N,)
+) -> torch.Tensor:  # (C, C) float64, on the CPU
     "Images of each class, by what they are predicted as."
     num_classes = logits.shape[1]
     labels = labels.to(logits.device).long()
@@ -357,7 +360,7 @@ def diagnose(
     "Why are classes unequal: rare, unsettled, biased, confusable, or not at all?"
     num_classes = logits.shape[1]
     bias = class_bias(logits, labels, names)
-    table = _confusions(logits, labels)
+    table = confusion_counts(logits, labels)
     if counts is not None:
         counts = _counts_of(counts, num_classes)
     is_rare, rarity = _rarity(table, counts)

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from ..class_structure import class_gradients
+from ..deflation import deflated_eigenpairs
+from ..diagnosis import confusion_counts
+from .deflation_experiments import phase_sizes
 from .experiment import Experiment
 from hessian_surgery_nb.evidence.question_results import (
     ColumnsRecord,
@@ -22,7 +25,6 @@ from hessian_surgery_nb.evidence.question_results import (
     LanczosStepsRun,
     RitzRecord,
 )
-from .deflation_experiments import phase_sizes
 from .spectrum_experiments import curvature, first_amplitude
 from .study import StartingPoint, Study
 from hessian_surgery_nb.evidence.training_experiments import (
@@ -32,7 +34,6 @@ from hessian_surgery_nb.evidence.training_experiments import (
     focal_fine_tuning,
     long_finetune_settings,
 )
-from ..deflation import deflated_eigenpairs
 from ..foundations.accuracy import predict
 from ..foundations.weights import inner
 from ..hvp import HessianOperator
@@ -47,7 +48,6 @@ __all__ = [
     "along_direction",
     "global_mean",
     "lanczos_steps",
-    "confusion_counts",
     "confusion",
     "participation",
     "contrasts",
@@ -123,16 +123,6 @@ def lanczos_steps(
 
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #38ef143b
-def confusion_counts(
-    logits: torch.Tensor,  # (N, C)
-    labels: torch.Tensor,  # (N,)
-) -> list[list[int]]:  # (C, C)
-    "Images by true class (row) and predicted class (column)."
-    classes = logits.shape[1]
-    cells = labels.to(logits.device) * classes + logits.argmax(1)
-    return cells.bincount(minlength=classes**2).reshape(classes, classes).tolist()
-
-
 def confusion(
     study: Study,
     folder: Path,
@@ -142,7 +132,7 @@ def confusion(
     splits = study.splits
     parts = dict(sensitivity=splits.sensitivity, held_out=splits.held_out)
     counts = {
-        name: confusion_counts(*predict(start.model, study.batches(part)))
+        name: confusion_counts(*predict(start.model, study.batches(part))).long().tolist()
         for name, part in parts.items()
     }
     return ConfusionRun(classes=list(study.classes), **counts)
