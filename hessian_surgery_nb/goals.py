@@ -103,7 +103,7 @@ def _weakest_weights(
     return weights / weights.sum()
 
 
-# %% ../nbs/05d_goals.ipynb #e43496e3
+# %% ../nbs/05d_goals.ipynb #198c3958
 class Scoring:
     "A goal on labelled images."
 
@@ -148,6 +148,19 @@ class Scoring:
         self._least = least
         drop = 1.0 if goal.max_global_drop is None else goal.max_global_drop
         self._least_overall = right.mean() - drop
+
+    @property
+    def limited_units(self) -> list[int]:
+        "The classes, or groups, that have a limit of their own."
+        return self._limited.nonzero().flatten().tolist()
+
+    def has_floor(
+        self,
+        unit: int,
+    ) -> bool:
+        "Whether the limit of a class is a floor."
+        floors = [find_unit(name, self.unit_names) for name in self.goal.floors]
+        return unit in floors
 
     def rows(
         self,
