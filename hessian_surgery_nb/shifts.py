@@ -19,7 +19,7 @@ from .predicted_logits import LogitJacobian
 __all__ = ["Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
 
 
-# %% ../nbs/05e_shifts.ipynb #879c0cc3
+# %% ../nbs/05e_shifts.ipynb #0bfc8143
 class Change(Protocol):
     "Numbers, and what they make of logits."
 
@@ -89,7 +89,7 @@ class ScaleAndShift:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # scales (C,), shifts (C,)
         "What multiplies and what is added."
         logarithms, shifts = numbers.split(self.classes)
-        return logarithms.exp(), shifts
+        return (logarithms - logarithms.mean()).exp(), shifts
 
     def of_all(
         self,
