@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ __all__ = [
     "tau_norm_state",
     "head_inputs",
     "tau_norm_sweep",
-    "Biased",
     "logit_adjustment",
     "tune_biases",
     "tune_scales",
@@ -240,23 +238,6 @@ def _check_used_once(
 
 
 # %% ../nbs/05a_baselines.ipynb #afc9e623
-class Biased(nn.Module):
-    "A model whose logits are shifted by a constant a class."
-
-    def __init__(
-        self,
-        model: nn.Module,
-        bias: torch.Tensor,  # (C,)
-    ):
-        super().__init__()
-        self.model = model
-        self.register_buffer("bias", bias)
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # (N, C)
-        "The logits of the model, shifted."
-        return self.model(*args, **kwargs) + self.bias.to(next(self.model.parameters()))
-
-
 def logit_adjustment(
     counts: torch.Tensor | Sequence[int],  # (C,) training images a class
     tau: float = 1.0,

@@ -46,6 +46,7 @@ from hessian_surgery_nb import (
 )
 from hessian_surgery_nb.foundations import (
     accuracy,
+    adjusted,
     fingerprints,
     forward,
     krylov_basis,
@@ -349,8 +350,18 @@ ENTRIES = {
     "tau_norm_state": lambda p: baselines.tau_norm_state(p.net, CLASSES, 0.5),
     "head_inputs": lambda p: baselines.head_inputs(p.net, p.sensitive, given().z),
     "tau_norm_sweep": lambda p: baselines.tau_norm_sweep(p.net, p.sensitive, given().z, [0.5, 1.0]),
-    "Biased": lambda p: accuracy.predict(
-        baselines.Biased(p.net, torch.ones(CLASSES)).eval(), p.sensitive
+    "Adjusted": lambda p: accuracy.predict(
+        adjusted.Adjusted(p.net, bias=torch.ones(CLASSES)), p.sensitive
+    ),
+    "fold_into_head": lambda p: adjusted.fold_into_head(
+        p.net,
+        models.find_head(p.net, CLASSES)[0],
+        torch.full((CLASSES,), 2.0),
+        torch.ones(CLASSES),
+        data=p.sensitive,
+    ),
+    "gives_raw_logits": lambda p: models.gives_raw_logits(
+        p.net, models.find_head(p.net, CLASSES)[1], p.sensitive
     ),
     "weights_bytes": lambda p: weight_files.weights_bytes(p.net),
     "num_params": lambda p: models.num_params(p.net),
@@ -371,6 +382,7 @@ LEFT_OUT = {
     "as_loss_module",
     "known_reduction",
     "load_weights",
+    "load_adjusted",
     "dense_hessian",
     "Forward",  # a network: called by the caller, in the caller's context
     "undisturbed",

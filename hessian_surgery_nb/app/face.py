@@ -41,6 +41,8 @@ _FACE = {
     "try_rest": "rest_trial",
     "class_accuracy": "foundations.accuracy",
     "predict": "foundations.accuracy",
+    "Adjusted": "foundations.adjusted",
+    "load_adjusted": "foundations.adjusted",
     "load_weights": "foundations.weight_files",
     "InputError": "foundations.checks",
 }

@@ -27,6 +27,7 @@ __all__ = [
     "resnet50",
     "copy_model",
     "find_head",
+    "gives_raw_logits",
 ]
 
 
@@ -318,3 +319,24 @@ def _are_logits_of(output: torch.Tensor, logits: torch.Tensor) -> bool:
     tolerance = 1e-4 * output.abs().max().item()
     candidates = (output, output.log_softmax(-1))
     return any(torch.allclose(logits, c, rtol=1e-4, atol=tolerance) for c in candidates)
+
+
+# %% ../../nbs/foundations/12_networks.ipynb #1257b882
+@plainly()
+@torch.no_grad()
+def gives_raw_logits(
+    model: nn.Module,
+    head: nn.Linear,  # found by find_head
+    data: Data,  # as for find_head
+    forward: Callable[[nn.Module, Inputs], torch.Tensor] | None = None,  # likewise
+) -> bool:
+    "Whether the logits are what the head gives, and not their log-softmax."
+    net = Forward(model, forward)
+    device = next(model.parameters()).device
+    X, _ = rows_of(next(iter(as_batches(data))), slice(0, 4))
+    X = to_device(X, device)
+    outputs = {head: []}
+    logits = _logits_with_hook(net, X, [head], _recorder(outputs))
+    shift = _far_shift(logits)
+    moved = _logits_with_hook(net, X, [head], lambda module, args, output: output + shift)
+    return torch.allclose(moved, outputs[head][0] + shift, rtol=1e-4, atol=0.0)

@@ -29,6 +29,7 @@ __all__ = [
     "write_tensors",
     "read_tensors",
     "named_part",
+    "facts_in",
     "load_weights",
 ]
 
@@ -123,9 +124,11 @@ def weights_bytes(
 ) -> bytes:
     """A model's state as safetensors: same keys, same types.
 
-    Tied weights are there under each of their names.
+    Tied weights are there under each of their names. What the model says in an attribute
+    `file_facts` goes into the metadata as well.
     """
     extra_state = state_facts(model)
+    facts = {**getattr(model, "file_facts", {}), **facts}
     state = {}
     for name, tensor in state_tensors(model).items():
         stored = tensor.cpu().contiguous().clone()
@@ -235,10 +238,8 @@ def _read_state(path: Path | str) -> _State:
         if not str(path).endswith(".safetensors"):
             return _state_dict_in(path, torch.load(path, map_location="cpu", weights_only=True))
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        facts = json.loads(metadata.get("hessian_surgery_nb", "{}"))
-        return tensors | facts.get("extra_state", {})
+        return tensors | facts_in(path).get("extra_state", {})
     except InputError:
         raise
     except Exception as error:
@@ -247,6 +248,20 @@ def _read_state(path: Path | str) -> _State:
             f"weights_only=True. {path} is not ({type(error).__name__}: {first_line(error)}); "
             "where you trust it, load it yourself and save model.state_dict() with safetensors."
         ) from error
+
+
+def facts_in(
+    path: Path | str,
+) -> dict[str, Any]:  # empty where the file holds none, or is no .safetensors
+    "What `weights_bytes` wrote into a file besides tensors."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+    return json.loads(metadata.get("hessian_surgery_nb", "{}"))
 
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #18015c47
@@ -396,6 +411,7 @@ def load_weights(
     "Fill a network with stored weights. Never runs code from the file."
     own = model.state_dict()
     stored = _without_prefix(_read_state(path), own)
+    _refuse_adjusted(path, own, stored)
     if not head:
         stored |= _other_heads(model, own, stored)
     stored |= _facts_not_stored(path, own, stored)
@@ -430,6 +446,16 @@ def _facts_not_stored(path: Path | str, own: _State, stored: _State) -> _State:
             stacklevel=3,  # where load_weights is called
         )
     return lacking
+
+
+def _refuse_adjusted(path: Path | str, own: _State, stored: _State):
+    "Refuse a file with a scale and a bias for the logits, where the network has no place for them."
+    extra = stored.keys() - own.keys()
+    if {"scale", "bias"} <= extra and facts_in(path).get("adjusted"):
+        raise InputError(
+            "weights with adjusted logits need a network that adjusts its own. "
+            f"{path} holds a scale and a bias a class; load it with load_adjusted(model, path)."
+        )
 
 
 def _refuse_differences(path: Path | str, places: list[str]):
