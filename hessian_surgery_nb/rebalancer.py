@@ -23,7 +23,7 @@ from .goals import Goal, Scoring
 __all__ = ["Rebalancer"]
 
 
-# %% ../nbs/05i_rebalancer.ipynb #15c8d31f
+# %% ../nbs/05i_rebalancer.ipynb #f18fddc1
 class Rebalancer(ClassifierMixin, BaseEstimator):
     "Rebalances a classifier by its logits: what it learns are scales and biases, or nothing."
 
@@ -72,7 +72,7 @@ class Rebalancer(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_ = self._classes(y, X.shape[1], names)
         goal = self._goal()
-        logits = torch.as_tensor(X)
+        logits = torch.tensor(X)
         labels = torch.as_tensor(_places(y, self.classes_))
         grouped = _grouped(groups, len(y))
         class_names = [str(name) for name in self.classes_]

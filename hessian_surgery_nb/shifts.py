@@ -223,7 +223,7 @@ class _Images:
         return torch.where(margin > 0, self.labels, strongest)
 
 
-# %% ../nbs/05e_shifts.ipynb #6581ceb9
+# %% ../nbs/05e_shifts.ipynb #69da8068
 _RIDGE = 1e-3
 _FARTHEST = 8.0  # units; an image that is right by eight median margins is left alone
 
@@ -261,7 +261,6 @@ class _Climb:
         self,
         numbers: torch.Tensor,  # (P,) to begin with
         offset: torch.Tensor,
-        rounds: int = 4,
     ) -> torch.Tensor:  # (P,)
         from scipy.optimize import minimize
 
@@ -269,7 +268,7 @@ class _Climb:
         point = (numbers / units).numpy()
         multipliers = torch.zeros_like(offset)
         rho = 2.0
-        for _ in range(rounds):
+        for _ in range(2):
             point = minimize(
                 self.lagrangian,
                 point,
@@ -277,7 +276,7 @@ class _Climb:
                 jac=True,
                 method="L-BFGS-B",
                 bounds=[(-_FARTHEST, _FARTHEST)] * len(point),
-                options={"maxiter": 25, "ftol": 1e-7},
+                options={"maxiter": 15, "ftol": 1e-7},
             ).x
             with torch.no_grad():
                 lacking = self.measure(torch.tensor(point) * units)[1] + offset
@@ -288,7 +287,7 @@ class _Climb:
         return torch.tensor(point) * units
 
 
-# %% ../nbs/05e_shifts.ipynb #6dbca15f
+# %% ../nbs/05e_shifts.ipynb #325bc06a
 def solve_change(
     logits: torch.Tensor,  # (N, C)
     scoring: Scoring,  # the goal on these images
@@ -310,7 +309,7 @@ def solve_change(
         with torch.no_grad():
             lacking = climb.measure(numbers)[1]
         truly = scoring.of_answers(images.likely_answers(numbers))[1]
-        numbers = climb.solve(numbers, truly - lacking, rounds=3)
+        numbers = climb.solve(numbers, truly - lacking)
         found.append(numbers)
     images.renew(numbers)
     return _best_on_the_way(images, scoring, found)
