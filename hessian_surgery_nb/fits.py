@@ -142,7 +142,7 @@ class Tuning:
         return max(allowed, key=lambda length: (scoring.of_answers(answers[length])[0], -length))
 
 
-# %% ../nbs/05f_fits.ipynb #82732d37
+# %% ../nbs/05f_fits.ipynb #9ef0b9b8
 class Tuned:
     "A change of logits, tuned."
 
@@ -154,6 +154,7 @@ class Tuned:
         logits: torch.Tensor,  # (N, C) that are changed
         change: Change | type,  # or what makes one of (classes, unit)
         weights: Callable | None = None,  # coefficients (K,) -> tensors by name; None: no weights
+        truth: Callable | None = None,  # numbers (P,), rows -> (n, C), where `change` only predicts
     ):
         self.name = name
         self.rank = rank
@@ -161,6 +162,7 @@ class Tuned:
         self.logits = logits
         self.given = change
         self.weights = weights
+        self.truth = truth
 
     def _change(self, rows: torch.Tensor) -> Change:
         if isinstance(self.given, Steps):
@@ -173,6 +175,8 @@ class Tuned:
         return solve_change(self.logits[rows], scoring, self._change(rows))
 
     def _changed(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if self.truth is not None:
+            return self.truth(numbers, rows)
         return self._change(rows).of_all(numbers, self.logits[rows])
 
     def fit(
@@ -184,7 +188,13 @@ class Tuned:
         length = 1.0
         if self.tuning.folds > 1:
             length = self.tuning.best_length(rows, self._out_of_fold(rows))
-        return self.at(numbers, length)
+        scoring = self.tuning.scoring.rows(rows)
+        for shorter in SHRINK:
+            if shorter > length or shorter == 0:
+                continue
+            if scoring.holds(self._changed(shorter * numbers, rows).argmax(1).cpu()):
+                return self.at(numbers, shorter)
+        return self.at(numbers, 0.0)
 
     def _out_of_fold(self, rows: torch.Tensor) -> dict[float, torch.Tensor]:
         place = torch.empty(len(self.logits), dtype=torch.int64)
@@ -205,7 +215,8 @@ class Tuned:
         "That far along."
         numbers = length * numbers
         change = self._change(torch.arange(len(self.logits)))
-        scale, shift, weights, moved = None, None, dict, ""
+        scale, shift, moved = None, None, ""
+        weights = dict if self.weights is None else partial(self.weights, numbers)
         if isinstance(change, Steps):
             alpha, shift = change.parts(numbers)
             moved = f"moved {alpha.norm():.2g}, "
