@@ -34,6 +34,8 @@ _FACE = {
     "operate": "surgery",
     "linearised_operate": "linearised",
     "compare": "comparison",
+    "rebalance": "rebalancing",
+    "Rebalancer": "rebalancer",
     "DeflatedOperator": "deflation",
     "deflated_operate": "deflated_surgery",
     "screen": "effective_rank",
