@@ -18,18 +18,19 @@ from .goals import Scoring, draws_of
 __all__ = ["unseen_answers", "Choice", "choose", "choice_frame"]
 
 
-# %% ../nbs/05h_choice.ipynb #a2e8dcf4
+# %% ../nbs/05h_choice.ipynb #4317cd49
 def unseen_answers(
     methods: Sequence[Method],
     tuning: Tuning,
     *,
+    folds: int = 5,  # of which each is left out once
     progress: bool = False,
 ) -> torch.Tensor:  # (M, N): of each method, for images that it was not tuned on
     "Nested cross-fitting."
     from tqdm.auto import tqdm
 
     labels = tuning.scoring.labels
-    outer = replace(tuning, folds=max(2, tuning.folds), seed=tuning.seed + 1)
+    outer = replace(tuning, folds=folds, seed=tuning.seed + 1)
     parts = outer.parts(torch.arange(len(labels)))
     answers = torch.empty(len(methods), len(labels), dtype=torch.int64)
     work = [(place, *part) for place in range(len(methods)) for part in parts]

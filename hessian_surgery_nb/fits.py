@@ -109,13 +109,13 @@ class Method(Protocol):
         "Tune on these images; the others have no say."
 
 
-# %% ../nbs/05f_fits.ipynb #618b4620
+# %% ../nbs/05f_fits.ipynb #01b075d4
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     "What methods have in common: the images that they are tuned on, and how."
 
     scoring: Scoring  # the goal on all of them
-    folds: int = 5  # 1: no cross-fitting
+    folds: int = 3  # 1: no cross-fitting
     confidence: float = 0.5  # with which limits must hold on other images
     seed: int = 0
 

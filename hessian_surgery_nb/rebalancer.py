@@ -23,7 +23,7 @@ from .goals import Goal, Scoring
 __all__ = ["Rebalancer"]
 
 
-# %% ../nbs/05i_rebalancer.ipynb #f18fddc1
+# %% ../nbs/05i_rebalancer.ipynb #d1290a08
 class Rebalancer(ClassifierMixin, BaseEstimator):
     "Rebalances a classifier by its logits: what it learns are scales and biases, or nothing."
 
@@ -36,7 +36,7 @@ class Rebalancer(ClassifierMixin, BaseEstimator):
         max_class_drop: float | None = None,  # of every class, a fraction
         counts: Sequence[int] | None = None,  # (C,) training images; None: no logit adjustment
         classes: Sequence | None = None,  # labels of the columns; None: those of y, or of a frame
-        folds: int = 5,  # of the cross-fitting
+        folds: int = 5,  # on which methods are compared
         confidence: float = 0.5,  # with which limits are to hold on other images; 0.5: as counted
         random_state: int = 0,  # of the folds
     ):
@@ -79,12 +79,11 @@ class Rebalancer(ClassifierMixin, BaseEstimator):
         scoring = Scoring(goal, labels, logits.argmax(1), class_names, *grouped)
         tuning = Tuning(
             scoring=scoring,
-            folds=self.folds,
             confidence=self.confidence,
             seed=self.random_state or 0,
         )
         methods = logit_methods(tuning, logits, self.counts)
-        self.choice_ = choose(methods, scoring, unseen_answers(methods, tuning))
+        self.choice_ = choose(methods, scoring, unseen_answers(methods, tuning, folds=self.folds))
         fit = methods[self.choice_.chosen].fit(torch.arange(len(labels)))
         ones = np.ones(len(self.classes_))
         self.method_ = self.choice_.name

@@ -162,7 +162,7 @@ class _Run:
         )
 
 
-# %% ../nbs/05l_rebalancing.ipynb #cf5de267
+# %% ../nbs/05l_rebalancing.ipynb #ce5ac04c
 @plainly()
 def rebalance(
     model: nn.Module,  # in evaluation mode; left as it is
@@ -181,7 +181,7 @@ def rebalance(
     counts: torch.Tensor | Sequence[int] | None = None,  # (C,) training images of each class
     training_data: Data | None = None,  # some thousands, for a short anneal; None: none is tried
     prices: Sequence[float] = PRICES,  # at which the method that is taken is shown as well
-    folds: int = 5,  # of the cross-fitting
+    folds: int = 5,  # on which methods are compared
     confidence: float = 0.5,  # with which limits are to hold on other images; 0.5: as counted
     names: Sequence[str] | None = None,  # C class names
     forward: Callable | None = None,  # forward(model, X) -> logits, for unusual networks
@@ -220,7 +220,7 @@ def rebalance(
         loss_fn=loss_fn,
         hessian_data=hessian_data,
         sensitivity_data=sensitivity_data,
-        tuning=Tuning(scoring=scoring, folds=folds, confidence=confidence, seed=seed_of(seed)),
+        tuning=Tuning(scoring=scoring, confidence=confidence, seed=seed_of(seed)),
         logits=run.logits,
         counts=counts,
         training_data=training_data,
@@ -229,7 +229,8 @@ def rebalance(
         config=config,
         progress=progress,
     )
-    return _decide(run, given, chosen_methods(methods, run.logits.shape[1]), prices, started)
+    wanted = chosen_methods(methods, run.logits.shape[1])
+    return _decide(run, given, wanted, folds, prices, started)
 
 
 def _scoring_of(goal: Goal, run: _Run, groups: Sequence | None) -> Scoring:
@@ -245,9 +246,14 @@ def _scoring_of(goal: Goal, run: _Run, groups: Sequence | None) -> Scoring:
     return Scoring(goal, labels, answers, run.names, numbers, group_names)
 
 
-# %% ../nbs/05l_rebalancing.ipynb #6e3f52aa
+# %% ../nbs/05l_rebalancing.ipynb #9e032051
 def _decide(
-    run: _Run, given: Given, wanted: Sequence[str], prices: Sequence[float], started: float
+    run: _Run,
+    given: Given,
+    wanted: Sequence[str],
+    folds: int,
+    prices: Sequence[float],
+    started: float,
 ) -> Rebalancing:
     "Compare on folds, fit on all, then look at the held-out images."
     from tqdm.auto import tqdm
@@ -256,7 +262,7 @@ def _decide(
     scoring = tuning.scoring
     goal = scoring.goal
     methods = [m for m in network_methods(given, wanted) if _is_allowed(m, scoring)]
-    answers = unseen_answers(methods, tuning, progress=given.progress)
+    answers = unseen_answers(methods, tuning, folds=folds, progress=given.progress)
     choice = choose(methods, scoring, answers, seed=tuning.seed)
     rows = torch.arange(len(scoring.labels))
     fits = [
