@@ -142,7 +142,7 @@ class Tuning:
         return max(allowed, key=lambda length: (scoring.of_answers(answers[length])[0], -length))
 
 
-# %% ../nbs/05f_fits.ipynb #9ef0b9b8
+# %% ../nbs/05f_fits.ipynb #d5386ed7
 class Tuned:
     "A change of logits, tuned."
 
@@ -177,6 +177,9 @@ class Tuned:
     def _changed(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if self.truth is not None:
             return self.truth(numbers, rows)
+        return self._predicted(numbers, rows)
+
+    def _predicted(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return self._change(rows).of_all(numbers, self.logits[rows])
 
     def fit(
@@ -203,7 +206,7 @@ class Tuned:
         for learned, left_out in self.tuning.parts(rows):
             numbers = self._solve(learned)
             for length, found in answers.items():
-                changed = self._changed(length * numbers, left_out)
+                changed = self._predicted(length * numbers, left_out)
                 found[place[left_out]] = changed.argmax(1).cpu()
         return answers
 

@@ -245,7 +245,7 @@ def _by_loop(given: Given) -> Iterator[Method]:
         yield Looped(given)
 
 
-# %% ../nbs/05j_network_methods.ipynb #e1272a61
+# %% ../nbs/05j_network_methods.ipynb #4c180a78
 _MAKERS: dict[str, Callable[[Given], Iterator[Method]]] = {
     "tau-norm": _by_tau,
     "last layer": _by_last_layer,
@@ -262,22 +262,17 @@ _MAKERS: dict[str, Callable[[Given], Iterator[Method]]] = {
 }
 _OF_LOGITS = ("logit adjustment", "biases", "biases and scales")
 METHODS = (*_OF_LOGITS, *_MAKERS)
-_COSTLY = ("cross-class means and biases", "linearised surgery", "surgery")
-_MANY = 30  # classes, for which means cost too much to be tried unasked
+_AUTO = (*_OF_LOGITS, "tau-norm", "last layer", "settled")
 
 
 def chosen_methods(
     methods: str | Sequence[str],  # "auto", "all", or names
-    num_classes: int,
 ) -> tuple[str, ...]:
     "By name."
     if methods == "all":
         return METHODS
     if methods == "auto":
-        few = num_classes <= _MANY
-        return tuple(
-            name for name in METHODS if name not in _COSTLY and (few or "means" not in name)
-        )
+        return _AUTO
     names = (methods,) if isinstance(methods, str) else tuple(methods)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:

@@ -162,7 +162,7 @@ class _Run:
         )
 
 
-# %% ../nbs/05l_rebalancing.ipynb #ce5ac04c
+# %% ../nbs/05l_rebalancing.ipynb #98248873
 @plainly()
 def rebalance(
     model: nn.Module,  # in evaluation mode; left as it is
@@ -229,7 +229,7 @@ def rebalance(
         config=config,
         progress=progress,
     )
-    wanted = chosen_methods(methods, run.logits.shape[1])
+    wanted = chosen_methods(methods)
     return _decide(run, given, wanted, folds, prices, started)
 
 
