@@ -41,7 +41,7 @@ class ProcessorPreparation(Preparation):
 
     processor: Any = field(default=None, repr=False, compare=False)
 
-    def fitted(self, image):  # PIL image -> array (H, W, 3) of bytes
+    def fitted(self, image: Any) -> Any:  # PIL image -> array (H, W, 3) of bytes
         "Resize and crop."
         if self.resize is not None or self.crop is not None:
             return super().fitted(image)

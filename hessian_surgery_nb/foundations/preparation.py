@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class Preparation:
         "Read, resize, crop."
         return read_image(path, fit=self.fitted)
 
-    def fitted(self, image):  # PIL image -> PIL image, or an array (H, W, 3) of bytes
+    def fitted(self, image: Any) -> Any:  # PIL image -> PIL image, or an array (H, W, 3) of bytes
         "Resize and crop."
         parts = torchvision_part("transforms")
         if self.resize is not None:
