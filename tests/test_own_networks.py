@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -481,3 +482,67 @@ def test_images_are_prepared_as_timm_does(tmp_path):
         )
         ours = preparation.inputs(preparation.image(tmp_path / "a.png")[None])[0]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+# --- small things that practice found
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_a_wrapper_around_a_network_in_evaluation_is_taken_as_it_is():
+    net = Small().eval()
+    wrapped = Wrapper(net)
+    assert wrapped.training
+    assert torch.equal(predict(wrapped, images())[0], predict(net, images())[0])
+    net.body = nn.Sequential(net.body, nn.Dropout())
+    with pytest.raises(InputError, match="active dropout"):
+        predict(Wrapper(net.train()), images())
+
+
+NAMES = ("ant", "bee", "cat", "dog")
+FORMS = {
+    "array": np.array(NAMES),
+    "index": pd.Index(NAMES),
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: str(number) for number, name in enumerate(NAMES)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_come_in_any_form(form):
+    sets = [images(seed=seed) for seed in range(3)]
+    result = operate(
+        Small().eval(),
+        nn.CrossEntropyLoss(),
+        *sets[:2],
+        held_out=sets[2],
+        config=CONFIG,
+        names=FORMS[form],
+        progress=False,
+    )
+    assert result.before.names == NAMES
+    assert [c["name"] for c in result.to_dict()["before"]["classes"]] == list(NAMES)
+
+
+def test_colours_in_bytes_are_refused_with_the_numbers_that_are_meant(lay_out, tmp_path, capsys):
+    d = lay_out("bytes", train=4, test=4)
+    argv = ["operate", "--model", f"{d}/mine.py:net", "--data", str(d / "toys")]
+    argv += ["--out", str(tmp_path / "out"), "--mean", "127", "127", "127"]
+    assert main(argv) == 2
+    assert "would make it 0.498 0.498 0.498" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["loss: own.py:weighted", "model: own.py:net"])
+def test_a_config_imports_no_code(line, lay_out, tmp_path, capsys):
+    d = lay_out("config", train=4, test=4)
+    (tmp_path / "c.yaml").write_text(line)
+    argv = ["operate", "--config", str(tmp_path / "c.yaml"), "--data", str(d / "toys")]
+    assert main([*argv, "--model", f"{d}/mine.py:net", "--out", str(tmp_path / "out")]) == 2
+    assert "imported only where you name it" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def as_stored(
 def load_network(
     spec: str,  # as for split_name
     *,
-    classes: int,  # outputs, where they can be chosen
+    classes: int | None = None,  # outputs, where they can be chosen; None: as it is made
     weights: str | Path | None = None,  # .safetensors, or .pt with a state dict; None: as offered
 ) -> tuple[nn.Module, Preparation]:  # in evaluation mode
     "A network by name, and how it wants its images."
