@@ -355,10 +355,6 @@ def _as_flag(name: str) -> str:
 
 
 # %% ../../nbs/app/02_options.ipynb #62ae5c47
-_NO_CODE = {  # what the values of a flag begin with that import no code
-    "model": ("torchvision:", "timm:", "hf:"),
-    "loss": ("focal:", "label-smoothing:"),
-}
 _NOT_IN_A_FILE = ("config", "out", "force", "resume", "dry_run", "debug", "help")
 
 
@@ -374,10 +370,10 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
         raise InputError(
             f"a config holds flags of the command. {path} has {name!r}; known: {allowed}."
         )
-    if name in _NO_CODE and ":" in str(value) and not str(value).startswith(_NO_CODE[name]):
+    if _imports_code(name, str(value)):
         raise InputError(
             f"code is imported only where you name it. {path} has {name} {value!r}; "
-            f"give {_as_flag(name)} on the command line."
+            f"give --{name} on the command line."
         )
     is_switch = known[name]
     if value is not None and isinstance(value, bool) != is_switch:
@@ -385,6 +381,16 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
             "a config holds a value for each flag, true or false for switches. "
             f"{path} has {name}: {value!r}; see --help."
         )
+
+
+# %% ../../nbs/app/02_options.ipynb #555be648
+def _imports_code(name: str, value: str) -> bool:
+    "Whether a flag of this value imports somebody's code."
+    if name == "model":
+        return not value.startswith(("torchvision:", "timm:", "hf:"))
+    if name == "loss":
+        return ":" in value and not value.startswith(("focal:", "label-smoothing:"))
+    return False
 
 
 # %% ../../nbs/app/02_options.ipynb #5d858d33
