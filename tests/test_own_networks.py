@@ -5,6 +5,7 @@ adapters, tied and half-precision weights, losses by name.
 import importlib
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 
@@ -229,6 +230,8 @@ def test_images_are_prepared_as_the_processor_does(name, vit, transformers, tmp_
     network.save_pretrained(tmp_path)
     getattr(transformers, name)(**PROCESSORS[name]).save_pretrained(tmp_path)
     found, preparation = load_network(f"hf:{tmp_path}", classes=3)
+    assert str(preparation.processor) == name
+    preparation = pickle.loads(pickle.dumps(preparation))  # as workers get it
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     for size in ((40, 31, 3), (16, 16, 3), (130, 260, 3)):
         pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)

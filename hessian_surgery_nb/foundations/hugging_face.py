@@ -26,6 +26,7 @@ from .preparation import Preparation
 # %% auto #0
 __all__ = [
     "ADAPTER_FILES",
+    "Processor",
     "ProcessorPreparation",
     "check_preparation",
     "hugging_face_network",
@@ -36,18 +37,34 @@ __all__ = [
 
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b007
 @dataclass(frozen=True)
+class Processor:
+    "An image processor of transformers, in one word where it is printed."
+
+    made: Any
+
+    def __call__(
+        self,
+        image: Any,  # of PIL
+        **how: bool,  # as the processor takes it
+    ) -> torch.Tensor:  # (1, 3, H, W)
+        "Its pixel values."
+        return self.made(image, return_tensors="pt", **how).pixel_values
+
+    def __str__(self) -> str:
+        return type(self.made).__name__
+
+
+@dataclass(frozen=True)
 class ProcessorPreparation(Preparation):
     "Images resized and cut by a processor of transformers, unless resize or crop say otherwise."
 
-    processor: Any = field(default=None, repr=False, compare=False)
+    processor: Processor | None = field(default=None, compare=False)
 
     def fitted(self, image: Any) -> Any:  # PIL image -> array (H, W, 3) of bytes
         "Resize and crop."
         if self.resize is not None or self.crop is not None:
             return super().fitted(image)
-        made = self.processor(
-            image, do_rescale=False, do_normalize=False, return_tensors="pt"
-        ).pixel_values
+        made = self.processor(image, do_rescale=False, do_normalize=False)
         return made[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
@@ -63,7 +80,7 @@ def _preparation_of(processor: Any) -> ProcessorPreparation:  # of transformers
         }
     filters = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
     way = filters.get(int(said.get("resample") or 2), "bilinear")
-    return ProcessorPreparation(**colours, interpolation=way, processor=processor)
+    return ProcessorPreparation(**colours, interpolation=way, processor=Processor(processor))
 
 
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b008
@@ -88,7 +105,7 @@ def check_preparation(
 def _how_it_differs(preparation: ProcessorPreparation, picture: Any) -> str | None:
     "What a processor makes of a picture that a preparation does not; None where they agree."
     try:
-        theirs = preparation.processor(picture, return_tensors="pt").pixel_values.float()
+        theirs = preparation.processor(picture).float()
         made = torch.from_numpy(np.array(preparation.fitted(picture))).permute(2, 0, 1)
     except Exception as error:  # whatever a processor raises
         return f"cannot leave that to others ({first_line(error)})"
