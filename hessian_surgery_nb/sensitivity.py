@@ -15,7 +15,7 @@ from torch import nn
 
 from .foundations.accuracy import class_means, predict
 from .foundations.batches import Data
-from .foundations.checks import InputError
+from .foundations.checks import InputError, class_names
 from .foundations.distributed import Team, current_team
 from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
@@ -269,7 +269,7 @@ def plot_sensitivity(
         fmt=".1f",
         annot_kws=dict(size=7),
         xticklabels=[f"{k + 1}" for k in range(num_spikes)],
-        yticklabels=True if names is None else list(names),
+        yticklabels=True if names is None else list(class_names(names, num_classes)),
         cbar_kws=dict(label="pp per 0.01"),
     )
     for text, value, error in zip(ax.texts, s.matrix.flatten(), s.noise.flatten()):

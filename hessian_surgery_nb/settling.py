@@ -20,7 +20,7 @@ from hessian_surgery_nb.foundations.batches import (
     split_batch,
     to_device,
 )
-from .foundations.checks import InputError, seed_of, whole
+from .foundations.checks import InputError, class_names, seed_of, whole
 from .foundations.distributed import check_one_process
 from .foundations.forward import Forward, ForwardFunction, functional_logits
 from .foundations.guards import plainly
@@ -322,9 +322,11 @@ def class_bias(
     relative = differences.sum(0) / images
     errors = differences.square().sum(0).sqrt() / images
     noise = (errors**2).mean().item()
-    shown = [str(number) for number in range(num_classes)] if names is None else names
+    shown = class_names(names, num_classes)
+    if shown is None:
+        shown = tuple(map(str, range(num_classes)))
     return ClassBias(
-        names=tuple(map(str, shown)),
+        names=shown,
         relative=relative,
         errors=errors,
         size=math.sqrt(max(0.0, relative.square().mean().item() - noise)),

@@ -17,7 +17,7 @@ from torch import nn
 
 from .amplitude import AmplitudeControl, amplitude_control
 from .foundations.batches import Data, as_batches, split_batch
-from .foundations.checks import InputError
+from .foundations.checks import InputError, class_names
 from .foundations.distributed import Team, current_team
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
@@ -234,8 +234,7 @@ def prepare_surgery(
 ) -> SurgeryOperation:
     "Copy the model, measure how its classes fare, and settle what the settings leave open."
     model = copy_model(model)
-    if names is not None:
-        names = tuple(map(str, names))
+    names = class_names(names)
     evaluation = evaluate(model, sensitivity_data, forward=forward, names=names)
     check_order(sensitivity_data, evaluation.labels, "the sensitivity set")
     return SurgeryOperation(

@@ -23,7 +23,7 @@ from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.hvp import HessianOperator
 from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.app.own_network import own_sets
-from hessian_surgery_nb.foundations.named_networks import Preparation
+from hessian_surgery_nb.foundations.preparation import Preparation
 from hessian_surgery_nb.settings import SurgeryConfig, check_config
 from hessian_surgery_nb.surgery import operate
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp

@@ -383,6 +383,9 @@ LEFT_OUT = {
     "known_reduction",
     "load_weights",
     "load_adjusted",
+    "half_types",
+    "has_adapters",
+    "adapter_files",
     "dense_hessian",
     "Forward",  # a network: called by the caller, in the caller's context
     "undisturbed",

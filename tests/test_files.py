@@ -35,7 +35,7 @@ from hessian_surgery_nb.foundations.weight_files import (
     write_atomic,
 )
 from hessian_surgery_nb.app.own_network import check_labels, network_labels, own_files, own_sets
-from hessian_surgery_nb.foundations.named_networks import load_network
+from hessian_surgery_nb.foundations.loading import load_network
 from hessian_surgery_nb.settings import SurgeryConfig
 from hessian_surgery_nb.surgery import operate
 

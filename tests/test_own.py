@@ -14,7 +14,8 @@ from hessian_surgery_nb.foundations.datasets import torchvision_part
 from hessian_surgery_nb.foundations.images import class_files
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.app.own_network import own_sets
-from hessian_surgery_nb.foundations.named_networks import Preparation, load_network
+from hessian_surgery_nb.foundations.preparation import Preparation
+from hessian_surgery_nb.foundations.loading import load_network
 
 FACTORY = """
 import torch

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .delivery import files_of_network, loss_of
 from .inputs import load_inputs
 from hessian_surgery_nb.app.options import (
     check_percentage_points,
@@ -54,6 +55,7 @@ from ..comparison import compare, controls_of
 from ..effective_rank import screen
 from ..foundations.checks import InputError, whole
 from ..foundations.distributed import current_team
+from ..foundations.hugging_face import ADAPTER_FILES
 from ..foundations.weight_files import weights_bytes
 from ..hvp import HessianOperator
 from ..lanczos import Eigenpairs, top_eigenpairs
@@ -84,10 +86,10 @@ __all__ = [
 def run_operate(args: argparse.Namespace) -> int:  # exit code
     "The `operate` command."
     config = surgery_config(args)
-    out = output_directory(args, OPERATE_FILES)
+    out = output_directory(args, (*OPERATE_FILES, *ADAPTER_FILES))
     started = time.perf_counter()
     network, sets = load_inputs(args)
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn = loss_of(args)
     if args.dry_run:
         plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, config)
         return _show_plan(plan, sets, args)
@@ -106,6 +108,7 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
             stop=stop,
             progress=_shows_steps(args),
         )
+    adapters = files_of_network(result.model, sets.held_out)
     team = current_team()
     interrupted = team.any(stop()) and len(result.history) < config.iterations
     exit_code = 130 if interrupted else 0
@@ -122,8 +125,9 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
         seconds=time.perf_counter() - started,
         peak_bytes=peak_memory(next(network.parameters()).device),
     )
+    files |= adapters
     summary = operate_summary(result, change)
-    text = result_text(class_table(result), summary, out, OPERATE_FILES)
+    text = result_text(class_table(result), summary, out, tuple(files))
     to_remove = None if interrupted else state
     publish(out, files, text, as_json=args.json, remove=to_remove)
     return exit_code
@@ -160,7 +164,7 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         "--max-global-drop", [args.max_global_drop], "is percentage points, in 0..100"
     )
     network, sets = load_inputs(args)
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn = loss_of(args)
     if args.dry_run:
         plan = _plan_comparison(network, loss_fn, sets, config, args)
         return _show_plan(plan, sets, args)
@@ -234,7 +238,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     whole("--folds", args.folds)
     whole("--rounds", args.rounds, 0)
     config = front_config(args)
-    out = output_directory(args, FRONT_FILES)
+    out = output_directory(args, (*FRONT_FILES, *ADAPTER_FILES))
     prices = [*args.prices, args.max_global_drop]
     check_percentage_points(
         "--prices and --max-global-drop",
@@ -244,7 +248,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     network, sets = load_inputs(args)
     front = linearised_operate(
         network,
-        nn.CrossEntropyLoss(),
+        loss_of(args),
         sets.hessian,
         sets.sensitivity,
         held_out=sets.held_out,
@@ -257,6 +261,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     )
     chosen = front.at(args.max_global_drop / 100)
     moved = front.network(chosen.price)  # all processes have a part in it
+    adapters = files_of_network(moved, sets.held_out)
     if current_team().rank > 0:
         return 0
 
@@ -269,8 +274,9 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
         config=config,
         command=command_line(args.argv),
     )
+    files |= adapters
     summary = front_summary(front, args.max_global_drop)
-    text = result_text(front_table(front), summary, out, FRONT_FILES)
+    text = result_text(front_table(front), summary, out, tuple(files))
     publish(out, files, text, as_json=args.json)
     return 0
 
@@ -282,7 +288,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
     network, sets = load_inputs(args)
     screening = screen(
         network,
-        nn.CrossEntropyLoss(),
+        loss_of(args),
         sets.hessian,
         sets.sensitivity,
         num_spikes=args.spikes,
@@ -333,7 +339,7 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     if args.spikes is not None:
         whole("--spikes", args.spikes)
     network, sets = load_inputs(args, images)
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn = loss_of(args)
     op = HessianOperator(network, loss_fn, sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(
         op,
@@ -376,7 +382,7 @@ def compare_spectra(
         rows = torch.randperm(len(part.y), generator=generator)[:size]
         chosen = replace(part, x=part.x[rows], y=part.y[rows])
         op = HessianOperator(
-            network, nn.CrossEntropyLoss(), chosen, params=args.params, **product_options(args)
+            network, loss_of(args), chosen, params=args.params, **product_options(args)
         )
         return spectrum_type(op, seed=args.seed, progress=sys.stderr.isatty())
 

@@ -45,6 +45,7 @@ _FACE = {
     "predict": "foundations.accuracy",
     "Adjusted": "foundations.adjusted",
     "load_adjusted": "foundations.adjusted",
+    "load_network": "foundations.loading",
     "load_weights": "foundations.weight_files",
     "InputError": "foundations.checks",
 }

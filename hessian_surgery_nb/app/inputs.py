@@ -23,7 +23,8 @@ from hessian_surgery_nb.app.own_network import (
 )
 from ..foundations.checks import InputError, first_line
 from ..foundations.distributed import current_team
-from ..foundations.named_networks import Preparation, load_network
+from ..foundations.loading import load_network
+from ..foundations.preparation import Preparation
 from ..foundations.weight_files import check_storable
 from ..foundations.weights import select_params
 
@@ -123,6 +124,7 @@ def count_outputs(
     "Its outputs. A network that does not take these images, or is no classifier, is refused."
     try:
         outputs = network(images)
+        outputs = getattr(outputs, "logits", outputs)  # of transformers
     except InputError:
         raise
     except Exception as error:  # whatever a network raises on images that it was not made for

@@ -107,9 +107,13 @@ def add_image_flags(
         )
 
 
+_LOSS_HELP = (
+    "ce, focal, focal:GAMMA, label-smoothing:SHARE, package.module:function or file.py:function, "
+    "a function of logits and labels"
+)
 _MODEL_HELP = (
-    "torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or "
-    "file.py:function; a function returns the network"
+    "torchvision:resnet50, timm:resnet18.a1_in1k, hf:FOLDER of transformers, "
+    "package.module:function or file.py:function; a function returns the network"
 )
 _WEIGHTS_HELP = ".safetensors, or .pt with a state dict; without it torchvision's or timm's own"
 _ORDER_HELP = (
@@ -136,6 +140,7 @@ def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="which parameters may move, such as 'layer4.*'; default: all trainable",
     )
+    add("--loss", default="ce", metavar="NAME", help=_LOSS_HELP)
     add(
         "--precision",
         choices=("float32", "bf16"),
@@ -365,10 +370,10 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
         raise InputError(
             f"a config holds flags of the command. {path} has {name!r}; known: {allowed}."
         )
-    if name == "model" and not str(value).startswith(("torchvision:", "timm:")):
+    if _imports_code(name, str(value)):
         raise InputError(
-            f"code is imported only where you name it. {path} has model {value!r}; "
-            "give --model on the command line."
+            f"code is imported only where you name it. {path} has {name} {value!r}; "
+            f"give --{name} on the command line."
         )
     is_switch = known[name]
     if value is not None and isinstance(value, bool) != is_switch:
@@ -376,6 +381,16 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
             "a config holds a value for each flag, true or false for switches. "
             f"{path} has {name}: {value!r}; see --help."
         )
+
+
+# %% ../../nbs/app/02_options.ipynb #555be648
+def _imports_code(name: str, value: str) -> bool:
+    "Whether a flag of this value imports somebody's code."
+    if name == "model":
+        return not value.startswith(("torchvision:", "timm:", "hf:"))
+    if name == "loss":
+        return ":" in value and not value.startswith(("focal:", "label-smoothing:"))
+    return False
 
 
 # %% ../../nbs/app/02_options.ipynb #5d858d33

@@ -19,7 +19,7 @@ from ..foundations.checks import InputError, seed_of, whole
 from ..foundations.datasets import check_same_classes, unseen_folder
 from ..foundations.guards import plainly
 from ..foundations.images import ORDERS, class_files, class_order, decoded
-from ..foundations.named_networks import Preparation
+from ..foundations.preparation import Preparation
 
 # %% auto #0
 __all__ = [

@@ -23,7 +23,7 @@ from hessian_surgery_nb.foundations.batches import (
     tensors_in,
     to_device,
 )
-from .checks import ChangingFunction, InputError
+from .checks import ChangingFunction, InputError, class_names
 from .distributed import Team, current_team
 from .forward import Forward, functional_logits
 from .guards import checksum, plainly
@@ -255,7 +255,8 @@ def class_means(
     counts = torch.bincount(labels, minlength=num_classes)
     if (counts == 0).any():
         empty = int((counts == 0).nonzero()[0])
-        name = "" if names is None else f" ({names[empty]})"
+        known = class_names(names)
+        name = "" if known is None else f" ({known[empty]})"
         raise InputError(
             f"every class must have an image in {where}. Class {empty}{name} has none; pass "
             f"a stratified set that holds all {num_classes} classes."
@@ -373,18 +374,14 @@ def class_report(
 def class_report_of(
     logits: torch.Tensor,  # (N, C)
     labels: torch.Tensor,  # (N,)
-    names: Sequence[str] | None = None,  # a list, an array or an index; None: their numbers
+    names: Sequence[str] | None = None,  # as for class_names; None: their numbers
     measured_on: str = "held_out",
 ) -> ClassReport:
     "The same from logits."
     num_classes = logits.shape[1]
-    if names is None or len(names) == 0:
-        names = range(num_classes)
-    names = tuple(map(str, names))
-    if len(names) != num_classes:
-        raise InputError(
-            f"names must be one for each of the {num_classes} outputs. Got {len(names)}."
-        )
+    names = class_names(names, num_classes)
+    if names is None:
+        names = tuple(map(str, range(num_classes)))
     correct = logits.argmax(1) == labels
     accuracy = class_means(correct, labels, num_classes, names, f"the {measured_on} set").cpu()
     counts = torch.bincount(labels.cpu(), minlength=num_classes)

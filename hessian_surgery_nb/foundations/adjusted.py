@@ -87,6 +87,12 @@ class Adjusted(nn.Module):
             )
         return logits * self.scale + self.bias
 
+    @property
+    def stored_types(self) -> dict[str, torch.dtype]:  # tensor name -> as it is stored
+        "Types that the model's tensors came in; scale and bias keep their own."
+        types = getattr(self.model, "stored_types", {})
+        return {f"model.{name}": kind for name, kind in types.items()}
+
     def __getattr__(self, name: str) -> Any:
         "What is not its own is the model's."
         try:

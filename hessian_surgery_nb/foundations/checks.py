@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "whole",
     "seed_of",
     "Interval",
+    "class_names",
     "OneOf",
     "Satisfies",
     "OrValue",
@@ -177,6 +178,37 @@ class Interval(Constraint):
             return self.rule
         ends = [_low_end(self.low, low_included), _high_end(self.high, high_included)]
         return " and ".join(filter(None, ends)) or "a number"
+
+
+# %% ../../nbs/foundations/00_checks.ipynb #ae295e25
+def class_names(
+    names: Sequence | Mapping | None,
+    classes: int | None = None,  # how many there must be; None: any number
+) -> tuple[str, ...] | None:  # None: there are none
+    "Names of classes as text, in the order of a network's outputs."
+    if names is None or len(names) == 0:
+        return None
+    if isinstance(names, str):
+        raise InputError(f"names of classes are a list. Got {names!r}; put it in brackets.")
+    if isinstance(names, Mapping):
+        names = _by_number(names)
+    found = tuple(map(str, names))
+    if classes is not None and len(found) != classes:
+        raise InputError(f"names must be one for each of the {classes} outputs. Got {len(found)}.")
+    return found
+
+
+def _by_number(names: Mapping) -> list:
+    "The names in a dictionary such as id2label or class_to_idx, in the order of their numbers."
+    for indices, found in ((names.keys(), names.values()), (names.values(), names.keys())):
+        if all(str(index).isdecimal() for index in indices):
+            ordered = dict(sorted(zip(map(int, indices), found)))
+            if list(ordered) == list(range(len(names))):
+                return list(ordered.values())
+    raise InputError(
+        "a dictionary of names has the numbers of the classes, from 0 on, as keys or as values. "
+        f"Got {dict(names)!r}; give a list."
+    )
 
 
 # %% ../../nbs/foundations/00_checks.ipynb #0147c340

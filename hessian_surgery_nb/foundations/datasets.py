@@ -28,6 +28,7 @@ __all__ = [
     "write_toy_images",
     "draw_disc",
     "torchvision_part",
+    "mend_torchvision",
     "data_dir",
     "dataset_folder",
     "unseen_folder",
@@ -198,20 +199,28 @@ def torchvision_part(
 ) -> ModuleType:
     "A part of torchvision, also where its compiled operators do not fit the installed PyTorch."
     import importlib
-    import importlib.util
 
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
+    if not mend_torchvision():
         raise InputError(
             f"this needs torchvision.{name}, and torchvision is not installed; "
             "pip install torchvision."
         )
+    return importlib.import_module(f"torchvision.{name}")
+
+
+def mend_torchvision() -> bool:  # whether there is a torchvision
+    "Declare operators that torchvision's own library cannot, so that others can import it as well."
+    import importlib.util
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        return False
     for library in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(library)
         except OSError:
             _declare_nms()
-    return importlib.import_module(f"torchvision.{name}")
+    return True
 
 
 @functools.cache

@@ -31,6 +31,7 @@ __all__ = [
     "named_part",
     "facts_in",
     "load_weights",
+    "half_types",
 ]
 
 
@@ -125,13 +126,14 @@ def weights_bytes(
     """A model's state as safetensors: same keys, same types.
 
     Tied weights are there under each of their names. What the model says in an attribute
-    `file_facts` goes into the metadata as well.
+    `file_facts` goes into the metadata as well; `stored_types` are types to store tensors in.
     """
     extra_state = state_facts(model)
+    types = getattr(model, "stored_types", {})
     facts = {**getattr(model, "file_facts", {}), **facts}
     state = {}
     for name, tensor in state_tensors(model).items():
-        stored = tensor.cpu().contiguous().clone()
+        stored = tensor.to(types.get(name, tensor.dtype)).cpu().contiguous().clone()
         if half and stored.ndim > 1 and stored.is_floating_point():
             stored = stored.half()
         state[name] = stored
@@ -306,7 +308,8 @@ def _state_dict_in(path: Path | str, found: object) -> _State:
 
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #21851627
-_PREFIXES = "module.", "_orig_mod.", "body."  # the last: of a network that scales its images
+# of wrappers, of a network that scales its images, of what trains a network of this name
+_PREFIXES = "module.", "_orig_mod.", "body.", "model.", "net.", "network."
 
 
 def _without_prefix(stored: _State, own: _State) -> _State:
@@ -415,6 +418,7 @@ def load_weights(
     if not head:
         stored |= _other_heads(model, own, stored)
     stored |= _facts_not_stored(path, own, stored)
+    stored |= _tied_not_stored(path, own, stored)
     _refuse_differences(path, sorted(own.keys() ^ stored.keys()))
     tensors = {
         name: _as_own(path, name, tensor, stored[name])
@@ -432,6 +436,17 @@ def load_weights(
 
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #4e6a8e52
+def half_types(
+    model: nn.Module,
+    path: Path | str,  # weights of it
+) -> dict[str, torch.dtype]:  # name in the model -> float16 or bfloat16
+    "The tensors that a file holds in half precision."
+    stored = _without_prefix(_read_state(path), model.state_dict())
+    half = (torch.float16, torch.bfloat16)
+    tensors = {name: value for name, value in stored.items() if torch.is_tensor(value)}
+    return {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype in half}
+
+
 def _facts_not_stored(path: Path | str, own: _State, stored: _State) -> _State:
     "What belongs to the network's state, is no tensor, and is not in the file: it stays."
     lacking = {
@@ -445,6 +460,27 @@ def _facts_not_stored(path: Path | str, own: _State, stored: _State) -> _State:
             "and is no tensor; it stays as it is in the network.",
             stacklevel=3,  # where load_weights is called
         )
+    return lacking
+
+
+def _tied_not_stored(path: Path | str, own: _State, stored: _State) -> _State:
+    "Tied weights that a file holds under one of their names, under the others."
+    names_of = {}  # a place in memory -> names in the network
+    for name, tensor in own.items():
+        if torch.is_tensor(tensor) and tensor.numel():
+            place = tensor.data_ptr(), tensor.shape, tensor.stride()
+            names_of.setdefault(place, []).append(name)
+    lacking = {}
+    for names in names_of.values():
+        there = [name for name in names if torch.is_tensor(stored.get(name))]
+        for name in there[1:]:
+            if not torch.equal(stored[name], stored[there[0]]):
+                raise InputError(
+                    f"tied weights must be equal. {path} has others under {name} than under "
+                    f"{there[0]}; untie them in the network, or store its own state."
+                )
+        if there:
+            lacking |= {name: stored[there[0]] for name in names if name not in stored}
     return lacking
 
 

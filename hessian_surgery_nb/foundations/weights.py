@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from types import CodeType
 
 import torch
 from torch import nn
@@ -281,6 +282,32 @@ def _why_not_fixed(
         return "active dropout"
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout:
         return "active dropout"
-    if not type(module).__module__.startswith("torch.nn"):
+    if not type(module).__module__.startswith("torch.nn") and _may_ask_for_its_mode(module):
         return "a training mode that we cannot judge"
     return None
+
+
+def _may_ask_for_its_mode(module: nn.Module) -> bool:
+    "Whether the code of a module's class has `training` in it, or is not all there to be read."
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return True
+    own = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] != "torch"]
+    members = [value for kind in own if kind is not object for value in vars(kind).values()]
+    for member in members:
+        function = getattr(member, "fget", getattr(member, "__func__", member))
+        code = getattr(function, "__code__", None)
+        if code is None and callable(function):
+            return True
+        if code is not None and _says_training(code):
+            return True
+    return False
+
+
+def _says_training(code: CodeType) -> bool:
+    "Whether a function, or one within it, has the word as a name, a keyword or a text."
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType) and _says_training(constant):
+            return True
+        if constant == "training" or (isinstance(constant, tuple) and "training" in constant):
+            return True
+    return "training" in code.co_names
