@@ -107,7 +107,14 @@ STYLE += """
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 caption { text-align: left; padding-bottom: .4rem; max-width: 46rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
+.scroll {
+  overflow-x: auto; margin: 1rem 0;
+  background:
+    linear-gradient(to right, var(--paper) 60%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 60%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--line), transparent) 0 0 / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--line), transparent) 100% 0 / .8rem 100% no-repeat scroll;
+}
 table { font-size: .92rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td {
   padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
@@ -115,8 +122,9 @@ th, td {
 }
 thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 th:first-child { text-align: left; font-weight: 600; }
+tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: anywhere; }
 .numbers {
-  display: flex; flex-wrap: wrap; gap: .8rem 2.4rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr)); gap: .8rem 1.6rem;
   margin: 1.2rem 0; padding: 0; list-style: none;
 }
 .numbers b { display: block; font-size: 1.5rem; line-height: 1.25; }

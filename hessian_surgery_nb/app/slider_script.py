@@ -195,7 +195,7 @@ _LAYOUT = """
 .slider .level { grid-area: level; text-align: right; color: var(--soft); white-space: nowrap; }
 .slider .change { grid-area: change; text-align: right; white-space: nowrap; }
 .slider .row { border-top: 1px solid var(--line); }
-.slider .axis { font-size: .85rem; color: var(--soft); }
+.slider .axis { font-size: .85rem; color: var(--soft); margin-top: .8rem; }
 .slider .axis .scale { grid-area: bar; display: flex; justify-content: space-between; }
 .slider .axis .level, .slider .axis .change { white-space: normal; line-height: 1.2; }
 @media (max-width: 40rem) {
@@ -270,14 +270,19 @@ _PLANE = """
 _CONTROLS = """
 .slider [hidden] { display: none !important; }
 .slider .controls {
-  position: sticky; top: 0; z-index: 2; padding: .5rem 0 .7rem; background: var(--paper);
+  position: sticky; top: 0; z-index: 2; padding: .4rem 0; margin-bottom: .8rem;
+  background: var(--paper);
   border-bottom: 1px solid var(--line);
 }
-.slider label { font-weight: 600; }
+.slider label { font-size: .9rem; }
+.slider td { white-space: normal; }
 .slider input[type="range"] {
-  width: 100%; margin: .5rem 0 0; accent-color: var(--gain); min-height: 1.6rem;
+  display: block; width: 100%; margin: .2rem 0 0; accent-color: var(--gain); min-height: 1.6rem;
 }
-.slider .ends { display: flex; justify-content: space-between; margin: 0; max-width: none; }
+.slider .ends {
+  display: flex; justify-content: space-between; gap: 1rem; margin: 0; max-width: none;
+  line-height: 1.3;
+}
 .slider .buttons { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
 .slider button, .slider select {
   font: inherit; font-size: .9rem; color: var(--ink); background: var(--code);
@@ -288,12 +293,13 @@ _CONTROLS = """
 .slider button[aria-pressed="true"] {
   background: var(--ink); color: var(--paper); border-color: var(--ink);
 }
-.slider .point { font-size: 1.15rem; font-weight: 600; margin: .6rem 0 0; }
+.slider .point { font-size: 1.15rem; font-weight: 600; margin: .2rem 0; line-height: 1.3; }
 .slider .tag {
   font-size: .8rem; font-weight: 600; border: 1px solid var(--ink); border-radius: 1rem;
   padding: .05rem .6rem; margin-left: .4rem; white-space: nowrap;
 }
-.slider .numbers { margin: .6rem 0; gap: .6rem 2rem; }
+.slider .numbers { margin: 1rem 0 .6rem; }
+.slider .numbers li { overflow-wrap: anywhere; }
 .slider .numbers li > * { display: block; }
 .slider .numbers b { font-size: 1.35rem; }
 .slider pre { background: var(--code); padding: .7rem; overflow-x: auto; white-space: pre-wrap; }
@@ -302,7 +308,10 @@ _CONTROLS = """
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap;
 }
-@media print { .slider .controls, .slider .buttons { display: none; } }
+@media print {
+  .slider .buttons, .slider .moves { display: none; }
+  .slider .controls { position: static; border: 0; }
+}
 """
 
 SLIDER_STYLE = _LAYOUT + _BARS + _PLANE + _CONTROLS
