@@ -122,7 +122,7 @@ th, td {
 }
 thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 th:first-child { text-align: left; font-weight: 600; }
-tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: anywhere; }
+tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: break-word; }
 .numbers {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr)); gap: .8rem 1.6rem;
   margin: 1.2rem 0; padding: 0; list-style: none;

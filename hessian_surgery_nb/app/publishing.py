@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from .glossary import SIGMA, glossary_tag
 from hessian_surgery_nb.app.pages import (
     code_tag,
     heading_tag,
@@ -84,15 +85,31 @@ def report_page(
     summary: str,
     pieces: Sequence[Markup],  # figures and tables
     command: str,  # that repeats the run
+    *,
+    images: Mapping[str, int] | None = None,  # what they are for -> how many
 ) -> bytes:  # HTML
     "The page of one run: what it says, pictures and tables, how to repeat it."
     body = [
         heading_tag(heading, level=1),
         paragraph_tag(summary, "lead"),
+        *_first_words(summary, images),
         *pieces,
-        *how_to_repeat(command),
     ]
-    return html_page(title, body).encode()
+    return html_page(title, [*body, glossary_tag(body), *how_to_repeat(command)]).encode()
+
+
+def _first_words(
+    summary: str,
+    images: Mapping[str, int] | None,
+) -> list[Markup]:
+    "What sigma is, where it is met, and how many images there were."
+    notes = []
+    if "sigma" in summary.lower():
+        notes.append(f"Sigma is {SIGMA}.")
+    if images:
+        sizes = ", ".join(f"{count:,} {purpose}" for purpose, count in images.items())
+        notes.append(f"Images: {sizes}.")
+    return [paragraph_tag(" ".join(notes), "soft")] if notes else []
 
 
 def how_to_repeat(command: str) -> list[Markup]:

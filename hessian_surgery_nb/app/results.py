@@ -12,6 +12,7 @@ from typing import Any
 from .pages import figure_tag, table_tag
 from .publishing import Table, report_page
 from ..comparison import Comparison, plot_comparison
+from ..foundations.accuracy import ClassReport
 from ..foundations.intervals import paired_interval
 from ..foundations.runs import json_bytes
 from ..foundations.weight_files import weights_bytes
@@ -35,6 +36,7 @@ __all__ = [
     "held_out_change",
     "operate_summary",
     "class_table",
+    "set_sizes",
     "operate_files",
     "result_schema",
     "comparison_table",
@@ -136,7 +138,19 @@ def _operate_page(
         figure_tag(plot_history(result), f"{steps}.", f"{steps}; crosses were rolled back."),
     ]
     heading = f"Surgery on {model}"
-    return report_page(heading, heading, summary, pieces, command)
+    images = set_sizes(result.before, result.sensitivity_before)
+    return report_page(heading, heading, summary, pieces, command, images=images)
+
+
+def set_sizes(
+    held_out: ClassReport,
+    tuned_on: ClassReport,
+) -> dict[str, int]:  # what they are for -> how many
+    "Of the images that two reports are about."
+    return {
+        "held-out": int(held_out.counts.sum()),
+        "in the sensitivity set": int(tuned_on.counts.sum()),
+    }
 
 
 # %% ../../nbs/app/02e_results.ipynb #b434180c
@@ -442,7 +456,9 @@ def _front_page(front: Front, summary: str, model: str, directions: str, command
         table_tag(*front_table(front), "Held-out figures at each price in global accuracy"),
     ]
     heading = f"The trade-off between spread and global accuracy on {model}"
-    return report_page(f"Front of {model}", heading, summary, pieces, command)
+    start = front.points[0]
+    images = set_sizes(start.held_out, start.sensitivity)
+    return report_page(f"Front of {model}", heading, summary, pieces, command, images=images)
 
 
 # %% ../../nbs/app/02e_results.ipynb #4c06dc20

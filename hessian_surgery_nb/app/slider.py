@@ -178,7 +178,7 @@ _BARS = """\
 </li>
 {% endmacro %}
 <div class="axis" aria-hidden="true">
-<span class="name">class</span><span class="level">accuracy, before → after</span>
+<span class="name">class</span><span class="level">before → after</span>
 <span class="scale"><span>−{{ scale }} pp</span><span>0</span><span>+{{ scale }} pp</span></span>
 <span class="change">change in pp [95 %]</span></div>
 <ul class="bars" id="slider-bars" aria-label="Change of each class">
@@ -266,9 +266,9 @@ def _plane_piece(points: Sequence[SliderPoint], chosen: int) -> Markup:
 _POINTS_HEADER = (
     "point",
     "sigma (pp)",
-    "change [95 %]",
+    "change [95\N{NO-BREAK SPACE}%]",
     "global (%)",
-    "change [95 %]",
+    "change [95\N{NO-BREAK SPACE}%]",
     "balanced (%)",
     "worst class (%)",
     "largest gain (pp)",
@@ -331,7 +331,7 @@ classes are classified equally well.</p>
 <span class="tag" id="slider-recommended"{% if not advised %} hidden{% endif %}
 >recommended</span></p>
 <div class="moves" data-needs-script hidden>
-<label for="slider-price">Price: from the network as it is to the most that was tried</label>
+<label for="slider-price">Price: how far global accuracy may fall</label>
 <input type="range" id="slider-price" list="slider-ticks" autocomplete="off"
  min="0" max="{{ points | length - 1 }}" step="1" value="{{ chosen }}"
  aria-valuetext="{{ points[chosen].brief }}">

@@ -200,11 +200,10 @@ _LAYOUT = """
 .slider .axis .level, .slider .axis .change { white-space: normal; line-height: 1.2; }
 @media (max-width: 40rem) {
   .slider .row, .slider .axis {
-    grid-template-columns: 1fr auto; column-gap: .7rem;
-    grid-template-areas: "name level" "bar change";
+    grid-template-columns: minmax(0, 1fr) 2.4rem 7rem; column-gap: .6rem;
+    grid-template-areas: "name change change" "bar bar level";
   }
-  .slider .change { min-width: 10.4rem; font-size: .9rem; }
-  .slider .level { font-size: .9rem; }
+  .slider .change, .slider .level { font-size: .9rem; }
 }
 """
 
