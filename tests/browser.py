@@ -117,6 +117,18 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type="keyDown", **stroke)
             self.call("Input.dispatchKeyEvent", type="keyUp", **stroke)
 
+    def click(self, selector):
+        "The middle of an element, with the mouse."
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{element}.scrollIntoView({{ block: 'center' }})")
+        place = (
+            f"((r) => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())"
+        )
+        x, y = self.evaluate(place)
+        for act in ("mousePressed", "mouseReleased"):
+            options = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=act, **options)
+
     def picture(self, path):
         "The whole page as a PNG file."
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from markupsafe import Markup
 __all__ = [
     "STYLE",
     "PHONE_WIDTH",
+    "LONG_LABEL",
     "text_table",
     "duration",
     "amount",
@@ -131,6 +133,7 @@ tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: brea
 .wide img { max-width: none; }
 @media (max-width: 30rem) {
   table { font-size: .82rem; }
+  .numbers b { font-size: 1.25rem; }
   th, td { padding-right: .5rem; }
 }
 @media print {
@@ -276,6 +279,7 @@ def footer_tag(body: Iterable[str]) -> Markup:
 
 # %% ../../nbs/app/01_pages.ipynb #4f9994a0
 PHONE_WIDTH = 3.9  # inches, at 96 pixels each
+LONG_LABEL = 18  # letters
 
 
 def _svg_source(figure: Any) -> str:
@@ -289,6 +293,27 @@ def _svg_source(figure: Any) -> str:
     return f"data:image/svg+xml;base64,{data}"
 
 
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+def _make_narrow(figure: Any):
+    "As wide as a phone: titles and long labels on several lines, no tiny letters."
+    from matplotlib.text import Text
+
+    figure.set_size_inches(PHONE_WIDTH, figure.get_figheight())
+    for panel in figure.axes:
+        panel.set_title(_wrapped(panel.get_title(), 32), fontsize=11)
+        labels = [label.get_text() for label in panel.get_yticklabels()]
+        formulas = any("$" in label for label in labels)
+        if max(map(len, labels), default=0) > LONG_LABEL and not formulas:
+            wrapped = [_wrapped(label, LONG_LABEL) for label in labels]
+            panel.set_yticks(panel.get_yticks(), wrapped, fontsize=9, linespacing=0.9)
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(8, text.get_fontsize()))
+
+
+# %% ../../nbs/app/01_pages.ipynb #8862de34
 def figure_tag(
     axes: Any,  # matplotlib axes, or an array of them
     alt: str,  # what the picture shows, in words
@@ -306,7 +331,7 @@ def figure_tag(
     narrow = ""
     beside = {panel.get_position().x0 > 0.5 for panel in panels}
     if True not in beside:
-        figure.set_size_inches(PHONE_WIDTH, figure.get_figheight())
+        _make_narrow(figure)
         narrow = _svg_source(figure)
     plt.close(figure)
     return _render("figure", source=source, narrow=narrow, alt=alt, caption=caption)

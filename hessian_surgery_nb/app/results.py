@@ -343,7 +343,11 @@ def compare_files(
         "config": asdict(config),
     }
     pieces = [
-        figure_tag(plot_comparison(comparison), summary, summary),
+        figure_tag(
+            plot_comparison(comparison),
+            summary,
+            "Points: sigma as counted. Bars: 95 % intervals of the true change against no change.",
+        ),
         table_tag(*comparison_table(comparison), "Every method on the same images"),
     ]
     heading = f"Methods on {model}"
@@ -452,7 +456,7 @@ def front_files(
 def _front_page(front: Front, summary: str, model: str, directions: str, command: str) -> bytes:
     picture = plot_front({directions.replace("_", " "): front})
     pieces = [
-        figure_tag(picture, summary, summary),
+        figure_tag(picture, summary, "One point a price, from the network as it was on."),
         table_tag(*front_table(front), "Held-out figures at each price in global accuracy"),
     ]
     heading = f"The trade-off between spread and global accuracy on {model}"
