@@ -177,9 +177,9 @@ def shown(tab, part):
     return tab.evaluate(f"document.getElementById('slider-{part}').textContent")
 
 
-def seen_rows(tab):
+def rows_in(tab, part):
     return tab.evaluate(
-        "[...document.querySelectorAll('#slider-bars .row')].map(r => +r.dataset.number)"
+        f"[...document.querySelectorAll('#slider-{part} .row')].map((row) => +row.dataset.number)"
     )
 
 
@@ -233,6 +233,7 @@ def test_the_keyboard_goes_through_all_points(tab, place, name):
     assert shown(tab, "status") == f"{points[-1]['brief']}. {points[-1]['says']}"
     tab.click("#slider-chosen")
     check_point(tab, points[data["chosen"]])
+    assert tab.evaluate("document.activeElement.id") == "slider-price"  # the button is disabled now
     assert tab.complaints() == []
     assert tab.evaluate("window.hacked") is None
 
@@ -257,10 +258,13 @@ def test_classes_are_ordered_as_asked(tab, place):
     weakest = data["weakest"]
     largest = sorted(range(200), key=lambda number: (-abs(changes[number]), weakest[number]))
     seen = set(largest[:IN_SIGHT])
-    assert seen_rows(tab) == sorted(seen, key=lambda number: weakest[number])
+    others = set(range(200)) - seen
+    assert rows_in(tab, "bars") == sorted(seen, key=lambda number: weakest[number])
+    assert rows_in(tab, "others") == sorted(others, key=lambda number: weakest[number])
     for order, key in (("change", lambda number: (-changes[number], number)), ("given", int)):
         tab.click(f"[data-order={order}]")
-        assert seen_rows(tab) == sorted(seen, key=key)
+        assert rows_in(tab, "bars") == sorted(seen, key=key)
+        assert rows_in(tab, "others") == sorted(others, key=key)
         pressed = "[...document.querySelectorAll('[aria-pressed=true]')].map(b => b.dataset.order)"
         assert tab.evaluate(pressed) == [order]
 

@@ -188,7 +188,7 @@ class Page(HTMLParser):
         self.links += [a[k] for k in ("src", "href") if k in a]
         if tag == "img":
             self.alts.append(a.get("alt", ""))
-        if tag not in ("img", "meta", "link"):
+        if tag not in ("img", "meta", "link", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -21,8 +21,10 @@ from ..foundations.accuracy import ClassReport
 # %% auto #0
 __all__ = ["IN_SIGHT", "round_marks", "slider_section"]
 
-
 # %% ../../nbs/app/01c_slider.ipynb #21afa53f
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
 def _number(value: float, digits: int = 1) -> str:
     "With a true minus; nothing that is zero has a sign."
     text = f"{value:.{digits}f}"
@@ -44,8 +46,7 @@ def _with_interval(change: float, ends: tuple[float, float]) -> str:
     low, high = ends
     if change == low == high == 0:
         return "0.0"
-    space = "\N{NO-BREAK SPACE}"
-    return f"{_signed(change)} [{_signed(low)},{space}{_signed(high)}]"
+    return f"{_signed(change)} [{_signed(low)},{_SPACE}{_signed(high)}]"
 
 
 def _level(before: float, after: float) -> str:
@@ -76,7 +77,7 @@ def _says(start: ClassReport, point: SliderPoint) -> str:
             continue
         name, change, clear = found
         luck = "" if clear else ", which may be chance"
-        words.append(f"Largest {what}: {name}, {_signed(change)} pp{luck}.")
+        words.append(f"Largest {what}: {name}, {_signed(change)}{_SPACE}pp{luck}.")
     changes = point.report.accuracy - start.accuracy
     rose = int((point.beyond_chance & (changes > 0)).sum())
     fell = int((point.beyond_chance & (changes < 0)).sum())
