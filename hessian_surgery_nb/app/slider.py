@@ -140,7 +140,6 @@ def _point_data(
     return {
         "method": point.method,
         "label": point.label,
-        "price": "" if point.price is None else f"price {100 * point.price:g} pp",
         "brief": _brief(point),
         "says": _says(start, point),
         "figures": _figures(start, point),

@@ -33,14 +33,14 @@ class SliderPoint:
     sigma_interval: tuple[float, float]  # 95 % interval of the change of sigma
     overall_interval: tuple[float, float]  # of that of global accuracy
     command: str  # that gives these weights
+    setting: str = ""  # what tells points of one method apart besides the price
     recommended: bool = False
 
     @property
     def label(self) -> str:
-        "Method and price."
-        if self.price is None:
-            return self.method
-        return f"{self.method}, price {100 * self.price:g} pp"
+        "Method, setting and price."
+        price = "" if self.price is None else f"price {100 * self.price:g} pp"
+        return ", ".join(filter(None, [self.method, self.setting, price]))
 
 
 # %% ../../nbs/app/01b_slider_points.ipynb #2689960a
@@ -71,6 +71,7 @@ def slider_point(
     method: str,
     price: float | None,  # as in SliderPoint
     command: str,  # that gives these weights
+    setting: str = "",  # as in SliderPoint
     recommended: bool = False,
 ) -> SliderPoint:
     "What a changed network does, with paired intervals."
@@ -93,6 +94,7 @@ def slider_point(
         sigma_interval=paired_interval(*answers),
         overall_interval=(0.0, 0.0) if same else pooled_interval([answers], "global")[1:],
         command=command,
+        setting=setting,
         recommended=recommended,
     )
 
