@@ -11,6 +11,8 @@ from typing import Any
 
 from .pages import figure_tag, table_tag
 from .publishing import Table, report_page
+from .slider import slider_section
+from .slider_points import front_points
 from ..comparison import Comparison, plot_comparison
 from ..foundations.accuracy import ClassReport
 from ..foundations.intervals import paired_interval
@@ -448,16 +450,27 @@ def front_files(
         "change": {"low95": low, "high95": high},
         "config": asdict(config),
     }
-    page = _front_page(front, front_summary(front, max_drop), model, config.directions, command)
+    summary = front_summary(front, max_drop)
+    page = _front_page(front, summary, max_drop, model, config.directions, command)
     return dict(zip(FRONT_FILES, [weights, json_bytes(found), page], strict=True))
 
 
 # %% ../../nbs/app/02e_results.ipynb #b451047f
-def _front_page(front: Front, summary: str, model: str, directions: str, command: str) -> bytes:
-    picture = plot_front({directions.replace("_", " "): front})
+def _front_page(
+    front: Front,
+    summary: str,
+    max_drop: float,  # of global accuracy at the chosen point, pp
+    model: str,
+    directions: str,
+    command: str,
+) -> bytes:
+    method = directions.replace("_", " ")
+    picture = plot_front({method: front})
+    points = front_points(front, method, max_drop / 100, command)
     pieces = [
         figure_tag(picture, summary, "One point a price, from the network as it was on."),
         table_tag(*front_table(front), "Held-out figures at each price in global accuracy"),
+        *slider_section(front.points[0].held_out, points, tag="chosen"),
     ]
     heading = f"The trade-off between spread and global accuracy on {model}"
     start = front.points[0]

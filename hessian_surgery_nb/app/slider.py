@@ -113,7 +113,7 @@ def _figures(start: ClassReport, point: SliderPoint) -> list[tuple[str, str]]:  
         note = _signed(change) if ends is None else _with_interval(change, ends)
         found.append((f"{_number(100 * after)} {unit}", f"{note} pp"))
     value, note = found[-1]
-    return [*found[:-1], (value, f"{note}: {worst}")]
+    return [*found[:-1], (value, f"{note}, now {worst}")]
 
 
 # %% ../../nbs/app/01c_slider.ipynb #e1476a70
@@ -220,7 +220,7 @@ _PLANE = """\
 <h3>All {{ dots | length }} points</h3>
 <p class="soft key">Sigma (pp, upwards) against global accuracy (%, to the right): the best
 corner is below on the right. Ring: as it is. Large: the point shown.
-{% if advised %}Circled: the recommended one.{% endif %}</p>
+{% if advised %}Circled: the {{ tag }} one.{% endif %}</p>
 <div class="plane" id="slider-plane" role="img" aria-label="Sigma against global accuracy of
  {{ dots | length }} points; the table below has the numbers.">
 {% for place, text in below %}<span class="below" style="--x:{{ place }}">{{ text }}</span>
@@ -242,7 +242,7 @@ def _marks(low: float, high: float) -> list[tuple[float, str]]:  # place in [0, 
 
 
 # %% ../../nbs/app/01c_slider.ipynb #e8f6a63c
-def _plane_piece(points: Sequence[SliderPoint], chosen: int) -> Markup:
+def _plane_piece(points: Sequence[SliderPoint], chosen: int, tag: str) -> Markup:
     "All points, sigma against global accuracy."
     overall = np.array([100 * point.report.overall for point in points])
     sigma = np.array([100 * point.report.sigma for point in points])
@@ -259,7 +259,7 @@ def _plane_piece(points: Sequence[SliderPoint], chosen: int) -> Markup:
         dots.append((x, y, _brief(point), " ".join(kinds)))
     below, beside = _marks(left, right), _marks(0, top)
     advised = points[chosen].recommended
-    return filled(_PLANE, dots=dots, below=below, beside=beside, advised=advised)
+    return filled(_PLANE, dots=dots, below=below, beside=beside, advised=advised, tag=tag)
 
 
 # %% ../../nbs/app/01c_slider.ipynb #b6ab3187
@@ -276,7 +276,7 @@ _POINTS_HEADER = (
 )
 
 
-def _points_row(start: ClassReport, point: SliderPoint) -> list[str]:
+def _points_row(start: ClassReport, point: SliderPoint, tag: str) -> list[str]:
     report = point.report
     extremes = []
     for sign in (1, -1):
@@ -285,7 +285,7 @@ def _points_row(start: ClassReport, point: SliderPoint) -> list[str]:
     sigma_change = report.sigma - start.sigma
     overall_change = report.overall - start.overall
     return [
-        f"{point.label} (recommended)" if point.recommended else point.label,
+        f"{point.label} ({tag})" if point.recommended else point.label,
         _number(100 * report.sigma),
         _with_interval(sigma_change, point.sigma_interval),
         _number(100 * report.overall),
@@ -302,9 +302,13 @@ _COMMANDS = """\
 {% endfor %}</dl>"""
 
 
-def _points_pieces(start: ClassReport, points: Sequence[SliderPoint]) -> list[Markup]:
+def _points_pieces(
+    start: ClassReport,
+    points: Sequence[SliderPoint],
+    tag: str,
+) -> list[Markup]:
     "A table of all points, and their commands in a fold."
-    rows = [_points_row(start, point) for point in points]
+    rows = [_points_row(start, point, tag) for point in points]
     commands = filled(_COMMANDS, points=points)
     return [
         table_tag(_POINTS_HEADER, rows, f"All {len(points)} points, {_images(start)}"),
@@ -329,7 +333,7 @@ classes are classified equally well.</p>
 <div class="controls">
 <p class="point"><span id="slider-label">{{ point.label }}</span>
 <span class="tag" id="slider-recommended"{% if not advised %} hidden{% endif %}
->recommended</span></p>
+>{{ tag }}</span></p>
 <div class="moves" data-needs-script hidden>
 <label for="slider-price">Price: how far global accuracy may fall</label>
 <input type="range" id="slider-price" list="slider-ticks" autocomplete="off"
@@ -407,6 +411,7 @@ def _caution(start: ClassReport) -> str:
 def slider_section(
     start: ClassReport,  # of the network as it was
     points: Sequence[SliderPoint],  # on the same images
+    tag: str = "recommended",  # of the point that is shown at first
 ) -> list[Markup]:
     "Who gains and who pays at each point; one such section a page."
     ordered, chosen = arranged(start, points)
@@ -423,16 +428,16 @@ def slider_section(
         "inSight": len(seen),
     }
     methods = list(dict.fromkeys(point.method for point in ordered[1:]))
-    back = "Back to the recommended point" if advised else "Back to the start"
+    back = f"Back to the {tag} point" if advised else "Back to the start"
     shown = {"point": found[chosen], "points": found, "chosen": chosen, "advised": advised}
-    words = {"images": _images(start), "caution": _caution(start), "back": back}
+    words = {"images": _images(start), "caution": _caution(start), "back": back, "tag": tag}
     pieces = [
         filled(_CONTROLS, methods=methods, **words, **shown),
         filled(_NOW, figures=_FIGURES, **shown),
         _bars_piece(start, found[chosen], scale),
         filled(_COMMAND, note=_INTERVALS, **shown),
-        _plane_piece(ordered, chosen),
-        *_points_pieces(start, ordered),
+        _plane_piece(ordered, chosen, tag),
+        *_points_pieces(start, ordered, tag),
     ]
     style = Markup(SLIDER_STYLE)
     section = filled(_SECTION, pieces=pieces, points=ordered, data=data, style=style)

@@ -5,6 +5,7 @@
 # %% ../../nbs/app/01b_slider_points.ipynb #0453ac1e
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,18 @@ import torch
 from ..foundations.accuracy import ClassReport, class_means
 from ..foundations.checks import InputError
 from ..foundations.intervals import paired_interval, pooled_interval
+from ..front import Front
 
 # %% auto #0
-__all__ = ["SliderPoint", "class_change_interval", "slider_point", "start_point", "arranged"]
+__all__ = [
+    "SliderPoint",
+    "class_change_interval",
+    "slider_point",
+    "start_point",
+    "arranged",
+    "command_at",
+    "front_points",
+]
 
 
 # %% ../../nbs/app/01b_slider_points.ipynb #fbd85c1f
@@ -172,3 +182,52 @@ def arranged(
     ordered = [start_point(start, recommended=stays), *others]
     flags = [point.recommended for point in ordered]
     return ordered, flags.index(True) if advised else 0
+
+
+# %% ../../nbs/app/01b_slider_points.ipynb #c9d857f5
+def command_at(
+    command: str,  # a run of ours, as typed
+    price: float,  # of global accuracy, a fraction
+) -> str:
+    "The same run for another price, beside it."
+    words = shlex.split(command)
+    kept = []
+    amount = f"{100 * price:g}"
+    place = 0
+    while place < len(words):
+        name, _, value = words[place].partition("=")
+        if name in ("--max-global-drop", "--out"):
+            if not value and place + 1 < len(words):
+                place += 1
+                value = words[place]
+            if name == "--out":
+                kept += [name, f"{value}_price_{amount}"]
+        else:
+            kept.append(words[place])
+        place += 1
+    return shlex.join([*kept, "--max-global-drop", amount])
+
+
+# %% ../../nbs/app/01b_slider_points.ipynb #8713bd92
+def front_points(
+    front: Front,  # with held-out answers
+    method: str,  # what it moves along
+    chosen: float,  # price of the point that was asked for, a fraction
+    command: str,  # that repeats the run
+) -> list[SliderPoint]:
+    "Every point of a front after the start."
+    start, *others = front.points
+    asked = front.at(chosen)
+    return [
+        slider_point(
+            start.held_out,
+            start.correct,
+            point.correct,
+            front.labels,
+            method=method,
+            price=point.price,
+            command=command if point is asked else command_at(command, point.price),
+            recommended=point is asked,
+        )
+        for point in others
+    ]
