@@ -143,7 +143,11 @@ tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: brea
   }
   body { max-width: none; padding: 0; }
   figure, tr, li { break-inside: avoid; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
+  table { font-size: .68rem; }
+  th, td { padding-right: .35rem; }
+  tbody th { min-width: 6rem; }
+  details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
 

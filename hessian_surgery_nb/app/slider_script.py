@@ -307,6 +307,9 @@ _CONTROLS = """
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap;
 }
+@media (forced-colors: active) {
+  .slider button[aria-pressed="true"] { border: 3px double; font-weight: 700; }
+}
 @media print {
   .slider .buttons, .slider .moves { display: none; }
   .slider .controls { position: static; border: 0; }
