@@ -9,24 +9,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..foundations.accuracy import ClassReport, class_means
 from ..foundations.checks import InputError
-from ..foundations.intervals import paired_interval, pooled_interval
+from ..foundations.intervals import paired_interval
+from hessian_surgery_nb.foundations.paired_shares import (
+    paired_counts,
+    paired_share_interval,
+    simultaneous_intervals,
+)
 from ..front import Front
 
 # %% auto #0
-__all__ = [
-    "SliderPoint",
-    "class_change_interval",
-    "slider_point",
-    "start_point",
-    "arranged",
-    "command_at",
-    "front_points",
-]
+__all__ = ["SliderPoint", "slider_point", "start_point", "arranged", "command_at", "front_points"]
 
 
 # %% ../../nbs/app/01b_slider_points.ipynb #fbd85c1f
@@ -53,24 +49,6 @@ class SliderPoint:
         return ", ".join(filter(None, [self.method, self.setting, price]))
 
 
-# %% ../../nbs/app/01b_slider_points.ipynb #2689960a
-def class_change_interval(
-    gained: np.ndarray | torch.Tensor,  # images that became right, (...)
-    lost: np.ndarray | torch.Tensor,  # images that became wrong, (...)
-    images: np.ndarray | torch.Tensor,  # of the class, (...)
-    level: float = 0.95,
-) -> tuple[torch.Tensor, torch.Tensor]:  # ends, (...), fractions
-    "Where the true change of a class's accuracy lies."
-    from scipy.stats import norm
-
-    gained, lost, images = (torch.as_tensor(count).double() for count in (gained, lost, images))
-    total = images + 2
-    middle = (gained - lost) / total
-    variance = ((gained + lost + 1) / total - middle**2) / total
-    reach = float(norm.ppf((1 + level) / 2)) * variance.sqrt()
-    return (middle - reach).clamp(min=-1), (middle + reach).clamp(max=1)
-
-
 # %% ../../nbs/app/01b_slider_points.ipynb #6e87b784
 def slider_point(
     start: ClassReport,  # of the network as it was
@@ -87,22 +65,21 @@ def slider_point(
     "What a changed network does, with paired intervals."
     num_classes = len(start.names)
     accuracy = class_means(correct_after, labels, num_classes, start.names).cpu()
-    gained = (correct_after & ~correct_before).double()
-    lost = (correct_before & ~correct_after).double()
-    counts = [torch.bincount(labels, each, num_classes).cpu() for each in (gained, lost)]
-    low, high = class_change_interval(*counts, start.counts)
-    all_low, all_high = class_change_interval(*counts, start.counts, 1 - 0.05 / num_classes)
-    answers = (correct_before, correct_after, labels)
-    same = bool(torch.equal(correct_before, correct_after))
+    counts = paired_counts(correct_before, correct_after, labels, num_classes)
+    changed = (counts.gained, counts.lost, counts.images)
+    low, high = paired_share_interval(*changed)
+    all_low, all_high = simultaneous_intervals(counts)
+    overall_low, overall_high = paired_share_interval(*[part.sum() for part in changed])
+    moved = float(not torch.equal(correct_before, correct_after))  # 0: nothing did
     return SliderPoint(
         method=method,
         price=price,
         report=ClassReport(accuracy, start.counts, start.names, start.measured_on),
-        change_low=0 * low if same else low,
-        change_high=0 * high if same else high,
-        beyond_chance=(all_low > 0) | (all_high < 0),
-        sigma_interval=paired_interval(*answers),
-        overall_interval=(0.0, 0.0) if same else pooled_interval([answers], "global")[1:],
+        change_low=moved * torch.as_tensor(low),
+        change_high=moved * torch.as_tensor(high),
+        beyond_chance=torch.as_tensor((all_low > 0) | (all_high < 0)),
+        sigma_interval=paired_interval(correct_before, correct_after, labels),
+        overall_interval=(moved * float(overall_low), moved * float(overall_high)),
         command=command,
         setting=setting,
         recommended=recommended,
