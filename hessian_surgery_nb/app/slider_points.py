@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,18 @@ from hessian_surgery_nb.foundations.paired_shares import (
     simultaneous_intervals,
 )
 from ..front import Front
+from ..rebalancing import Outcome, Rebalancing
 
 # %% auto #0
-__all__ = ["SliderPoint", "slider_point", "start_point", "arranged", "command_at", "front_points"]
+__all__ = [
+    "SliderPoint",
+    "slider_point",
+    "start_point",
+    "arranged",
+    "command_at",
+    "front_points",
+    "rebalancing_points",
+]
 
 
 # %% ../../nbs/app/01b_slider_points.ipynb #fbd85c1f
@@ -208,3 +217,35 @@ def front_points(
         )
         for point in others
     ]
+
+
+# %% ../../nbs/app/01b_slider_points.ipynb #6b640482
+def rebalancing_points(
+    result: Rebalancing,  # with held-out images
+    command_of: Callable[[Outcome], str],  # that gives the weights of an outcome
+) -> list[SliderPoint]:
+    "Every method of a run, and one of them price by price."
+    unchanged, *methods = result.outcomes
+    if unchanged.correct is None:
+        raise InputError(
+            "a trade-off is shown on held-out images. Got a run without any; pass held_out=."
+        )
+    asked = unchanged.price
+    tried = {(outcome.name, outcome.price) for outcome in methods}
+    priced = [outcome for outcome in result.front if (outcome.name, outcome.price) not in tried]
+    points = [
+        slider_point(
+            unchanged.held_out,
+            unchanged.correct,
+            outcome.correct,
+            result.labels,
+            method=outcome.name,
+            price=outcome.price,
+            command=command_of(outcome),
+            recommended=outcome.name == result.method and outcome.price == asked,
+        )
+        for outcome in [*methods, *priced]
+    ]
+    if result.method == unchanged.name:
+        return [start_point(unchanged.held_out, recommended=True), *points]
+    return points
