@@ -281,7 +281,7 @@ def _points_row(start: ClassReport, point: SliderPoint, tag: str) -> list[str]:
     extremes = []
     for sign in (1, -1):
         found = _extreme(start, point, sign)
-        extremes.append("none" if found is None else f"{found[0]} {_signed(found[1])}")
+        extremes.append("none" if found is None else f"{found[0]}: {_signed(found[1])}")
     sigma_change = report.sigma - start.sigma
     overall_change = report.overall - start.overall
     return [

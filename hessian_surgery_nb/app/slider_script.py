@@ -260,7 +260,8 @@ _PLANE = """
 .slider .plane i.advised::after {
   outline: 2px solid var(--ink); outline-offset: 2px;
 }
-.slider .plane i.now { z-index: 1; }
+.slider .plane i.start { z-index: 1; }
+.slider .plane i.now { z-index: 2; }
 .slider .plane i.now::after { background: var(--gain); border-color: var(--gain); inset: .32rem; }
 .slider .key { margin-top: 0; }
 """
@@ -269,7 +270,7 @@ _PLANE = """
 _CONTROLS = """
 .slider [hidden] { display: none !important; }
 .slider .controls {
-  position: sticky; top: 0; z-index: 2; padding: .4rem 0; margin-bottom: .8rem;
+  position: sticky; top: 0; z-index: 3; padding: .4rem 0; margin-bottom: .8rem;
   background: var(--paper);
   border-bottom: 1px solid var(--line);
 }
