@@ -18,6 +18,7 @@ from .best_step import tuned_to_price
 from .foundations.accuracy import predict
 from .foundations.batches import as_batches, split_batch
 from .foundations.checks import InputError, whole
+from .foundations.class_limits import class_limits
 from .foundations.guards import plainly
 from .foundations.intervals import paired_interval
 from .foundations.networks import find_head
@@ -26,12 +27,14 @@ from .linearised import linearised_operate
 from .settings import SurgeryConfig, with_reduction
 from .surgery import LOG, operate
 from .surgery_records import SurgeryResult
+from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ["PRODUCT", "Comparison", "controls_of", "compare", "plot_comparison"]
+__all__ = ["PRODUCT", "AT_PRICE", "Comparison", "controls_of", "compare", "plot_comparison"]
 
 # %% ../nbs/05c_comparison.ipynb #78472aa0
 PRODUCT = 6  # forward passes that a Hessian-vector product is worth
+AT_PRICE = ("linearised surgery", "biases at that price")  # methods that are tuned to a price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Comparison:
     rivals: tuple[Rival, ...]
     y: torch.Tensor = field(repr=False)  # (N,) held-out labels
     surgery: SurgeryResult = field(repr=False)
+    price: float = 0.005  # of global accuracy that the methods at a price were tuned to
     share: float = 0.0  # images that show the curvature, over those of the sensitivity set
 
     def __getitem__(self, name: str) -> Rival:
@@ -57,6 +61,19 @@ class Comparison:
     def change_interval(self, rival: Rival) -> tuple[float, float]:  # ends, in [0, 1] units
         "Of the change of sigma against no change: paired, 95 %, over images."
         return paired_interval(self.rivals[0].correct, rival.correct, self.y)
+
+    def verdict(self, rival: Rival) -> HeldOutVerdict:
+        "Whether to keep what a method makes of the network."
+        config = self.surgery.config
+        names = self.rivals[0].report.names
+        return held_out_verdict(
+            self.rivals[0].correct,
+            rival.correct,
+            self.y,
+            names,
+            price=self.price if rival.name in AT_PRICE else None,
+            limits=class_limits(names, config.protect, config.floors),
+        )
 
 
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
@@ -273,6 +290,7 @@ def compare(
         rivals=tuple(rivals),
         y=surgery.labels,
         surgery=surgery,
+        price=price,
         share=curved / surgery.sensitivity_after.counts.sum().item(),
     )
 
@@ -323,6 +341,7 @@ def to_frame(self: Comparison):  # pandas DataFrame
                 "balanced (%)": 100 * rival.report.balanced,
                 "worst (%)": 100 * rival.report.worst,
                 "global (%)": 100 * rival.report.overall,
+                "verdict": self.verdict(rival).outcome,
                 "sigma, sensitivity (pp)": 100 * rival.tuned_report.sigma,
                 "passes": rival.passes,
                 "products": rival.products,
@@ -350,6 +369,7 @@ def to_dict(self: Comparison) -> list[dict[str, Any]]:
                 held_out=rival.report.to_dict(),
                 sensitivity=rival.tuned_report.to_dict(),
                 sigma_change_pp_95=[100 * low, 100 * high],
+                verdict=self.verdict(rival).to_dict(),
             )
         )
     return methods

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .foundations.checks import InputError, Interval, check_value
 from .foundations.class_limits import ClassLimits
+from .foundations.checks import InputError, Interval, check_value
 from .foundations.intervals import pooled_interval
 from hessian_surgery_nb.foundations.paired_shares import (
     PairedCounts,
@@ -30,6 +30,7 @@ __all__ = [
     "DO_NOT_KEEP",
     "UNDECIDED",
     "NO_CHANGE",
+    "OUTCOMES",
     "TOLERATED",
     "Change",
     "ClassChange",
@@ -187,11 +188,12 @@ def _overall(classes: Sequence[ClassChange]) -> Change:
     )
 
 
-# %% ../nbs/04j_verdict.ipynb #48cd251c
+# %% ../nbs/04j_verdict.ipynb #3ddd07d8
 KEEP = "keep"
 DO_NOT_KEEP = "do not keep"
 UNDECIDED = "undecided"
 NO_CHANGE = "no change"
+OUTCOMES = (KEEP, DO_NOT_KEEP, UNDECIDED, NO_CHANGE)
 TOLERATED = 0.01  # loss of accuracy that is put up with where no price was asked for (choice)
 
 

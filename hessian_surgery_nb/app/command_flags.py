@@ -94,6 +94,8 @@ def _add_operate(commands: argparse._SubParsersAction) -> None:
         "hessian-surgery-operated",
         "weights.safetensors, result.json, history.csv and report.html",
     )
+    add_price_flag(parser, "all steps together", default=None)
+    parser.set_defaults(limits_steps=True)
     add_dry_run_flag(parser)
     parser.add_argument(
         "--resume",
@@ -151,11 +153,14 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
         help="of the cross-fitting that keeps a step from being luck",
     )
     add_output_flags(parser, "hessian-surgery-front", ", ".join(FRONT_FILES))
+    add_dry_run_flag(parser)
 
 
 # %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:
-    parser = _add_own(commands, "screen", run_screen, "is surgery worth trying on it?")
+    parser = _add_own(
+        commands, "screen", run_screen, "whether surgery is worth trying on your network"
+    )
     add_spikes_flag(parser)
     add_eps_flag(parser)
     add_directions_flag(parser, ("spikes", "class_means"))
@@ -168,6 +173,7 @@ def _add_screen(commands: argparse._SubParsersAction) -> None:
         help="further training images, at most, on which a step towards rest is tried, in one "
         "process; 0: none is",
     )
+    add_dry_run_flag(parser)
 
 
 def _add_spectrum(commands: argparse._SubParsersAction) -> None:

@@ -14,8 +14,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .first_look import tell_first_look
 from .inputs import load_inputs
 from hessian_surgery_nb.app.options import (
+    check_flags,
     check_percentage_points,
     front_config,
     product_options,
@@ -29,9 +31,11 @@ from hessian_surgery_nb.app.publishing import (
     publish,
     result_text,
 )
+from .result_schema import result_schema
 from hessian_surgery_nb.app.results import (
     COMPARE_FILES,
     FRONT_FILES,
+    IN_TERMINAL,
     OPERATE_FILES,
     class_table,
     compare_files,
@@ -39,16 +43,13 @@ from hessian_surgery_nb.app.results import (
     comparison_table,
     eigenvalue_table,
     front_files,
-    front_summary,
     front_table,
-    held_out_change,
     operate_files,
-    operate_summary,
-    result_schema,
+    screening_dict,
     spectrum_dict,
     verdict_table,
 )
-from .run_control import asked_to_stop
+from .run_control import asked_to_stop, tell_harm
 from .run_plan import RunPlan, peak_memory, plan_run
 from ..comparison import compare, controls_of
 from ..effective_rank import screen
@@ -69,6 +70,7 @@ from ..surgery import operate
 
 # %% auto #0
 __all__ = [
+    "TRY_COMPARE",
     "run_operate",
     "show_schema",
     "run_compare",
@@ -79,14 +81,17 @@ __all__ = [
     "compare_spectra",
 ]
 
-
 # %% ../../nbs/app/03_commands.ipynb #6e634a09
+TRY_COMPARE = "try biases at a price: hessian-surgery compare --save-best"
+
+
 def run_operate(args: argparse.Namespace) -> int:  # exit code
     "The `operate` command."
     config = surgery_config(args)
     out = output_directory(args, OPERATE_FILES)
     started = time.perf_counter()
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
     loss_fn = nn.CrossEntropyLoss()
     if args.dry_run:
         plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, config)
@@ -112,27 +117,28 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
     if team.rank > 0:
         return exit_code  # the first process writes for all
 
-    change = held_out_change(result)
+    verdict = result.verdict(TRY_COMPARE)
     files = operate_files(
         result,
         model=args.model,
         classes=sets.classes,
-        change=change,
+        verdict=verdict,
         command=command_line(args.argv),
         seconds=time.perf_counter() - started,
         peak_bytes=peak_memory(next(network.parameters()).device),
     )
-    summary = operate_summary(result, change)
-    text = result_text(class_table(result), summary, out, OPERATE_FILES)
+    table = class_table(verdict.classes, IN_TERMINAL)
+    text = result_text(table, verdict.line, out, OPERATE_FILES)
     to_remove = None if interrupted else state
-    publish(out, files, text, as_json=args.json, remove=to_remove)
-    return exit_code
+    publish(out, files, text, as_json=args.json, quiet=args.quiet, remove=to_remove)
+    harm = tell_harm(verdict, args)
+    return exit_code if interrupted else harm
 
 
 # %% ../../nbs/app/03_commands.ipynb #c5b77a33
 def _shows_steps(args: argparse.Namespace) -> bool:
     "Whether there are progress bars; where steps are logged they would be in the way."
-    return sys.stderr.isatty() and not args.verbose
+    return sys.stderr.isatty() and not args.verbose and not args.quiet
 
 
 def _show_plan(plan: RunPlan, sets: OwnSets, args: argparse.Namespace) -> int:
@@ -235,20 +241,26 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     whole("--rounds", args.rounds, 0)
     config = front_config(args)
     out = output_directory(args, FRONT_FILES)
-    prices = [*args.prices, args.max_global_drop]
-    check_percentage_points(
-        "--prices and --max-global-drop",
-        prices,
-        "are percentage points, ascending, from 0 on to 100",
-    )
+    rule = "is percentage points, in 0..100"
+    check_percentage_points("--max-global-drop", [args.max_global_drop], rule)
+    check_percentage_points("--prices", args.prices, "are percentage points, in 0..100")
+    prices = sorted({price / 100 for price in (*args.prices, args.max_global_drop)})
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
+    loss_fn = nn.CrossEntropyLoss()
+    if args.dry_run:
+        steps = replace(config, iterations=len(prices) * max(args.rounds, 1))
+        searches = int(config.directions == "spikes")
+        plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, steps, searches)
+        return _show_plan(plan, sets, args)
+
     front = linearised_operate(
         network,
-        nn.CrossEntropyLoss(),
+        loss_fn,
         sets.hessian,
         sets.sensitivity,
         held_out=sets.held_out,
-        prices=sorted({price / 100 for price in prices}),
+        prices=prices,
         config=config,
         folds=args.folds,
         rounds=args.rounds,
@@ -260,6 +272,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     if current_team().rank > 0:
         return 0
 
+    verdict = front.verdict(args.max_global_drop / 100, TRY_COMPARE)
     files = front_files(
         front,
         weights_bytes(moved),
@@ -267,22 +280,32 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
         model=args.model,
         classes=sets.classes,
         config=config,
+        verdict=verdict,
         command=command_line(args.argv),
     )
-    summary = front_summary(front, args.max_global_drop)
-    text = result_text(front_table(front), summary, out, FRONT_FILES)
-    publish(out, files, text, as_json=args.json)
-    return 0
+    by_class = text_table(*class_table(verdict.classes, IN_TERMINAL))
+    chosen_point = f"At a price of {args.max_global_drop:g} pp:\n\n{by_class}\n\n{verdict.line}"
+    text = result_text(front_table(front), chosen_point, out, FRONT_FILES)
+    publish(out, files, text, as_json=args.json, quiet=args.quiet)
+    return tell_harm(verdict, args)
 
 
 # %% ../../nbs/app/03_commands.ipynb #8af3aad6
 def run_screen(args: argparse.Namespace) -> int:  # exit code
     "The `screen` command."
     options = product_options(args)
+    once = replace(front_config(args), iterations=1, eps=args.eps, scheme=args.scheme)
+    check_flags(once)
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
+    loss_fn = nn.CrossEntropyLoss()
+    if args.dry_run:
+        plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, once)
+        return _show_plan(plan, sets, args)
+
     screening = screen(
         network,
-        nn.CrossEntropyLoss(),
+        loss_fn,
         sets.hessian,
         sets.sensitivity,
         num_spikes=args.spikes,
@@ -294,11 +317,13 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         counts=_training_counts(args.data, sets.classes),
         gradient_data=sets.gradient,
         seed=args.seed,
-        progress=sys.stderr.isatty(),
+        progress=_shows_steps(args),
         **options,
     )
     if args.json:
-        print(json.dumps(screening.to_dict(), indent=1))
+        print(json.dumps(screening_dict(screening, sets.classes), indent=1))
+        return 0
+    if args.quiet:
         return 0
     clear = screening.sensitivity.signal_to_noise
     advice = "."
@@ -333,6 +358,7 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     if args.spikes is not None:
         whole("--spikes", args.spikes)
     network, sets = load_inputs(args, images)
+    tell_first_look(network, sets, args)
     loss_fn = nn.CrossEntropyLoss()
     op = HessianOperator(network, loss_fn, sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(
@@ -348,6 +374,8 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     parameters = op.shape[0]
     if args.json:
         print(json.dumps(spectrum_dict(pairs, parameters, verdict, images_a_side), indent=1))
+        return 0
+    if args.quiet:
         return 0
     _print_spectrum(pairs, parameters, sets)
     if verdict is not None:

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..foundations.checks import InputError
+from ..foundations.checks import InputError, check_values, constraints_of
 from ..settings import SurgeryConfig, check_config
 
 # %% auto #0
 __all__ = [
+    "HARM",
     "Help",
     "add_command",
     "add_image_flags",
@@ -27,13 +29,17 @@ __all__ = [
     "add_directions_flag",
     "add_scheme_flag",
     "add_surgery_flags",
+    "percent_or_mean",
     "add_output_flags",
     "add_dry_run_flag",
     "add_price_flag",
+    "add_limit_flags",
     "read_config",
     "config_flags",
     "with_config",
     "product_options",
+    "limits_of",
+    "check_flags",
     "surgery_config",
     "front_config",
     "check_at_least",
@@ -81,6 +87,7 @@ def add_command(
 
 
 # %% ../../nbs/app/02_options.ipynb #7c16408e
+HARM = 4  # exit code where the verdict is harm, and --fail-on-harm was given
 _DEFAULTS = SurgeryConfig()  # the settings that flags leave as they are
 
 
@@ -89,7 +96,7 @@ def add_image_flags(
     data_required: bool = True,  # must --data be given?
 ) -> None:
     "Which network, which weights, which images, and how they are prepared."
-    add = parser.add_argument
+    add = parser.add_argument_group("network and images").add_argument
     add("--model", required=True, metavar="NAME", help=_MODEL_HELP)
     add("--weights", metavar="FILE", help=_WEIGHTS_HELP)
     add("--data", required=data_required, metavar="DIR", help="images in folders")
@@ -100,11 +107,23 @@ def add_image_flags(
     for name in ("mean", "std"):
         add(
             f"--{name}",
-            type=float,
+            type=_share_of_white,
             nargs=3,
             metavar=("R", "G", "B"),
             help=f"{name} of the colours in 0..1; {asked}",
         )
+
+
+def _share_of_white(given: str) -> float:
+    "A colour in 0..1; one in 0..255 is refused with what it would be."
+    colour = float(given)
+    if 0 <= colour <= 1:
+        return colour
+    if 1 < colour <= 255:
+        hint = f"{colour:g} of 255 is {colour / 255:.3f}"
+    else:
+        hint = "0 is black, 1 is white"
+    raise argparse.ArgumentTypeError(f"colours lie in 0..1. Got {given}: {hint}")
 
 
 _MODEL_HELP = (
@@ -122,7 +141,7 @@ _ORDER_HELP = (
 # %% ../../nbs/app/02_options.ipynb #cae30606
 def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
     "Which images and which parameters the Hessian is of, and how its products are computed."
-    add = parser.add_argument
+    add = parser.add_argument_group("curvature").add_argument
     add(
         "--hessian",
         type=int,
@@ -156,24 +175,26 @@ def add_common_flags(
     data_required: bool = True,  # must --data be given?
 ) -> None:
     "Flags of every command for a network and images of one's own."
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--config",
         metavar="FILE",
         help="a YAML file with flags, such as 'hessian: 256'; flags given here win",
     )
     add_image_flags(parser, data_required)
     add_curvature_flags(parser)
+    run = parser.add_argument_group("this run")
+    add = run.add_argument
     add(
         "--seed",
         type=int,
         default=_DEFAULTS.seed,
         help="which images decide and which report; start of the eigenvalue search",
     )
-    add_device_flag(parser)
+    add_device_flag(run)
     add("--json", action="store_true", help="print JSON")
     add("--verbose", action="store_true", help="log each step to standard error")
-    add_debug_flag(parser)
+    add("--quiet", action="store_true", help="print nothing but JSON, warnings and errors")
+    add_debug_flag(run)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -238,9 +259,10 @@ def add_scheme_flag(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/app/02_options.ipynb #fcc9e368
 def add_surgery_flags(parser: argparse.ArgumentParser) -> None:
     "Flags of the commands that run surgery."
-    add = parser.add_argument
-    add_spikes_flag(parser)
-    add_eps_flag(parser)
+    surgery = parser.add_argument_group("surgery")
+    add = surgery.add_argument
+    add_spikes_flag(surgery)
+    add_eps_flag(surgery)
     add(
         "--iterations",
         type=int,
@@ -249,21 +271,22 @@ def add_surgery_flags(parser: argparse.ArgumentParser) -> None:
         help="steps at most",
     )
     add("--p", type=_number_if_any, default=_DEFAULTS.p, help=_EXPONENT_HELP)
-    add("--tau", type=float, help=_TAU_HELP)
-    add_directions_flag(parser, ("spikes", "class_means", "random"))
+    add("--tau", type=percent_or_mean, default="mean", metavar="PERCENT", help=_TAU_HELP)
+    add_directions_flag(surgery, ("spikes", "class_means", "random"))
     add(
         "--schedule",
         choices=("gamma", "adam"),
         default=_DEFAULTS.schedule,
         help="of the amplitude",
     )
-    add_scheme_flag(parser)
+    add_scheme_flag(surgery)
     add(
         "--metric",
         choices=("accuracy", "probability"),
         default=_DEFAULTS.metric,
         help="what it measures; probability has less noise where images are few",
     )
+    add_limit_flags(surgery)
 
 
 _EXPONENT_HELP = (
@@ -279,8 +302,26 @@ def _number_if_any(given: str) -> float | str:
         return given
 
 
+def percent_or_mean(given: str) -> float | str:  # a fraction, or "mean"
+    "A percentage as a fraction, or 'mean'; what looks like a fraction is refused."
+    if given == "mean":
+        return given
+    try:
+        percent = float(given)
+    except ValueError as error:
+        message = f"a percentage or mean. Got {given}"
+        raise argparse.ArgumentTypeError(message) from error
+    if 0 < percent <= 1:
+        message = f"percent, not a fraction. Got {given}; give {100 * percent:g}"
+        raise argparse.ArgumentTypeError(message)
+    if not 0 <= percent <= 100:
+        raise argparse.ArgumentTypeError(f"percent, in 0..100. Got {given}")
+    return percent / 100
+
+
 _TAU_HELP = (
-    "classes at least this accurate (a fraction) are protected; default: those above the mean"
+    "classes at least this accurate lose at most a point as predicted: percent, or mean for those "
+    "above the mean; in Python a fraction, or None"
 )
 
 
@@ -290,13 +331,20 @@ def add_output_flags(
     directory: str,  # the default
     files: str,  # what is written there, in words
 ) -> None:
-    "Where results go."
-    parser.add_argument("--out", default=directory, metavar="DIR", help=f"where {files} go")
-    parser.add_argument(
+    "Where results go, and what becomes of a verdict."
+    results = parser.add_argument_group("results")
+    results.add_argument("--out", default=directory, metavar="DIR", help=f"where {files} go")
+    results.add_argument(
         "--force",
         action="store_true",
-        help="replace files of these names that are in --out",
+        help="replace the results in --out, also those of another command",
     )
+    results.add_argument(
+        "--fail-on-harm",
+        action="store_true",
+        help=f"end with exit code {HARM} where the verdict is not to keep the new weights",
+    )
+    parser.set_defaults(claims_out=True)
 
 
 def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
@@ -311,15 +359,35 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
 def add_price_flag(
     parser: argparse.ArgumentParser,
     payer: str,  # what may cost that much
+    default: float | None = 0.5,  # percentage points; None: no limit
 ) -> None:
     "What may be lost in global accuracy."
+    unlimited = "; default: no limit" if default is None else ""
     parser.add_argument(
         "--max-global-drop",
         type=float,
-        default=0.5,
+        default=default,
         metavar="PP",
         help=f"percentage points of global accuracy that {payer} may cost, "
-        "on the images that are tuned on",
+        f"on the images that are tuned on{unlimited}",
+    )
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    "What single classes may lose."
+    parser.add_argument(
+        "--protect",
+        nargs="+",
+        metavar="CLASS=PP",
+        help="percentage points that a class may lose at most, on the images that are tuned on; "
+        "in Python protect={'dog': 0.01}, a fraction",
+    )
+    parser.add_argument(
+        "--floor",
+        nargs="+",
+        metavar="CLASS=PERCENT",
+        help="accuracy that a class must keep there; one that is below it already must not fall; "
+        "in Python floors={'cat': 0.6}, a fraction",
     )
 
 
@@ -399,6 +467,8 @@ def _typed_out(flag: str, value) -> list[str]:
         return [flag]
     if isinstance(value, list):
         return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        return [flag, *(f"{name}={number}" for name, number in value.items())]
     return [f"{flag}={value}"]
 
 
@@ -444,23 +514,63 @@ def _number_or_auto(flag: str, given: str, kind: type, what: str) -> float | Non
 
 
 # %% ../../nbs/app/02_options.ipynb #ae3e05e8
+def limits_of(
+    flag: str,
+    entries: Sequence[str] | None,  # CLASS=PERCENT each
+) -> dict[str, float] | None:  # class -> a fraction; None: none was given
+    "What --protect or --floor says, as the library takes it."
+    limits = {}
+    for entry in [] if entries is None else entries:
+        name, separator, number = entry.rpartition("=")
+        try:
+            percent = float(number)
+        except ValueError:
+            percent = math.nan
+        if not separator or not name or not 0 <= percent <= 100:
+            raise InputError(
+                f"{flag} takes CLASS=NUMBER, in percentage points from 0 to 100. Got {entry}; "
+                f"write {flag} dog=1."
+            )
+        limits[name] = percent / 100
+    return limits if limits else None
+
+
+def check_flags(config: SurgeryConfig) -> None:
+    "As `check_config`, by the names of the flags."
+    constraints = constraints_of(config)
+    named = {_FLAG_OF.get(name, _as_flag(name)): name for name in constraints}
+    values = {flag: getattr(config, name) for flag, name in named.items()}
+    check_values(values, {flag: constraints[name] for flag, name in named.items()})
+    check_config(config)
+
+
+_FLAG_OF = {"num_spikes": "--spikes", "floors": "--floor"}
+
+
 def surgery_config(args: argparse.Namespace) -> SurgeryConfig:
     "The settings of `operate` and `compare`."
+    price = args.max_global_drop if getattr(args, "limits_steps", False) else None
+    if price is not None:
+        check_percentage_points("--max-global-drop", [price], "is percentage points, in 0..100")
+        price /= 100
     config = SurgeryConfig(
         iterations=args.iterations,
         num_spikes=args.spikes,
         eps=args.eps,
         p=args.p,
-        tau=args.tau,
+        tau=None if args.tau == "mean" else args.tau,
         directions=args.directions,
         schedule=args.schedule,
         scheme=args.scheme,
         metric=args.metric,
         params=args.params,
+        protect=limits_of("--protect", args.protect),
+        floors=limits_of("--floor", args.floor),
+        max_global_drop=price,
         seed=args.seed,
         **product_options(args),
     )
-    check_config(config)
+    check_flags(config)
     return config
 
 
@@ -473,7 +583,7 @@ def front_config(args: argparse.Namespace) -> SurgeryConfig:
         seed=args.seed,
         **product_options(args),
     )
-    check_config(config)
+    check_flags(config)
     return config
 
 
