@@ -119,6 +119,7 @@ def test_compare_puts_every_method_on_the_same_images(place, tmp_path, capsys):
                 "1",
                 "--eps",
                 "0.2",
+                "--controls",
                 "--draws",
                 "1",
                 "--json",

@@ -89,7 +89,9 @@ CALLS = {
     "count": lambda m, f: count_spikes(m, f, H, candidates=3, resamples=2),
     "walk": lambda m, f: bulk_walk(m, f, H, O, num_spikes=2, steps=2),
     "operate": lambda m, f: operate(m, f, H, S, held_out=O, config=QUICK, progress=False),
-    "compare": lambda m, f: compare(m, f, H, S, O, config=QUICK, progress=False, steps=3, draws=1),
+    "compare": lambda m, f: compare(
+        m, f, H, S, O, config=QUICK, progress=False, steps=3, controls=True, draws=1
+    ),
     "screen": lambda m, f: screen(m, f, H, S, num_spikes=2),
 }
 
@@ -121,7 +123,7 @@ def test_the_callers_model_is_left_as_it_was(name, fails):
 def test_same_seed_same_result_in_one_process():
     net = model()
     a, b = (
-        compare(net, loss, H, S, O, config=QUICK, progress=False, steps=3, draws=1)
+        compare(net, loss, H, S, O, config=QUICK, progress=False, steps=3, controls=True, draws=1)
         for _ in range(2)
     )
     assert a.to_dict() == b.to_dict()

@@ -24,7 +24,7 @@ from hessian_surgery_nb.app.options import (
     surgery_config,
 )
 from .own_network import ImageBatches, OwnSets, own_files
-from .pages import text_table
+from .pages import duration, text_table
 from hessian_surgery_nb.app.publishing import (
     command_line,
     output_directory,
@@ -51,7 +51,7 @@ from hessian_surgery_nb.app.results import (
 )
 from .run_control import asked_to_stop, tell_harm
 from .run_plan import RunPlan, peak_memory, plan_run
-from ..comparison import compare, controls_of
+from ..comparison import chosen_methods, compare, controls_of
 from ..effective_rank import screen
 from ..foundations.checks import InputError, whole
 from ..foundations.distributed import current_team
@@ -160,16 +160,20 @@ def show_schema(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:  # exit code
     "The `compare` command."
     config = surgery_config(args)
+    chosen_methods(args.methods, args.controls, "--methods")
     out = output_directory(args, COMPARE_FILES)
     whole("--draws", args.draws)
     check_percentage_points(
         "--max-global-drop", [args.max_global_drop], "is percentage points, in 0..100"
     )
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
     loss_fn = nn.CrossEntropyLoss()
-    if args.dry_run:
+    if args.dry_run or _takes_long(args):
         plan = _plan_comparison(network, loss_fn, sets, config, args)
-        return _show_plan(plan, sets, args)
+        if args.dry_run:
+            return _show_plan(plan, sets, args)
+        _announce(plan, args)
 
     comparison = compare(
         network,
@@ -180,7 +184,8 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         config=config,
         counts=_training_counts(args.data, sets.classes),
         names=sets.classes,
-        controls=not args.no_controls,
+        methods=args.methods,
+        controls=args.controls,
         draws=args.draws,
         price=args.max_global_drop / 100,
         progress=_shows_steps(args),
@@ -188,7 +193,12 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
     if current_team().rank > 0:
         return 0
 
-    summary = comparison_summary(comparison, tuned_images=len(sets.sensitivity.y))
+    chosen, weights = None, None
+    if args.save_best:
+        chosen = comparison.choose()
+        if chosen is not comparison.rivals[0]:
+            weights = weights_bytes(comparison.network(chosen.name))
+    summary = comparison_summary(comparison, tuned_images=len(sets.sensitivity.y), chosen=chosen)
     files = compare_files(
         comparison,
         model=args.model,
@@ -196,10 +206,12 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         config=config,
         summary=summary,
         command=command_line(args.argv),
+        chosen=chosen,
+        weights=weights,
     )
-    text = result_text(comparison_table(comparison), summary, out, COMPARE_FILES)
-    publish(out, files, text, as_json=args.json)
-    return 0
+    text = result_text(comparison_table(comparison), summary, out, list(files))
+    publish(out, files, text, as_json=args.json, quiet=args.quiet)
+    return 0 if weights is None else tell_harm(comparison.verdict(chosen), args)
 
 
 # %% ../../nbs/app/03_commands.ipynb #acb9752d
@@ -222,16 +234,33 @@ def _plan_comparison(
     args: argparse.Namespace,
 ) -> RunPlan:
     "What all its runs of surgery would take."
-    runs = 2  # the one asked for and the linearised search
-    if not args.no_controls:
+    methods = chosen_methods(args.methods, args.controls, "--methods")
+    runs = int("surgery" in methods) + int("linearised" in methods)
+    if args.controls:
         runs += controls_of(args.draws)
     along_spikes = config.directions == "spikes"
     # besides surgery along spikes only the head alone, or spikes as a control, search at each step
-    searching_runs = int(along_spikes) + int(not args.no_controls)
-    searches = config.iterations * searching_runs + int(along_spikes)
+    searching_runs = int(along_spikes and "surgery" in methods) + int(args.controls)
+    searches = config.iterations * searching_runs
+    searches += int(along_spikes and "linearised" in methods)
     directions = "spikes" if searches > 0 else config.directions
-    all_runs = replace(config, directions=directions, iterations=runs * config.iterations)
+    all_runs = replace(config, directions=directions, iterations=max(runs, 1) * config.iterations)
     return plan_run(network, loss_fn, sets.hessian, sets.sensitivity, all_runs, searches)
+
+
+# %% ../../nbs/app/03_commands.ipynb #ce8f1f50
+def _takes_long(args: argparse.Namespace) -> bool:
+    "Whether somebody should be told beforehand: where surgery runs again and again."
+    return args.controls and not args.quiet
+
+
+def _announce(plan: RunPlan, args: argparse.Namespace) -> None:
+    if current_team().rank == 0:
+        print(
+            f"hessian-surgery: about {duration(plan.seconds)} with controls; without --controls "
+            "most of it is saved, and --methods biases tau-norm needs no Hessian at all",
+            file=sys.stderr,
+        )
 
 
 # %% ../../nbs/app/03_commands.ipynb #545741cf

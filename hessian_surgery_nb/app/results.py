@@ -13,6 +13,7 @@ from .publishing import Table, report_page
 from ..baselines import Rival
 from ..comparison import Comparison, plot_comparison
 from ..effective_rank import Screening
+from ..foundations.adjusted import Adjusted
 from ..foundations.paired_shares import paired_share_interval
 from ..foundations.runs import json_bytes
 from ..foundations.weight_files import weights_bytes
@@ -221,6 +222,7 @@ def _method_cells(name: str, method: Mapping[str, Any]) -> list[str]:
 def comparison_summary(
     comparison: Comparison,
     tuned_images: int,  # of the sensitivity set
+    chosen: Rival | None = None,  # whose weights were asked for
 ) -> str:
     "Which method has the smallest sigma, whether to keep it, what the table's numbers are."
     best = min(comparison.rivals, key=lambda rival: rival.report.sigma)
@@ -230,7 +232,23 @@ def comparison_summary(
         f"{100 * best.report.sigma:.1f} pp.{found} Sigma and its change are as counted on these "
         "images; intervals are of the true change, paired, 95 %. "
         f"Tuned on {tuned_images} other images. Forward passes are over these, a Hessian-vector "
-        "product counted as six over its own images."
+        f"product counted as six over its own images.{_chosen_text(comparison, chosen)}"
+    )
+
+
+def _chosen_text(comparison: Comparison, chosen: Rival | None) -> str:
+    "Whose weights are saved, why, and how to load them."
+    if chosen is None:
+        return ""
+    price = f"{100 * comparison.price:g} pp"
+    rule = f"the smallest sigma within a price of {price} on the images that were tuned on"
+    if chosen is comparison.rivals[0]:
+        return f"\n\nNo weights are saved: no change has {rule}."
+    around = isinstance(comparison.network(chosen.name), Adjusted)
+    loads = "hessian_surgery_nb.load_adjusted" if around else "load_state_dict"
+    return (
+        f"\n\nSaved are the weights of {chosen.name} ({chosen.setting}), for {rule}; "
+        f"{loads} takes them. {comparison.verdict(chosen).line}"
     )
 
 
