@@ -390,6 +390,20 @@ class Rival:
     state: dict[str, torch.Tensor] | None = field(default=None, repr=False)  # other parameters
     make: Callable[[], nn.Module] | None = field(default=None, repr=False)  # its network
 
+    @property
+    def has_weights(self) -> bool:
+        "Whether a network can be made of it."
+        return any(part is not None for part in (self.make, self.state, self.bias))
+
+    @property
+    def adjustment(self) -> dict[str, dict[str, float]]:  # class -> number
+        "Scales and biases of the logits, for JSON; empty where there are none."
+        found = {}
+        for key, numbers in (("scales", self.scale), ("biases", self.bias)):
+            if numbers is not None:
+                found[key] = dict(zip(self.report.names, numbers.tolist()))
+        return found
+
 
 # %% ../nbs/05a_baselines.ipynb #5144815a
 @dataclass(frozen=True, kw_only=True)

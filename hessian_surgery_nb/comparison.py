@@ -104,12 +104,9 @@ class Comparison:
     ) -> nn.Module:
         "A new network, as a method leaves it: other weights, or the same with adjusted logits."
         rival = self[name]
-        if self.network_of is None or not (rival is self.rivals[0] or _has_weights(rival)):
-            known = [each.name for each in self.rivals if _has_weights(each)]
-            raise InputError(
-                f"networks are kept of the methods that one would use. {name} has none; "
-                f"there are {', '.join(known)}."
-            )
+        if self.network_of is None or not (rival is self.rivals[0] or rival.has_weights):
+            known = ", ".join(each.name for each in self.rivals if each.has_weights)
+            raise InputError(f"networks are kept of the methods {known}. {name} has none.")
         return self.network_of(rival)
 
     def choose(self) -> Rival:
@@ -123,17 +120,12 @@ class Comparison:
         allowed = [
             rival
             for rival in self.rivals
-            if _has_weights(rival) and bounds.hold(rival.tuned_report.accuracy)
+            if rival.has_weights and bounds.hold(rival.tuned_report.accuracy)
         ]
         return min([untouched, *allowed], key=lambda rival: rival.tuned_report.sigma)
 
 
 # %% ../nbs/05c_comparison.ipynb #a3767e8d
-def _has_weights(rival: Rival) -> bool:
-    "Whether a network can be made of it."
-    return any(part is not None for part in (rival.make, rival.state, rival.bias))
-
-
 @torch.no_grad()
 def _network_of(task: _Task, rival: Rival) -> nn.Module:
     "The network that a method makes: folded into the head where that is exact."
@@ -508,15 +500,6 @@ def to_frame(self: Comparison):  # pandas DataFrame
 
 
 # %% ../nbs/05c_comparison.ipynb #30eb2352
-def _adjustment(rival: Rival) -> dict[str, dict[str, float]]:  # class -> number
-    "Scales and biases of the logits, for JSON; empty where there are none."
-    found = {}
-    for key, numbers in (("scales", rival.scale), ("biases", rival.bias)):
-        if numbers is not None:
-            found[key] = dict(zip(rival.report.names, numbers.tolist()))
-    return found
-
-
 @patch
 def to_dict(self: Comparison) -> list[dict[str, Any]]:
     "For JSON."
@@ -534,7 +517,7 @@ def to_dict(self: Comparison) -> list[dict[str, Any]]:
                 sensitivity=rival.tuned_report.to_dict(),
                 sigma_change_pp_95=[100 * low, 100 * high],
                 verdict=self.verdict(rival).to_dict(),
-                **_adjustment(rival),
+                **rival.adjustment,
             )
         )
     return methods

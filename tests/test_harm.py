@@ -85,26 +85,26 @@ def test_harm_is_said_in_text_json_and_exit_status(place, tmp_path, capsys, monk
 
 
 def test_python_warns_of_harm_too():
-    X, y = tiny_data(400)
-    sets = (X[:40], y[:40]), (X[40:100], y[40:100])
+    "Half of a class of the sensitivity set has wrong labels: surgery serves them, others pay."
+    X, y = tiny_data(1200)
     net = tiny_mlp()
-    # held-out labels that are what the network says now: whatever moves, loses
-    with torch.no_grad():
-        labels = net(X[100:]).argmax(1)
-    labels[:6] = torch.arange(6) % 3  # every class occurs
-    held_out = X[100:], labels
-    config = SurgeryConfig(iterations=3, eps=2.0, rollback_sigma=1.0, rollback_drop=1.0)
+    train(net, (X[:100], y[:100]), epochs=30, lr=0.05)
+    tuned = y[100:300].clone()
+    tuned[(tuned == 0) & (torch.arange(200) % 4 != 0)] = 2
+    loss = torch.nn.CrossEntropyLoss()
     with pytest.warns(HeldOutHarm, match="Do not keep the new weights"):
         result = operate(
             net,
-            torch.nn.CrossEntropyLoss(),
-            *sets,
-            held_out=held_out,
-            config=config,
+            loss,
+            (X[:100], y[:100]),
+            (X[100:300], tuned),
+            held_out=(X[300:], y[300:]),
+            config=SurgeryConfig(iterations=6),
             progress=False,
         )
-    assert result.verdict().is_harmful
-    assert "global 9" in repr(result)
+    assert result.verdict().is_harmful and "global 99.8 ->" in repr(result)
+    alone = replace(result, after=result.sensitivity_after)
+    assert alone.verdict() is None  # on tuned images there is nothing to say
 
 
 def test_front_and_compare_give_the_verdict(place, tmp_path, capsys):

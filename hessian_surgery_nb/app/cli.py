@@ -15,8 +15,9 @@ from typing import NoReturn
 
 from .. import __version__
 from .command_flags import add_own_commands
+from .config_files import with_config
 from .demo import add_demo
-from .options import HARM, Help, with_config
+from .options import HARM, Help
 from .reproduce_flags import add_reproduce
 from .run_control import claimed, logged, share_run
 from ..foundations.checks import InputError
