@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .foundations.class_limits import ClassLimits
 from .foundations.checks import InputError, Interval, check_value
+from .foundations.class_limits import ClassLimits
 from .foundations.intervals import pooled_interval
 from hessian_surgery_nb.foundations.paired_shares import (
     PairedCounts,
@@ -226,8 +226,8 @@ def _loss_text(loss: Change, allowed: float, who: str) -> str:
     sure = "by more than chance" if loss.high < -allowed else "as counted"
     return (
         f"the price in {loss.name} accuracy is {-100 * loss.change:.1f} pp "
-        f"[{-100 * loss.high:.1f}, {-100 * loss.low:.1f}], {sure} more than the "
-        f"{100 * allowed:g} pp {who}"
+        f"[{-100 * loss.high:.1f}, {-100 * loss.low:.1f}], more than the {100 * allowed:g} pp "
+        f"{who}, {sure}"
     )
 
 
