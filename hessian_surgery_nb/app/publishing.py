@@ -28,6 +28,7 @@ from ..foundations.weight_files import write_atomic
 
 # %% auto #0
 __all__ = [
+    "RESULT_FILES",
     "output_directory",
     "command_line",
     "Table",
@@ -37,8 +38,11 @@ __all__ = [
     "publish",
 ]
 
-
 # %% ../../nbs/app/02d_publishing.ipynb #6f17a050
+# what any command may leave; another command's would lie beside a new result.json and mislead
+RESULT_FILES = ("weights.safetensors", "result.json", "history.csv", "report.html")
+
+
 def output_directory(
     args: argparse.Namespace,
     files: Sequence[str],  # that will be written there
@@ -52,7 +56,8 @@ def output_directory(
             f"--out must not hold an interrupted run. {args.out} does; give --resume to go on "
             f"with it, or remove {state}."
         )
-    return check_out(args.out, tuple(files), force=args.force or interrupted)
+    known = (*files, *(name for name in RESULT_FILES if name not in files))
+    return check_out(args.out, known, force=args.force or interrupted)
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -124,15 +129,19 @@ def publish(
     text: str,  # what the terminal shows
     *,
     as_json: bool,  # show result.json in its place
+    quiet: bool = False,  # show no text
     remove: Path | None = None,  # what a run kept to go on with, not needed any more
 ) -> None:
-    "Write each file whole, then show what was found."
+    "Write each file whole, remove results of another command, then show what was found."
     out_dir(out)
     for name, content in files.items():
         write_atomic(out / name, content)
+    for name in RESULT_FILES:
+        if name not in files:
+            (out / name).unlink(missing_ok=True)
     if remove is not None:
         shutil.rmtree(remove)
     if as_json:
         print(files["result.json"].decode(), end="")
-    else:
+    elif not quiet:
         print(text)
