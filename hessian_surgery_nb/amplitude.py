@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .foundations.checks import InputError
+from .foundations.class_limits import AccuracyBounds
 from .foundations.guards import plainly
 from .lanczos import Eigenpairs
 from .sensitivity import Sensitivity, paired_noise, sensitivity_matrix
@@ -196,8 +197,12 @@ def accept_step(
     after: torch.Tensor,  # (C,) likewise
     config: SurgeryConfig,
     errors: torch.Tensor | float = 0.0,  # (C,) standard errors of the changes, for rollback_errors
+    bounds: AccuracyBounds | None = None,  # of the whole run
 ) -> StepOutcome:
-    "A step is rolled back when sigma rose by more than 0.5 pp or a class fell by more than 7 pp."
+    """A step is rolled back when sigma rose by more than 0.5 pp or a class fell by more than 7 pp.
+
+    And when a bound of the whole run is broken, by one image.
+    """
     sigma_before = before.std(correction=0).item()
     sigma_after = after.std(correction=0).item()
     drops = before - after
@@ -206,7 +211,8 @@ def accept_step(
 
     sigma_is_fine = sigma_after <= sigma_before + config.rollback_sigma + 1e-9
     classes_are_fine = sure_drop <= config.rollback_drop + 1e-9
-    if sigma_is_fine and classes_are_fine:
+    bounds_hold = bounds is None or bounds.hold(after)
+    if sigma_is_fine and classes_are_fine and bounds_hold:
         relative_fall = (sigma_before - sigma_after) / max(sigma_before, 1e-12)
         return StepOutcome(True, relative_fall, largest_drop)
     damage = max(largest_drop, sigma_after - sigma_before)

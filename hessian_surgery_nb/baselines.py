@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -384,6 +385,24 @@ class Rival:
     passes: int  # over the sensitivity set
     correct: torch.Tensor = field(repr=False)  # (N,) bool, held-out
     products: int = 0  # Hessian-vector products
+    scale: torch.Tensor | None = field(default=None, repr=False)  # (C,) of the logits
+    bias: torch.Tensor | None = field(default=None, repr=False)  # (C,) added to them
+    state: dict[str, torch.Tensor] | None = field(default=None, repr=False)  # other parameters
+    make: Callable[[], nn.Module] | None = field(default=None, repr=False)  # its network
+
+    @property
+    def has_weights(self) -> bool:
+        "Whether a network can be made of it."
+        return any(part is not None for part in (self.make, self.state, self.bias))
+
+    @property
+    def adjustment(self) -> dict[str, dict[str, float]]:  # class -> number
+        "Scales and biases of the logits, for JSON; empty where there are none."
+        found = {}
+        for key, numbers in (("scales", self.scale), ("biases", self.bias)):
+            if numbers is not None:
+                found[key] = dict(zip(self.report.names, numbers.tolist()))
+        return found
 
 
 # %% ../nbs/05a_baselines.ipynb #5144815a
@@ -413,6 +432,7 @@ class TwoPredictions:
         name: str,
         setting: str = "",
         passes: int = 1,
+        **how: Any,  # scale, bias or state of the Rival
     ) -> Rival:
         "The method that made these logits."
         return Rival(
@@ -422,7 +442,19 @@ class TwoPredictions:
             setting=setting,
             passes=passes,
             correct=(self.held_out.argmax(1) == self.held_out_y).cpu(),
+            **how,
         )
+
+    def shifted(
+        self,
+        name: str,
+        setting: str,
+        bias: torch.Tensor,  # (C,)
+        scale: torch.Tensor | None = None,  # (C,)
+    ) -> Rival:
+        "The method that scales and shifts these logits."
+        factors = 1.0 if scale is None else scale
+        return self.changed(factors, bias).rival(name, setting, scale=scale, bias=bias)
 
 
 # %% ../nbs/05a_baselines.ipynb #f843dec5
@@ -445,7 +477,7 @@ def _with_scales(untouched: TwoPredictions) -> Rival:
     scales, biases = tune_scales(untouched.tuned, untouched.tuned_y)
     scales = scales.to(untouched.tuned)
     setting = f"scales in {scales.min():.2f}..{scales.max():.2f}"
-    return untouched.changed(scales, biases).rival("tuned biases and scales", setting)
+    return untouched.shifted("tuned biases and scales", setting, biases, scales)
 
 
 # %% ../nbs/05a_baselines.ipynb #299fda8b
@@ -463,7 +495,8 @@ def _with_tau(
     best = best_of(swept, untouched.tuned_y)
     reported = predict(model, held_out, state=head.state(taus[best]), forward=forward)[0]
     scaled = replace(untouched, tuned=swept[best], held_out=reported)
-    return scaled.rival("tau-norm", f"tau = {taus[best]:.2f}", passes)
+    state = head.state(taus[best])
+    return scaled.rival("tau-norm", f"tau = {taus[best]:.2f}", passes, state=state)
 
 
 def _with_frequencies(
@@ -474,7 +507,7 @@ def _with_frequencies(
     biases = [logit_adjustment(counts, tau) for tau in taus]
     tuned = untouched.tuned
     best = best_of((tuned + bias.to(tuned) for bias in biases), untouched.tuned_y)
-    return untouched.changed(1.0, biases[best]).rival("logit adjustment", f"tau = {taus[best]:.2f}")
+    return untouched.shifted("logit adjustment", f"tau = {taus[best]:.2f}", biases[best])
 
 
 # %% ../nbs/05a_baselines.ipynb #5ce47510
@@ -498,7 +531,7 @@ def post_hoc(
     yield untouched.rival("no change")
     biases = tune_biases(untouched.tuned, untouched.tuned_y)
     setting = f"{len(biases)} biases within +-{biases.abs().max():.1f}"
-    yield untouched.changed(1.0, biases).rival("tuned biases", setting)
+    yield untouched.shifted("tuned biases", setting, biases)
     if scales:
         yield _with_scales(untouched)
     try:

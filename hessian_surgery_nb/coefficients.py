@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .foundations.checks import InputError
+from .foundations.class_limits import AccuracyBounds
 from .sensitivity import Sensitivity
 
 # %% auto #0
@@ -40,8 +41,8 @@ class _ScaledProblem:
     "Eq. (5) in units of the bound: maximise gain @ x over a unit ball, or a unit cube."
 
     gain: np.ndarray  # (K,) of the weighted accuracies
-    strong_change: np.ndarray  # (S, K) change of each protected class
-    max_drop: float  # that a protected class may lose
+    change: np.ndarray  # (R, K) of each protected class, or mean of classes
+    room: np.ndarray  # (R,) how far each may fall
     is_cube: bool  # each entry has a bound of its own; else the length has one
 
     def size(self, x: np.ndarray) -> float:  # at most 1 inside
@@ -59,10 +60,10 @@ class _ScaledProblem:
         size = self.size(x)
         if size > 0:
             factor = min(factor, 1 / size)
-        if len(self.strong_change):
-            largest_drop = (-(self.strong_change @ x)).max()
-            if largest_drop > self.max_drop + 1e-9:
-                factor = min(factor, self.max_drop / largest_drop)
+        drops = -(self.change @ x)
+        too_far = drops > self.room + 1e-9
+        if too_far.any():
+            factor = min(factor, (self.room[too_far] / drops[too_far]).min())
         return x * factor
 
 
@@ -73,11 +74,11 @@ def _maximise(problem: _ScaledProblem) -> np.ndarray:  # (K,) a feasible point
 
     gain = problem.gain / np.abs(problem.gain).max()
     constraints = []
-    if len(problem.strong_change):
+    if len(problem.change):
         rule = {
             "type": "ineq",
-            "fun": lambda x: problem.strong_change @ x + problem.max_drop,
-            "jac": lambda x: problem.strong_change,
+            "fun": lambda x: problem.change @ x + problem.room,
+            "jac": lambda x: problem.change,
         }
         constraints.append(rule)
     if problem.is_cube:
@@ -111,6 +112,7 @@ def solve_coefficients(
     tau: float | None = None,
     max_drop: float = 0.01,  # predicted loss allowed to a protected class; the paper's 1 pp
     box: torch.Tensor | None = None,  # (K,) bounds on |alpha_k| in place of the ball, eq. (11)
+    bounds: AccuracyBounds | None = None,  # what else must hold, as predicted
 ) -> torch.Tensor:  # alpha (K,) float64
     """Eq. (5): maximise w'S alpha over |alpha| <= eps, or over the box.
 
@@ -126,10 +128,16 @@ def solve_coefficients(
         radius = np.full(S.shape[1], eps)
     else:
         radius = box
+    change = S[accuracy >= tau - 1e-9]
+    room = np.full(len(change), max_drop)
+    if bounds is not None:
+        change = np.concatenate([change, bounds.rows.numpy() @ S])
+        still = bounds.room(torch.as_tensor(accuracy)).numpy()
+        room = np.concatenate([room, still.clip(min=0)])
     problem = _ScaledProblem(
         gain=class_weights(accuracy, p).numpy() @ S * radius,
-        strong_change=S[accuracy >= tau - 1e-9] * radius,
-        max_drop=max_drop,
+        change=change * radius,
+        room=room,
         is_cube=box is not None,
     )
     if not np.abs(problem.gain).max() > 0:

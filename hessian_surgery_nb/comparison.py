@@ -5,33 +5,59 @@
 # %% ../nbs/05c_comparison.ipynb #d9aae98c
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .baselines import Rival, post_hoc, predict_both
+from .baselines import Rival, TwoPredictions, post_hoc, predict_both
 from .best_step import tuned_to_price
-from .foundations.accuracy import predict
+from .foundations.adjusted import Adjusted, fold_into_head
 from .foundations.batches import as_batches, split_batch
 from .foundations.checks import InputError, whole
+from hessian_surgery_nb.foundations.class_limits import (
+    ClassLimits,
+    accuracy_bounds,
+    class_limits,
+)
 from .foundations.guards import plainly
 from .foundations.intervals import paired_interval
-from .foundations.networks import find_head
+from .foundations.networks import copy_model, find_head
 from .foundations.splits import check_disjoint
 from .linearised import linearised_operate
 from .settings import SurgeryConfig, with_reduction
-from .surgery import LOG, operate
+from .surgery import HeldOutHarm, LOG, operate
 from .surgery_records import SurgeryResult
+from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ["PRODUCT", "Comparison", "controls_of", "compare", "plot_comparison"]
+__all__ = [
+    "PRODUCT",
+    "AT_PRICE",
+    "METHODS",
+    "Comparison",
+    "controls_of",
+    "compare",
+    "chosen_methods",
+    "plot_comparison",
+]
 
 # %% ../nbs/05c_comparison.ipynb #78472aa0
 PRODUCT = 6  # forward passes that a Hessian-vector product is worth
+AT_PRICE = ("linearised surgery", "biases at that price")  # methods that are tuned to a price
+# what may be asked for -> names in the table; of the controls there may be more
+METHODS = {
+    "surgery": ("surgery",),
+    "linearised": ("linearised surgery",),
+    "biases": ("biases at that price", "tuned biases", "tuned biases and scales"),
+    "tau-norm": ("tau-norm",),
+    "logit-adjustment": ("logit adjustment",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +66,10 @@ class Comparison:
 
     rivals: tuple[Rival, ...]
     y: torch.Tensor = field(repr=False)  # (N,) held-out labels
-    surgery: SurgeryResult = field(repr=False)
+    surgery: SurgeryResult | None = field(default=None, repr=False)  # None: it was left out
+    price: float = 0.005  # of global accuracy that the methods at a price were tuned to
+    limits: ClassLimits | None = field(default=None, repr=False)  # of protected classes
+    network_of: Callable[[Rival], nn.Module] | None = field(default=None, repr=False)
     share: float = 0.0  # images that show the curvature, over those of the sensitivity set
 
     def __getitem__(self, name: str) -> Rival:
@@ -57,6 +86,71 @@ class Comparison:
     def change_interval(self, rival: Rival) -> tuple[float, float]:  # ends, in [0, 1] units
         "Of the change of sigma against no change: paired, 95 %, over images."
         return paired_interval(self.rivals[0].correct, rival.correct, self.y)
+
+    def verdict(self, rival: Rival) -> HeldOutVerdict:
+        "Whether to keep what a method makes of the network."
+        return held_out_verdict(
+            self.rivals[0].correct,
+            rival.correct,
+            self.y,
+            self.rivals[0].report.names,
+            price=self.price if rival.name in AT_PRICE else None,
+            limits=self.limits,
+        )
+
+    def network(
+        self,
+        name: str,  # of a method in the table
+    ) -> nn.Module:
+        "A new network, as a method leaves it: other weights, or the same with adjusted logits."
+        rival = self[name]
+        if self.network_of is None or not (rival is self.rivals[0] or rival.has_weights):
+            known = ", ".join(each.name for each in self.rivals if each.has_weights)
+            raise InputError(f"networks are kept of the methods {known}. {name} has none.")
+        return self.network_of(rival)
+
+    def choose(self) -> Rival:
+        """The method of smallest sigma on the sensitivity set, among those within the price.
+
+        Held-out images have no say in it. No change is one of the methods, controls are not.
+        """
+        untouched = self.rivals[0]
+        start = untouched.tuned_report
+        bounds = accuracy_bounds(start.accuracy, start.counts, self.limits, self.price)
+        allowed = [
+            rival
+            for rival in self.rivals
+            if rival.has_weights and bounds.hold(rival.tuned_report.accuracy)
+        ]
+        return min([untouched, *allowed], key=lambda rival: rival.tuned_report.sigma)
+
+
+# %% ../nbs/05c_comparison.ipynb #a3767e8d
+@torch.no_grad()
+def _network_of(task: _Task, rival: Rival) -> nn.Module:
+    "The network that a method makes: folded into the head where that is exact."
+    if rival.make is not None:
+        return rival.make()
+    network = copy_model(task.model)
+    state = rival.state
+    if rival.bias is not None:
+        state = _folded(task, rival)
+        if state is None:
+            return Adjusted(network, rival.scale, rival.bias, forward=task.forward)
+    network.load_state_dict({} if state is None else state, strict=False)
+    return network
+
+
+def _folded(task: _Task, rival: Rival) -> dict[str, torch.Tensor] | None:
+    "Scales and biases in the head's own parameters; None: there is no such head."
+    data = task.sensitivity_data
+    try:
+        name, _ = find_head(task.model, len(rival.bias), data, task.forward)
+    except InputError:
+        return None
+    return fold_into_head(
+        task.model, name, rival.scale, rival.bias, data=data, forward=task.forward
+    )
 
 
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
@@ -88,8 +182,10 @@ class _Task:
         )
 
     def operate(self, config: SurgeryConfig) -> SurgeryResult:
-        "Surgery with other settings."
-        return operate(**self.arguments(), config=config)
+        "Surgery with other settings. Its harm, if any, stands in the table."
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HeldOutHarm)
+            return operate(**self.arguments(), config=config)
 
 
 # %% ../nbs/05c_comparison.ipynb #9baca3f5
@@ -184,23 +280,29 @@ def _run_controls(
 
 
 # %% ../nbs/05c_comparison.ipynb #0dc9e253
-def _at_price(
+def _folds_for(untouched: TwoPredictions) -> int:
+    "Five, or as many as the smallest class has images."
+    classes = untouched.tuned.shape[1]
+    return min(5, torch.bincount(untouched.tuned_y, minlength=classes).min().item())
+
+
+def _linearised(
     task: _Task,
     config: SurgeryConfig,
     price: float,  # of global accuracy, a fraction
-) -> list[Rival]:
-    "The linearised search, and biases tuned to the same price by the same solver."
-    untouched = predict_both(
-        task.model, task.sensitivity_data, task.held_out, task.forward, task.names
-    )
-    classes = untouched.tuned.shape[1]
-    fewest = torch.bincount(untouched.tuned_y, minlength=classes).min().item()
-    folds = min(5, fewest)
+    untouched: TwoPredictions,
+) -> Rival:
+    "The linearised search."
+    without_limits = replace(config, protect=None, floors=None, max_global_drop=None)
     front = linearised_operate(
-        **task.arguments(), prices=(price,), rounds=5, folds=folds, config=config
+        **task.arguments(),
+        prices=(price,),
+        rounds=5,
+        folds=_folds_for(untouched),
+        config=without_limits,
     )
     point = front.points[-1]
-    linearised = Rival(
+    return Rival(
         name="linearised surgery",
         report=point.held_out,
         tuned_report=point.sensitivity,
@@ -208,11 +310,50 @@ def _at_price(
         passes=point.passes,
         correct=point.correct,
         products=front.num_matvecs,
+        make=lambda: front.network(price),
     )
+
+
+def _biases_at_price(
+    config: SurgeryConfig,
+    price: float,  # of global accuracy, a fraction
+    untouched: TwoPredictions,
+) -> Rival:
+    "Biases tuned to a price by the solver of the linearised search."
+    folds = _folds_for(untouched)
     step = tuned_to_price(untouched.tuned, untouched.tuned_y, price, count=folds, seed=config.seed)
     biases = step.alpha.to(untouched.tuned)
     setting = f"price {100 * price:g} pp, within +-{biases.abs().max():.1f}"
-    return [linearised, untouched.changed(1.0, biases).rival("biases at that price", setting)]
+    return untouched.shifted("biases at that price", setting, biases)
+
+
+# %% ../nbs/05c_comparison.ipynb #4c5c0211
+def _rivals_of(
+    task: _Task,
+    config: SurgeryConfig,
+    chosen: Collection[str],  # keys of METHODS
+    surgery: SurgeryResult | None,
+    price: float,
+    untouched: TwoPredictions,
+    counts: torch.Tensor | Sequence[int] | None,
+    steps: int,
+) -> Iterator[Rival]:
+    "The methods that were asked for, no change first."
+    yield untouched.rival("no change")
+    if surgery is not None:
+        yield replace(_rival_of("surgery", surgery), make=lambda: surgery.model)
+    if "linearised" in chosen:
+        yield _linearised(task, config, price, untouched)
+    if "biases" in chosen:
+        yield _biases_at_price(config, price, untouched)
+    names = {name for method in chosen for name in METHODS[method]}
+    if not names - {"surgery", "linearised surgery"}:
+        return
+    sets = (task.sensitivity_data, task.held_out)
+    _, *others = post_hoc(
+        task.model, *sets, counts, task.names, task.forward, steps, scales="biases" in chosen
+    )
+    yield from (rival for rival in others if rival.name in names)
 
 
 # %% ../nbs/05c_comparison.ipynb #fcba7c2e
@@ -229,7 +370,8 @@ def compare(
     names: Sequence[str] | None = None,
     forward: Callable | None = None,
     reduction: str | None = None,
-    controls: bool = True,  # surgery along other directions as well
+    methods: Iterable[str] | None = None,  # keys of METHODS; None: all of them
+    controls: bool = False,  # surgery along other directions as well
     draws: int = 3,  # of random subspaces
     price: float = 0.005,  # of global accuracy, a fraction, for the linearised search and its rival
     surgery: SurgeryResult | None = None,  # a run of operate with these arguments, if there is one
@@ -244,8 +386,10 @@ def compare(
     check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     steps = whole("steps", steps, 2)
     draws = whole("draws", draws)
+    chosen = chosen_methods(methods, controls)
     _check_price(price)
-    classes = predict(model, sensitivity_data, forward=forward)[0].shape[1]
+    untouched = predict_both(model, sensitivity_data, held_out, forward, names)
+    classes = untouched.tuned.shape[1]
     if counts is not None:
         _check_counts(counts, classes)
     task = _Task(
@@ -258,26 +402,47 @@ def compare(
         forward=forward,
         progress=progress,
     )
-    if surgery is None:
+    if surgery is None and "surgery" in chosen:
         surgery = task.operate(config)
-    task = replace(task, names=surgery.before.names)
-    untouched, *others = post_hoc(
-        model, sensitivity_data, held_out, counts, task.names, forward, steps, scales=True
-    )
-    _check_same_network(surgery, untouched)
-    rivals = [untouched, _rival_of("surgery", surgery), *_at_price(task, config, price), *others]
+    rivals = list(_rivals_of(task, config, chosen, surgery, price, untouched, counts, steps))
+    if surgery is not None:
+        _check_same_network(surgery, rivals[0])
     if controls:
         rivals += _run_controls(task, config, surgery.history[0].eps, draws, classes)
     curved = sum(len(split_batch(batch)[1]) for batch in as_batches(hessian_data))
     return Comparison(
         rivals=tuple(rivals),
-        y=surgery.labels,
+        y=untouched.held_out_y.cpu(),
         surgery=surgery,
-        share=curved / surgery.sensitivity_after.counts.sum().item(),
+        price=price,
+        limits=class_limits(rivals[0].report.names, config.protect, config.floors),
+        network_of=partial(_network_of, task),
+        share=curved / len(untouched.tuned_y),
     )
 
 
 # %% ../nbs/05c_comparison.ipynb #dde2a9e4
+def chosen_methods(
+    methods: Iterable[str] | None,  # None: all
+    controls: bool = False,
+    setting: str = "methods",  # as the caller knows it, for messages
+) -> tuple[str, ...]:  # keys of METHODS
+    "Refuse unknown methods, and controls without the surgery that they are controls of."
+    chosen = tuple(METHODS) if methods is None else tuple(methods)
+    unknown = [str(name) for name in chosen if name not in METHODS]
+    if unknown or not chosen:
+        raise InputError(
+            f"{setting} must name some of {', '.join(METHODS)}. "
+            f"Got {', '.join(unknown) if unknown else 'none'}."
+        )
+    if controls and "surgery" not in chosen:
+        raise InputError(
+            f"controls are those of surgery. Got {setting} without it; leave the controls out, "
+            "or add surgery."
+        )
+    return chosen
+
+
 def _check_price(price: float) -> None:
     if not 0 <= price <= 1:
         raise InputError(
@@ -323,6 +488,7 @@ def to_frame(self: Comparison):  # pandas DataFrame
                 "balanced (%)": 100 * rival.report.balanced,
                 "worst (%)": 100 * rival.report.worst,
                 "global (%)": 100 * rival.report.overall,
+                "verdict": self.verdict(rival).outcome,
                 "sigma, sensitivity (pp)": 100 * rival.tuned_report.sigma,
                 "passes": rival.passes,
                 "products": rival.products,
@@ -350,6 +516,8 @@ def to_dict(self: Comparison) -> list[dict[str, Any]]:
                 held_out=rival.report.to_dict(),
                 sensitivity=rival.tuned_report.to_dict(),
                 sigma_change_pp_95=[100 * low, 100 * high],
+                verdict=self.verdict(rival).to_dict(),
+                **rival.adjustment,
             )
         )
     return methods

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .best_step import best_step, cross_fitted, half_unit
@@ -23,6 +24,7 @@ from .foundations.losses import LossFunction
 from .foundations.networks import copy_model
 from .foundations.splits import check_disjoint
 from .front import Front, Point
+from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
 __all__ = ["PRICES", "trust_region_step", "advance_to_price", "linearised_operate"]
@@ -402,6 +404,23 @@ def linearised_operate(
         params=config.params,
         labels=labels,
         num_matvecs=directions.num_matvecs,
+    )
+
+
+# %% ../nbs/05b_linearised.ipynb #184581d9
+@patch
+def verdict(
+    self: Front,
+    price: float,  # in [0, 1], of the point that is chosen
+    alternative: str = "try biases at that price, which compare() has",  # for the text
+) -> HeldOutVerdict | None:  # None: there is no held-out set
+    "Whether to take the network at this price, by held-out images."
+    start, chosen = self.points[0], self.at(price)
+    if chosen.correct is None:
+        return None
+    names = start.report.names
+    return held_out_verdict(
+        start.correct, chosen.correct, self.labels, names, price=price, alternative=alternative
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from hessian_surgery_nb.foundations.checks import (
     constrained,
     optional,
 )
+from .foundations.class_limits import checked_limits
 
 # %% auto #0
 __all__ = [
@@ -57,6 +58,11 @@ def _are_params(value: object) -> bool:
 
 
 _DIRECTIONS = Satisfies(_are_directions, rule=f"{str(DIRECTIONS)[1:-1]}, or a function")
+_LIMITS = Satisfies(
+    lambda value: value is None or isinstance(value, Mapping),
+    rule="a dictionary from class names to fractions, such as {'dog': 0.01}",
+)
+_LIMITS_OF_A_RUN = ("protect", "floors", "max_global_drop")
 _PARAMS = Satisfies(_are_params, rule="a name, a pattern or a tuple of them")
 
 
@@ -69,7 +75,9 @@ class SurgeryConfig:
     matrices are tied to the amplitude. `directions` other than spikes: "class_means" are averaged
     gradients, which need no Lanczos run; "gradients" of the loss over single classes and "random",
     a subspace of the same dimension, are controls; a function of yours takes a `DirectionSearch`.
-    `rollback_errors` of 2 suits a few dozen images a class.
+    `rollback_errors` of 2 suits a few dozen images a class. `protect`, `floors` and
+    `max_global_drop` are fractions, hold over all steps together and exactly on the sensitivity
+    set: a step that breaks one is rolled back.
     """
 
     iterations: int = constrained(15, WholeNumber())  # T
@@ -92,6 +100,9 @@ class SurgeryConfig:
     precision: str | None = constrained(None, OneOf((None, "bf16")))  # of Hessian-vector products
     micro_batch: int | None = constrained(None, optional(_COUNT))  # images at a time in them
     reduction: str | None = constrained(None, OneOf((None, "mean", "sum")))  # of a loss of your own
+    protect: Mapping[str, float] | None = constrained(None, _LIMITS)  # class -> largest fall
+    floors: Mapping[str, float] | None = constrained(None, _LIMITS)  # class -> least accuracy
+    max_global_drop: float | None = constrained(None, optional(_FRACTION))  # all steps together
     seed: int = constrained(0, _SEED)
 
     def __post_init__(self):
@@ -99,6 +110,9 @@ class SurgeryConfig:
             value = getattr(self, each.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, each.name, value.item())
+        for name in ("protect", "floors"):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(getattr(self, name)))
         if isinstance(self.params, (list, np.ndarray)):
             object.__setattr__(self, "params", tuple(map(str, self.params)))
 
@@ -118,6 +132,8 @@ def check_config(
 ):
     "Refuse settings that make no sense."
     check_values(config)
+    for name in ("protect", "floors"):
+        checked_limits(name, getattr(config, name))
 
 
 # %% ../nbs/04c_settings.ipynb #ded56377
@@ -135,6 +151,9 @@ def config_dict(
 ) -> dict:  # setting -> value
     "All settings, for JSON."
     values = {each.name: getattr(config, each.name) for each in fields(config)}
+    for name in _LIMITS_OF_A_RUN:
+        if values[name] is None:
+            del values[name]  # as before there were such limits
     return values | {"directions": direction_name(config.directions)}
 
 

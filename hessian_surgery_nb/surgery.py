@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from hessian_surgery_nb.amplitude import (
@@ -28,12 +29,14 @@ from .directions import find_directions, has_curvature
 from .foundations.accuracy import check_order
 from .foundations.batches import Data
 from .foundations.checks import ChangingFunction
+from .foundations.class_limits import class_limits
 from .foundations.forward import ForwardFunction
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.same_function import warn_caller
 from .foundations.splits import check_disjoint
 from .foundations.weights import select_params
+from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "report_on",
     "first_report",
     "operate",
+    "HeldOutHarm",
+    "warn_of_harm",
 ]
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
@@ -187,6 +192,7 @@ def decide_step(
             tau=config.tau,
             max_drop=config.max_drop,
             box=box,
+            bounds=operation.bounds,
         )
 
     return operation.team.broadcast(operation.decide(sensitivity, solve))
@@ -234,12 +240,18 @@ def _take_step(
 
 
 def _outcome(
+    operation: SurgeryOperation,
     before: Evaluation,
     after: Evaluation,
-    config: SurgeryConfig,
 ) -> StepOutcome:
     errors = change_errors(before.logits_and_labels, after.logits_and_labels)
-    return accept_step(before.report.accuracy, after.report.accuracy, config, errors)
+    return accept_step(
+        before.report.accuracy,
+        after.report.accuracy,
+        operation.config,
+        errors,
+        operation.bounds,
+    )
 
 
 # %% ../nbs/05_surgery.ipynb #6c15ee03
@@ -309,7 +321,7 @@ def advance(
     began = time.perf_counter()
     proposal = propose_step(operation, state)
     after = _take_step(operation, proposal)
-    outcome = _outcome(state.evaluation, after, operation.config)
+    outcome = _outcome(operation, state.evaluation, after)
 
     eps = proposal.state.control.eps
     sigma = after.report.sigma
@@ -454,7 +466,9 @@ def operate(
 
     state = return_to_best(operation, state)
     after = report_on(operation, state, held_out)
-    return _result(operation, state, before, after)
+    result = _result(operation, state, before, after)
+    warn_of_harm(result)
+    return result
 
 
 # %% ../nbs/05_surgery.ipynb #f37a9380
@@ -501,3 +515,39 @@ def _result(
         labels=before.labels.cpu(),
         correct=(before.correct, after.correct),
     )
+
+
+# %% ../nbs/05_surgery.ipynb #0b4e7c7b
+class HeldOutHarm(UserWarning):
+    "By more than chance, held-out images fare worse than is allowed."
+
+
+@patch
+def verdict(
+    self: SurgeryResult,
+    alternative: str = "try biases at a price, which compare() has",  # for the text
+) -> HeldOutVerdict | None:  # None: there is no held-out set
+    "Whether to keep the new weights."
+    if self.after.measured_on != "held_out":
+        return None
+    config = self.config
+    return held_out_verdict(
+        *self.correct,
+        self.labels,
+        self.after.names,
+        price=config.max_global_drop,
+        limits=class_limits(self.after.names, config.protect, config.floors),
+        alternative=alternative,
+    )
+
+
+def warn_of_harm(result: SurgeryResult) -> None:
+    "Warn where the verdict is not to keep what was found."
+    before, after = result.before, result.after
+    limits = (result.config.protect, result.config.floors)
+    fell = after.overall < before.overall or after.balanced < before.balanced
+    if not fell and after.sigma <= before.sigma and not any(limits):
+        return  # as counted nothing got worse: no need to look closer
+    found = result.verdict()
+    if found is not None and found.is_harmful:
+        warn_caller(found.line, HeldOutHarm)

@@ -96,7 +96,8 @@ class SurgeryResult:
             f"SurgeryResult({after.measured_on}: "
             f"sigma {100 * before.sigma:.1f} -> {100 * after.sigma:.1f} pp, "
             f"balanced {100 * before.balanced:.1f} -> {100 * after.balanced:.1f} %, "
-            f"worst {100 * before.worst:.1f} -> {100 * after.worst:.1f} %; "
+            f"worst {100 * before.worst:.1f} -> {100 * after.worst:.1f} %, "
+            f"global {100 * before.overall:.1f} -> {100 * after.overall:.1f} %; "
             f"step {self.best} of {len(self.history)})"
         )
 
@@ -205,7 +206,7 @@ def plot_history(
         shape = {"figsize": (6, 4.2), "height_ratios": (2, 1), "layout": "constrained"}
         _, axes = plt.subplots(2, 1, sharex=True, **shape)
     sigma_ax, eps_ax = axes
-    new_axes(sigma_ax, title="Sigma falls, step by step (sensitivity set)", ylabel="sigma (pp)")
+    new_axes(sigma_ax, title="Sigma, step by step (sensitivity set)", ylabel="sigma (pp)")
     new_axes(eps_ax, xlabel="iteration", ylabel="amplitude")
     _plot_sigma(sigma_ax, result)
     iterations = [step.iteration for step in result.history]

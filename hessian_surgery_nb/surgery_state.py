@@ -18,6 +18,11 @@ from torch import nn
 from .amplitude import AmplitudeControl, amplitude_control
 from .foundations.batches import Data, as_batches, split_batch
 from .foundations.checks import InputError, class_names
+from hessian_surgery_nb.foundations.class_limits import (
+    AccuracyBounds,
+    accuracy_bounds,
+    class_limits,
+)
 from .foundations.distributed import Team, current_team
 from hessian_surgery_nb.foundations.fingerprints import (
     code_fingerprint,
@@ -186,6 +191,7 @@ class SurgeryOperation:
     start: SurgeryState  # before the first step
     num_spikes: int  # K
     exponent: float  # p, of the class weights
+    bounds: AccuracyBounds | None = None  # that hold over all steps together
     decide: Callable[[Sensitivity, Solver], torch.Tensor] = field(repr=False)  # alpha (K,)
     keep_directions: bool = False  # those of the state serve for every step
     cache: dict | None = field(default=None, repr=False)  # shared with other operations
@@ -249,6 +255,7 @@ def prepare_surgery(
         start=start_state(snapshot(model), evaluation),
         num_spikes=_num_spikes(config, evaluation.report),
         exponent=config.p,
+        bounds=_bounds_of(config, evaluation.report),
         decide=decide,
         keep_directions=keep_directions,
         cache=cache,
@@ -256,6 +263,11 @@ def prepare_surgery(
 
 
 # %% ../nbs/04f_surgery_state.ipynb #b5145ec1
+def _bounds_of(config: SurgeryConfig, report: ClassReport) -> AccuracyBounds | None:
+    limits = class_limits(report.names, config.protect, config.floors)
+    return accuracy_bounds(report.accuracy, report.counts, limits, config.max_global_drop)
+
+
 def _num_spikes(config: SurgeryConfig, report: ClassReport) -> int:  # K
     num_classes = len(report.accuracy)
     if num_classes < 2:

@@ -30,6 +30,7 @@ __all__ = [
     "DO_NOT_KEEP",
     "UNDECIDED",
     "NO_CHANGE",
+    "OUTCOMES",
     "TOLERATED",
     "Change",
     "ClassChange",
@@ -187,11 +188,12 @@ def _overall(classes: Sequence[ClassChange]) -> Change:
     )
 
 
-# %% ../nbs/04j_verdict.ipynb #48cd251c
+# %% ../nbs/04j_verdict.ipynb #3ddd07d8
 KEEP = "keep"
 DO_NOT_KEEP = "do not keep"
 UNDECIDED = "undecided"
 NO_CHANGE = "no change"
+OUTCOMES = (KEEP, DO_NOT_KEEP, UNDECIDED, NO_CHANGE)
 TOLERATED = 0.01  # loss of accuracy that is put up with where no price was asked for (choice)
 
 
@@ -224,8 +226,8 @@ def _loss_text(loss: Change, allowed: float, who: str) -> str:
     sure = "by more than chance" if loss.high < -allowed else "as counted"
     return (
         f"the price in {loss.name} accuracy is {-100 * loss.change:.1f} pp "
-        f"[{-100 * loss.high:.1f}, {-100 * loss.low:.1f}], {sure} more than the "
-        f"{100 * allowed:g} pp {who}"
+        f"[{-100 * loss.high:.1f}, {-100 * loss.low:.1f}], more than the {100 * allowed:g} pp "
+        f"{who}, {sure}"
     )
 
 

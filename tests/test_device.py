@@ -188,7 +188,7 @@ MEASURED = {
         method.report.sigma for method in post_hoc(net, TUNED, HELD, [40, 40, 40], steps=5)
     ],
     "all methods": lambda net: (
-        compare(net, LOSS, CURVATURE, TUNED, **SHOWN, draws=1, steps=5)
+        compare(net, LOSS, CURVATURE, TUNED, **SHOWN, controls=True, draws=1, steps=5)
         .to_frame()
         .select_dtypes("number")
         .to_numpy()

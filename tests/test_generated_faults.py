@@ -85,7 +85,7 @@ FLAGS = st.one_of(
     numbers("spikes", st.integers(5000, 10**6)),
     numbers("eps", st.floats(-5, 0)),
     numbers("eps", st.just("nan")),
-    numbers("tau", st.floats(1.5, 100)),
+    numbers("tau", st.floats(0.01, 1)),
     numbers("p", st.floats(-4, -0.1)),
     numbers("batch", st.floats(0.1, 0.9)),
     numbers("shape", word),

@@ -269,6 +269,7 @@ def test_the_head_alone_moves_the_head_and_nothing_else(net, has, monkeypatch):
             TUNE,
             REPORT,
             config=SurgeryConfig(iterations=1, eps=0.3),
+            controls=True,
             draws=1,
             progress=False,
         ).rivals

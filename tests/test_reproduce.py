@@ -38,7 +38,7 @@ SOME = [
     "1",
     "--quick",
     "--tau",
-    "0",
+    "mean",
 ]
 
 
@@ -144,7 +144,7 @@ def test_killed_in_every_run_it_ends_in_the_same_numbers(place, whole):
         (["--table", "77"], "Table 77 is not"),
         (["--seeds", "0"], "at least 1"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors is not there"),
-        (["--seed", "0", "--tau", "0.5"], "tau = None there, 0.5 now"),
+        (["--seed", "0", "--tau", "50"], "tau = None there, 0.5 now"),
     ],
 )
 def test_faults_are_named(place, whole, arguments, says):
@@ -210,7 +210,7 @@ def test_seeds_side_by_side_give_the_same_numbers(place, whole):
             "1",
             "--quick",
             "--tau",
-            "0",
+            "mean",
             "--seeds",
             "2",
             "--jobs",
@@ -436,7 +436,7 @@ def test_a_network_of_ones_own_begins_from_given_weights(place, tmp_path):
     out = tmp_path / "out"
     flags = [
         *("--network", f"{code}:small", "--start", "pretrained", "--init", str(init)),
-        *("--pixels", "20", "--table", "1", "--quick", "--seeds", "1", "--tau", "0"),
+        *("--pixels", "20", "--table", "1", "--quick", "--seeds", "1", "--tau", "mean"),
     ]
 
     def reproduce(*more):

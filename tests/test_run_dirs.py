@@ -446,7 +446,7 @@ def test_stored_runs_belong_to_their_images_and_weights(tmp_path, capsys, monkey
                 "--seeds",
                 "1",
                 "--tau",
-                "0",
+                "mean",
                 "--out",
                 str(tmp_path / "runs"),
                 *more,

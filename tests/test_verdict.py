@@ -126,7 +126,7 @@ def test_a_price_that_was_paid_more_dearly_is_said_with_its_interval():
     verdict = held_out_verdict(*dear, price=0.005)
     assert verdict.outcome == UNDECIDED  # 0.75 pp for 0.5, by chance or not
     assert "the price in global accuracy is 0.8 pp [" in verdict.line
-    assert "as counted more than the 0.5 pp that were asked for at most" in verdict.line
+    assert "more than the 0.5 pp that were asked for at most, as counted" in verdict.line
     assert held_out_verdict(*dear, price=0.01).outcome == KEEP
 
 

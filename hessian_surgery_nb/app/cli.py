@@ -6,25 +6,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 
 from typing import NoReturn
 
 from .. import __version__
 from .command_flags import add_own_commands
+from .config_files import with_config
 from .demo import add_demo
-from .options import Help, with_config
+from .options import HARM, Help
 from .reproduce_flags import add_reproduce
-from .run_control import logged, share_run
+from .run_control import claimed, logged, share_run
 from ..foundations.checks import InputError
 from ..foundations.distributed import LostRank
 
 # %% auto #0
-__all__ = ["Parser", "build_parser", "main"]
-
+__all__ = ["CLOSED_PIPE", "Parser", "build_parser", "main"]
 
 # %% ../../nbs/app/06_cli.ipynb #e98cbeba
+CLOSED_PIPE = 141  # as shells have it for a process that SIGPIPE ended
+
+
 class Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other fault."
 
@@ -41,7 +46,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:  # the whole, and each c
         description="Rebalance the per-class accuracy of a trained classifier after training, by "
         "moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
         epilog="Exit codes: 0 done, 2 bad input (nothing was written), 3 another process of the "
-        "run was lost (what was finished is kept), 130 interrupted (what was finished is kept). "
+        f"run was lost (what was finished is kept), {HARM} held-out images say not to keep the "
+        "new weights and --fail-on-harm was given (all files are written), 130 interrupted (what "
+        f"was finished is kept), {CLOSED_PIPE} whoever read the output closed it. "
         "Same seed, same torch, same number of threads: same result, bit for bit.",
     )
     parser.add_argument(
@@ -64,11 +71,17 @@ def main(
     if argv is None:
         argv = sys.argv[1:]
     try:
-        return _run(argv)
+        exit_code = _run(argv)
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        _drop_output()
+        return CLOSED_PIPE
     except (InputError, LostRank) as error:
         if "--debug" in argv:
             raise
-        print(f"hessian-surgery{_which_process()}: {error}", file=sys.stderr)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # colours of a library that was asked
+        print(f"hessian-surgery{_which_process()}: {text}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 3
     except KeyboardInterrupt:
         print("hessian-surgery: interrupted; no file is half written", file=sys.stderr)
@@ -78,14 +91,25 @@ def main(
 def _run(argv: list[str]) -> int:  # exit code
     "Read the flags, and do what the command does."
     parser, commands = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
     argv = with_config(argv, commands)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.get(argv[0], parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     args.argv = argv
     verbose = getattr(args, "verbose", False)  # of the commands that have the flag
-    with share_run(args.shared), logged(verbose):
+    with share_run(args.shared), logged(verbose), claimed(_out_of(args)):
         if args.pictures:
             _draw_without_window()
         return args.run(args)
+
+
+def _out_of(args: argparse.Namespace) -> str | None:
+    "Where a command will write that shares its place with no other; None: nowhere."
+    writes = getattr(args, "claims_out", False) and not getattr(args, "dry_run", False)
+    return args.out if writes else None
 
 
 def _draw_without_window() -> None:
@@ -96,6 +120,12 @@ def _draw_without_window() -> None:
 
 
 # %% ../../nbs/app/06_cli.ipynb #0f2cabda
+def _drop_output() -> None:
+    "Nobody reads it any more: what is left in the buffer must not fail once more at the end."
+    with contextlib.suppress(OSError, ValueError):  # no file at all?
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _which_process() -> str:
     "Which of several processes speaks."
     several = os.environ.get("WORLD_SIZE", "1")

@@ -29,6 +29,7 @@ from hessian_surgery_nb.app.options import (
     add_surgery_flags,
 )
 from .results import FRONT_FILES
+from ..comparison import METHODS
 
 # %% auto #0
 __all__ = ["add_own_commands"]
@@ -94,6 +95,8 @@ def _add_operate(commands: argparse._SubParsersAction) -> None:
         "hessian-surgery-operated",
         "weights.safetensors, result.json, history.csv and report.html",
     )
+    add_price_flag(parser, "all steps together", default=None)
+    parser.set_defaults(limits_steps=True)
     add_dry_run_flag(parser)
     parser.add_argument(
         "--resume",
@@ -109,14 +112,28 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add_surgery_flags(parser)
     add_output_flags(parser, "hessian-surgery-compared", "result.json and report.html")
     add_dry_run_flag(parser)
-    parser.add_argument(
-        "--no-controls",
-        action="store_true",
-        help="leave out surgery along other directions (class means, gradients, the head alone, "
-        "random), most of the time",
+    add = parser.add_argument_group("comparison").add_argument
+    add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help=f"which of {', '.join(METHODS)}; default: all",
     )
-    parser.add_argument("--draws", type=int, default=3, help="random subspaces")
-    add_price_flag(parser, "the linearised search and its rival")
+    add(
+        "--controls",
+        action="store_true",
+        help="surgery along other directions as well (class means, gradients, the head alone, "
+        "random): most of the time of a run",
+    )
+    add("--no-controls", action="store_true", help=argparse.SUPPRESS)  # the default by now
+    add("--draws", type=int, default=3, help="random subspaces among the controls")
+    add_price_flag(parser, "the methods at a price, and the one of --save-best,")
+    add(
+        "--save-best",
+        action="store_true",
+        help="save the weights of the method with the smallest sigma within --max-global-drop on "
+        "the images that are tuned on; held-out images have no say in it",
+    )
 
 
 # %% ../../nbs/app/03a_command_flags.ipynb #29ccf8d4
@@ -151,11 +168,14 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
         help="of the cross-fitting that keeps a step from being luck",
     )
     add_output_flags(parser, "hessian-surgery-front", ", ".join(FRONT_FILES))
+    add_dry_run_flag(parser)
 
 
 # %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:
-    parser = _add_own(commands, "screen", run_screen, "is surgery worth trying on it?")
+    parser = _add_own(
+        commands, "screen", run_screen, "whether surgery is worth trying on your network"
+    )
     add_spikes_flag(parser)
     add_eps_flag(parser)
     add_directions_flag(parser, ("spikes", "class_means"))
@@ -168,6 +188,7 @@ def _add_screen(commands: argparse._SubParsersAction) -> None:
         help="further training images, at most, on which a step towards rest is tried, in one "
         "process; 0: none is",
     )
+    add_dry_run_flag(parser)
 
 
 def _add_spectrum(commands: argparse._SubParsersAction) -> None:

@@ -15,24 +15,28 @@ import torch
 from torch import nn
 
 from .delivery import files_of_network, loss_of
+from .first_look import tell_first_look
 from .inputs import load_inputs
 from hessian_surgery_nb.app.options import (
+    check_flags,
     check_percentage_points,
     front_config,
     product_options,
     surgery_config,
 )
 from .own_network import ImageBatches, OwnSets, own_files
-from .pages import text_table
+from .pages import duration, text_table
 from hessian_surgery_nb.app.publishing import (
     command_line,
     output_directory,
     publish,
     result_text,
 )
+from .result_schema import result_schema
 from hessian_surgery_nb.app.results import (
     COMPARE_FILES,
     FRONT_FILES,
+    IN_TERMINAL,
     OPERATE_FILES,
     class_table,
     compare_files,
@@ -40,18 +44,15 @@ from hessian_surgery_nb.app.results import (
     comparison_table,
     eigenvalue_table,
     front_files,
-    front_summary,
     front_table,
-    held_out_change,
     operate_files,
-    operate_summary,
-    result_schema,
+    screening_dict,
     spectrum_dict,
     verdict_table,
 )
-from .run_control import asked_to_stop
+from .run_control import asked_to_stop, tell_harm
 from .run_plan import RunPlan, peak_memory, plan_run
-from ..comparison import compare, controls_of
+from ..comparison import chosen_methods, compare, controls_of
 from ..effective_rank import screen
 from ..foundations.checks import InputError, whole
 from ..foundations.distributed import current_team
@@ -71,6 +72,7 @@ from ..surgery import operate
 
 # %% auto #0
 __all__ = [
+    "TRY_COMPARE",
     "run_operate",
     "show_schema",
     "run_compare",
@@ -81,14 +83,17 @@ __all__ = [
     "compare_spectra",
 ]
 
-
 # %% ../../nbs/app/03_commands.ipynb #6e634a09
+TRY_COMPARE = "try biases at a price: hessian-surgery compare --save-best"
+
+
 def run_operate(args: argparse.Namespace) -> int:  # exit code
     "The `operate` command."
     config = surgery_config(args)
     out = output_directory(args, (*OPERATE_FILES, *ADAPTER_FILES))
     started = time.perf_counter()
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     if args.dry_run:
         plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, config)
@@ -115,28 +120,29 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
     if team.rank > 0:
         return exit_code  # the first process writes for all
 
-    change = held_out_change(result)
+    verdict = result.verdict(TRY_COMPARE)
     files = operate_files(
         result,
         model=args.model,
         classes=sets.classes,
-        change=change,
+        verdict=verdict,
         command=command_line(args.argv),
         seconds=time.perf_counter() - started,
         peak_bytes=peak_memory(next(network.parameters()).device),
     )
     files |= adapters
-    summary = operate_summary(result, change)
-    text = result_text(class_table(result), summary, out, tuple(files))
+    table = class_table(verdict.classes, IN_TERMINAL)
+    text = result_text(table, verdict.line, out, tuple(files))
     to_remove = None if interrupted else state
-    publish(out, files, text, as_json=args.json, remove=to_remove)
-    return exit_code
+    publish(out, files, text, as_json=args.json, quiet=args.quiet, remove=to_remove)
+    harm = tell_harm(verdict, args)
+    return exit_code if interrupted else harm
 
 
 # %% ../../nbs/app/03_commands.ipynb #c5b77a33
 def _shows_steps(args: argparse.Namespace) -> bool:
     "Whether there are progress bars; where steps are logged they would be in the way."
-    return sys.stderr.isatty() and not args.verbose
+    return sys.stderr.isatty() and not args.verbose and not args.quiet
 
 
 def _show_plan(plan: RunPlan, sets: OwnSets, args: argparse.Namespace) -> int:
@@ -158,16 +164,20 @@ def show_schema(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:  # exit code
     "The `compare` command."
     config = surgery_config(args)
+    chosen_methods(args.methods, args.controls, "--methods")
     out = output_directory(args, COMPARE_FILES)
     whole("--draws", args.draws)
     check_percentage_points(
         "--max-global-drop", [args.max_global_drop], "is percentage points, in 0..100"
     )
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
-    if args.dry_run:
+    if args.dry_run or _takes_long(args):
         plan = _plan_comparison(network, loss_fn, sets, config, args)
-        return _show_plan(plan, sets, args)
+        if args.dry_run:
+            return _show_plan(plan, sets, args)
+        _announce(plan, args)
 
     comparison = compare(
         network,
@@ -178,7 +188,8 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         config=config,
         counts=_training_counts(args.data, sets.classes),
         names=sets.classes,
-        controls=not args.no_controls,
+        methods=args.methods,
+        controls=args.controls,
         draws=args.draws,
         price=args.max_global_drop / 100,
         progress=_shows_steps(args),
@@ -186,7 +197,12 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
     if current_team().rank > 0:
         return 0
 
-    summary = comparison_summary(comparison, tuned_images=len(sets.sensitivity.y))
+    chosen, weights = None, None
+    if args.save_best:
+        chosen = comparison.choose()
+        if chosen is not comparison.rivals[0]:
+            weights = weights_bytes(comparison.network(chosen.name))
+    summary = comparison_summary(comparison, tuned_images=len(sets.sensitivity.y), chosen=chosen)
     files = compare_files(
         comparison,
         model=args.model,
@@ -194,10 +210,12 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         config=config,
         summary=summary,
         command=command_line(args.argv),
+        chosen=chosen,
+        weights=weights,
     )
-    text = result_text(comparison_table(comparison), summary, out, COMPARE_FILES)
-    publish(out, files, text, as_json=args.json)
-    return 0
+    text = result_text(comparison_table(comparison), summary, out, list(files))
+    publish(out, files, text, as_json=args.json, quiet=args.quiet)
+    return 0 if weights is None else tell_harm(comparison.verdict(chosen), args)
 
 
 # %% ../../nbs/app/03_commands.ipynb #acb9752d
@@ -220,16 +238,33 @@ def _plan_comparison(
     args: argparse.Namespace,
 ) -> RunPlan:
     "What all its runs of surgery would take."
-    runs = 2  # the one asked for and the linearised search
-    if not args.no_controls:
+    methods = chosen_methods(args.methods, args.controls, "--methods")
+    runs = int("surgery" in methods) + int("linearised" in methods)
+    if args.controls:
         runs += controls_of(args.draws)
     along_spikes = config.directions == "spikes"
     # besides surgery along spikes only the head alone, or spikes as a control, search at each step
-    searching_runs = int(along_spikes) + int(not args.no_controls)
-    searches = config.iterations * searching_runs + int(along_spikes)
+    searching_runs = int(along_spikes and "surgery" in methods) + int(args.controls)
+    searches = config.iterations * searching_runs
+    searches += int(along_spikes and "linearised" in methods)
     directions = "spikes" if searches > 0 else config.directions
-    all_runs = replace(config, directions=directions, iterations=runs * config.iterations)
+    all_runs = replace(config, directions=directions, iterations=max(runs, 1) * config.iterations)
     return plan_run(network, loss_fn, sets.hessian, sets.sensitivity, all_runs, searches)
+
+
+# %% ../../nbs/app/03_commands.ipynb #ce8f1f50
+def _takes_long(args: argparse.Namespace) -> bool:
+    "Whether somebody should be told beforehand: where surgery runs again and again."
+    return args.controls and not args.quiet
+
+
+def _announce(plan: RunPlan, args: argparse.Namespace) -> None:
+    if current_team().rank == 0:
+        print(
+            f"hessian-surgery: about {duration(plan.seconds)} with controls; without --controls "
+            "most of it is saved, and --methods biases tau-norm needs no Hessian at all",
+            file=sys.stderr,
+        )
 
 
 # %% ../../nbs/app/03_commands.ipynb #545741cf
@@ -239,20 +274,26 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     whole("--rounds", args.rounds, 0)
     config = front_config(args)
     out = output_directory(args, (*FRONT_FILES, *ADAPTER_FILES))
-    prices = [*args.prices, args.max_global_drop]
-    check_percentage_points(
-        "--prices and --max-global-drop",
-        prices,
-        "are percentage points, ascending, from 0 on to 100",
-    )
+    rule = "is percentage points, in 0..100"
+    check_percentage_points("--max-global-drop", [args.max_global_drop], rule)
+    check_percentage_points("--prices", args.prices, "are percentage points, in 0..100")
+    prices = sorted({price / 100 for price in (*args.prices, args.max_global_drop)})
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
+    loss_fn = loss_of(args)
+    if args.dry_run:
+        steps = replace(config, iterations=len(prices) * max(args.rounds, 1))
+        searches = int(config.directions == "spikes")
+        plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, steps, searches)
+        return _show_plan(plan, sets, args)
+
     front = linearised_operate(
         network,
-        loss_of(args),
+        loss_fn,
         sets.hessian,
         sets.sensitivity,
         held_out=sets.held_out,
-        prices=sorted({price / 100 for price in prices}),
+        prices=prices,
         config=config,
         folds=args.folds,
         rounds=args.rounds,
@@ -265,6 +306,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     if current_team().rank > 0:
         return 0
 
+    verdict = front.verdict(args.max_global_drop / 100, TRY_COMPARE)
     files = front_files(
         front,
         weights_bytes(moved),
@@ -272,23 +314,33 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
         model=args.model,
         classes=sets.classes,
         config=config,
+        verdict=verdict,
         command=command_line(args.argv),
     )
     files |= adapters
-    summary = front_summary(front, args.max_global_drop)
-    text = result_text(front_table(front), summary, out, tuple(files))
-    publish(out, files, text, as_json=args.json)
-    return 0
+    by_class = text_table(*class_table(verdict.classes, IN_TERMINAL))
+    chosen_point = f"At a price of {args.max_global_drop:g} pp:\n\n{by_class}\n\n{verdict.line}"
+    text = result_text(front_table(front), chosen_point, out, tuple(files))
+    publish(out, files, text, as_json=args.json, quiet=args.quiet)
+    return tell_harm(verdict, args)
 
 
 # %% ../../nbs/app/03_commands.ipynb #8af3aad6
 def run_screen(args: argparse.Namespace) -> int:  # exit code
     "The `screen` command."
     options = product_options(args)
+    once = replace(front_config(args), iterations=1, eps=args.eps, scheme=args.scheme)
+    check_flags(once)
     network, sets = load_inputs(args)
+    tell_first_look(network, sets, args)
+    loss_fn = loss_of(args)
+    if args.dry_run:
+        plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, once)
+        return _show_plan(plan, sets, args)
+
     screening = screen(
         network,
-        loss_of(args),
+        loss_fn,
         sets.hessian,
         sets.sensitivity,
         num_spikes=args.spikes,
@@ -300,11 +352,13 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         counts=_training_counts(args.data, sets.classes),
         gradient_data=sets.gradient,
         seed=args.seed,
-        progress=sys.stderr.isatty(),
+        progress=_shows_steps(args),
         **options,
     )
     if args.json:
-        print(json.dumps(screening.to_dict(), indent=1))
+        print(json.dumps(screening_dict(screening, sets.classes), indent=1))
+        return 0
+    if args.quiet:
         return 0
     clear = screening.sensitivity.signal_to_noise
     advice = "."
@@ -339,6 +393,7 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     if args.spikes is not None:
         whole("--spikes", args.spikes)
     network, sets = load_inputs(args, images)
+    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     op = HessianOperator(network, loss_fn, sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(
@@ -354,6 +409,8 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     parameters = op.shape[0]
     if args.json:
         print(json.dumps(spectrum_dict(pairs, parameters, verdict, images_a_side), indent=1))
+        return 0
+    if args.quiet:
         return 0
     _print_spectrum(pairs, parameters, sets)
     if verdict is not None:

@@ -24,6 +24,7 @@ from hessian_surgery_nb.app.demo_runs import (
     sigma_note,
     summarise_methods,
 )
+from .glossary import glossary_tag
 from hessian_surgery_nb.app.pages import (
     figure_tag,
     footer_tag,
@@ -155,10 +156,13 @@ def demo_report(
         *_sensitivity_section(first),
         *_spectrum_section(first),
         *_comparison_section(first),
+    ]
+    ending = [
+        glossary_tag(body),
         *how_to_repeat(command),
         footer_tag([paragraph_tag(provenance(runs)), paragraph_tag(_CONTROLS_NOTE)]),
     ]
-    return html_page(title, body)
+    return html_page(title, [*body, *ending])
 
 
 # %% ../../nbs/app/04a_demo_report.ipynb #5ca72eaa

@@ -121,6 +121,7 @@ def _operate_and_compare(
         counts=splits.train.counts,
         names=splits.train.classes,
         surgery=surgery,
+        controls=True,
         draws=1,
         progress=progress,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 # %% auto #0
 __all__ = []
@@ -47,12 +48,30 @@ _FACE = {
     "load_adjusted": "foundations.adjusted",
     "load_network": "foundations.loading",
     "load_weights": "foundations.weight_files",
+    "held_out_verdict": "verdict",
+    "HeldOutHarm": "surgery",
     "InputError": "foundations.checks",
 }
 _MODULES = (
     "effective_rank",
     "spectrum_type",
 )  # their functions of the same name are reached through them
+
+
+# %% ../../nbs/app/08_face.ipynb #97ce6b1d
+def _describe(value: Any) -> None:
+    "Add to a docstring what the source says of each argument."
+    from fastcore.docments import docments
+
+    try:
+        notes = docments(value)
+    except Exception:  # whatever reading the source runs into: help is then as short as before
+        return
+    lines = [f"    {name}: {note}" for name, note in notes.items() if note and name != "return"]
+    if notes.get("return"):
+        lines += ["", "Returns:", f"    {notes['return']}"]
+    if lines:
+        value.__doc__ = "\n".join([(value.__doc__ or "").rstrip(), "", "Arguments:", *lines])
 
 
 # %% ../../nbs/app/08_face.ipynb #5509b471
@@ -63,6 +82,7 @@ def __getattr__(name: str):
     if name not in _FACE:
         raise AttributeError(f"module 'hessian_surgery_nb' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"hessian_surgery_nb.{_FACE[name]}"), name)
+    _describe(value)
     setattr(sys.modules["hessian_surgery_nb"], name, value)
     return value
 

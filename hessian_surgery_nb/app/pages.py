@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,16 +19,22 @@ from markupsafe import Markup
 # %% auto #0
 __all__ = [
     "STYLE",
+    "PHONE_WIDTH",
+    "LONG_LABEL",
     "text_table",
     "duration",
     "amount",
+    "filled",
     "heading_tag",
     "paragraph_tag",
     "code_tag",
     "numbers_tag",
+    "fold_tag",
     "footer_tag",
     "figure_tag",
     "table_tag",
+    "Script",
+    "script_tag",
     "html_page",
 ]
 
@@ -66,33 +74,81 @@ def amount(size: float) -> str:  # of bytes
 
 # %% ../../nbs/app/01_pages.ipynb #df044742
 STYLE = """
-:root { --ink: #1c2024; --soft: #5a6370; --line: #d9dee4; --red: #b34a00; }
-body {
-  font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff;
-  max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 4rem;
+:root {
+  color-scheme: light dark;
+  --ink: #1c2024; --soft: #5a6370; --line: #d9dee4; --paper: #fff; --code: #f1f3f6;
+  --gain: #0b5cad; --loss: #b34a00; --focus: #0b5cad;
 }
-h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e8ebee; --soft: #a9b2bd; --line: #3b444e; --paper: #15191d; --code: #242a31;
+    --gain: #6fb1ff; --loss: #ff9a4d; --focus: #6fb1ff;
+  }
+}
+body {
+  font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem;
+}
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; }
+p, figcaption, dd, li { max-width: 46rem; }
+p { overflow-wrap: anywhere; }
 .lead { font-size: 1.08rem; }
 .soft, figcaption, caption, footer { color: var(--soft); font-size: .9rem; }
+code { background: var(--code); padding: .1rem .3rem; overflow-wrap: anywhere; }
+details { margin: 1rem 0; }
+summary { cursor: pointer; width: fit-content; padding: .2rem 0; }
+dt { font-weight: 600; margin-top: .7rem; }
+dd { margin-left: 1rem; }
+"""
+
+# %% ../../nbs/app/01_pages.ipynb #279ceb91
+STYLE += """
 figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
-caption { text-align: left; padding-bottom: .4rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+caption { text-align: left; padding-bottom: .4rem; max-width: 46rem; }
+.scroll {
+  overflow-x: auto; margin: 1rem 0;
+  background:
+    linear-gradient(to right, var(--paper) 60%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 60%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--line), transparent) 0 0 / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--line), transparent) 100% 0 / .8rem 100% no-repeat scroll;
+}
 table { font-size: .92rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td {
   padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  text-align: right; white-space: nowrap;
+  text-align: right; vertical-align: baseline; white-space: nowrap;
 }
+thead th { white-space: normal; vertical-align: bottom; line-height: 1.25; }
 th:first-child { text-align: left; font-weight: 600; }
-code { background: #f3f5f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
+tbody th { white-space: normal; min-width: min(10rem, 28vw); overflow-wrap: break-word; }
 .numbers {
-  display: flex; flex-wrap: wrap; gap: .8rem 2.4rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr)); gap: .8rem 1.6rem;
   margin: 1.2rem 0; padding: 0; list-style: none;
 }
-.numbers b { display: block; font-size: 1.5rem; }
-@media (max-width: 30rem) { table { font-size: .82rem; } th, td { padding-right: .4rem; } }
-@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
+.numbers b { display: block; font-size: 1.5rem; line-height: 1.25; }
+.wide img { max-width: none; }
+@media (max-width: 30rem) {
+  table { font-size: .82rem; }
+  .numbers b { font-size: 1.25rem; }
+  th, td { padding-right: .5rem; }
+}
+@media print {
+  :root {
+    --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --code: #eee;
+    --gain: #0b5cad; --loss: #b34a00;
+  }
+  body { max-width: none; padding: 0; }
+  figure, tr, li { break-inside: avoid; }
+  .scroll { overflow: visible; background: none; }
+  table { font-size: .68rem; }
+  th, td { padding-right: .35rem; }
+  tbody th { min-width: 6rem; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+}
 """
 
 # %% ../../nbs/app/01_pages.ipynb #2fee8caf
@@ -102,6 +158,7 @@ _PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <link rel="icon" href="data:,">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
@@ -125,7 +182,17 @@ _TABLE = """\
 </tbody>
 </table></div>"""
 _FIGURE = """\
-<figure><img src="{{ source }}" alt="{{ alt }}">
+<figure>
+{% if narrow %}
+<picture>
+<source media="(max-width: 30rem)" srcset="{{ narrow }}">
+<img src="{{ source }}" alt="{{ alt }}">
+</picture>
+{% else %}
+<div class="scroll wide" role="region" tabindex="0" aria-label="Picture: {{ caption }}">
+<img src="{{ source }}" alt="{{ alt }}">
+</div>
+{% endif %}
 <figcaption>{{ caption }}</figcaption></figure>"""
 _NUMBERS = """\
 <ul class="numbers">
@@ -145,6 +212,7 @@ _ENVIRONMENT = Environment(
             "heading": "<h{{ level }}>{{ text }}</h{{ level }}>",
             "paragraph": '<p{% if kind %} class="{{ kind }}"{% endif %}>{{ text }}</p>',
             "code": "<code>{{ text }}</code>",
+            "fold": "<details><summary>{{ summary }}</summary>{{ content }}</details>",
             "footer": "<footer>{% for piece in body %}{{ piece }}{% endfor %}</footer>",
         }
     ),
@@ -153,6 +221,17 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,  # no empty line where a loop stands
     keep_trailing_newline=True,
 )
+
+
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}  # JSON has no NaN
+
+
+def filled(
+    template: str,  # Jinja's HTML
+    **values: Any,
+) -> Markup:
+    "A template from elsewhere, filled by the same rules."
+    return Markup(_ENVIRONMENT.from_string(template).render(values))
 
 
 def _render(template: str, **values) -> Markup:
@@ -189,30 +268,80 @@ def numbers_tag(
     return _render("numbers", numbers=numbers)
 
 
+def fold_tag(
+    summary: str,  # what is always seen
+    content: Markup,  # what opens
+) -> Markup:
+    "Something for those who ask."
+    return _render("fold", summary=summary, content=content)
+
+
 def footer_tag(body: Iterable[str]) -> Markup:
     "The end of a page."
     return _render("footer", body=body)
 
 
 # %% ../../nbs/app/01_pages.ipynb #4f9994a0
+PHONE_WIDTH = 3.9  # inches, at 96 pixels each
+LONG_LABEL = 18  # letters
+
+
+def _svg_source(figure: Any) -> str:
+    "An address that holds the picture itself."
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": "hessian-surgery"}):  # the same bytes every time
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/svg+xml;base64,{data}"
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
+def _make_narrow(figure: Any):
+    "As wide as a phone: titles and long labels on several lines, no tiny letters."
+    from matplotlib.text import Text
+
+    figure.set_size_inches(PHONE_WIDTH, figure.get_figheight())
+    for panel in figure.axes:
+        panel.set_title(_wrapped(panel.get_title(), 32), fontsize=11)
+        labels = [label.get_text() for label in panel.get_yticklabels()]
+        formulas = any("$" in label for label in labels)
+        if max(map(len, labels), default=0) > LONG_LABEL and not formulas:
+            wrapped = [_wrapped(label, LONG_LABEL) for label in labels]
+            panel.set_yticks(panel.get_yticks(), wrapped, fontsize=9, linespacing=0.9)
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(8, text.get_fontsize()))
+
+
+# %% ../../nbs/app/01_pages.ipynb #8862de34
 def figure_tag(
     axes: Any,  # matplotlib axes, or an array of them
     alt: str,  # what the picture shows, in words
     caption: str,
 ) -> Markup:
-    "A picture as an inline SVG image."
+    """A picture as an inline SVG image, drawn once more for narrow windows.
+
+    Panels beside each other have no narrow form: there the picture scrolls.
+    """
     import matplotlib.pyplot as plt
 
-    figure = np.ravel(axes)[0].figure
-    file = io.BytesIO()
-    with plt.rc_context({"svg.hashsalt": "hessian-surgery"}):  # the same bytes every time
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    panels = np.ravel(axes)
+    figure = panels[0].figure
+    source = _svg_source(figure)
+    narrow = ""
+    beside = {panel.get_position().x0 > 0.5 for panel in panels}
+    if True not in beside:
+        _make_narrow(figure)
+        narrow = _svg_source(figure)
     plt.close(figure)
-    data = base64.b64encode(file.getvalue()).decode()
-    source = f"data:image/svg+xml;base64,{data}"
-    return _render("figure", source=source, alt=alt, caption=caption)
+    return _render("figure", source=source, narrow=narrow, alt=alt, caption=caption)
 
 
+# %% ../../nbs/app/01_pages.ipynb #221b2153
 def table_tag(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -222,9 +351,41 @@ def table_tag(
     return _render("table", header=header, rows=rows, caption=caption)
 
 
+# %% ../../nbs/app/01_pages.ipynb #f366580d
+class Script(Markup):
+    "A script of this package, as it stands in a page."
+
+    @property
+    def checksum(self) -> str:
+        "As the policy names it."
+        code = self.removeprefix("<script>").removesuffix("</script>")
+        digest = hashlib.sha256(code.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def script_tag(
+    code: str,  # JavaScript that holds no closing tag
+) -> Script:
+    "A script that the page may run."
+    return Script(f"<script>{code}</script>")
+
+
+def _policy(body: Sequence[str]) -> str:
+    "What a browser may load and run."
+    sums = [piece.checksum for piece in body if isinstance(piece, Script)]
+    scripts = " ".join(sums) if sums else "'none'"
+    return (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src 'unsafe-inline'; script-src {scripts}"
+    )
+
+
+# %% ../../nbs/app/01_pages.ipynb #e66d2201
 def html_page(
     title: str,
     body: Iterable[str],  # pieces: text is escaped, markup is not
 ) -> str:
     "A complete, self-contained page."
-    return str(_render("page", title=title, body=body, style=Markup(STYLE)))
+    pieces = list(body)
+    policy = Markup(_policy(pieces))
+    return str(_render("page", title=title, body=pieces, style=Markup(STYLE), policy=policy))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from .glossary import glossary_tag
 from .pages import figure_tag, heading_tag, html_page, table_tag
 from .publishing import how_to_repeat
 from ..evidence.reading import Results
@@ -107,7 +108,8 @@ def show_results(
         if not as_json:
             print(f"\n{exhibit.name}. {exhibit.says}\n{frame.to_string()}")
     page = out / f"{results.label}_report.html"
-    write_atomic(page, html_page(results.label, [*pieces, *how_to_repeat(command)]).encode())
+    ending = [glossary_tag(pieces), *how_to_repeat(command)]
+    write_atomic(page, html_page(results.label, [*pieces, *ending]).encode())
     if as_json:
         print(json.dumps(numbers, indent=1))
     else:

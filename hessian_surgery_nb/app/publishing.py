@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from .glossary import SIGMA, glossary_tag
 from hessian_surgery_nb.app.pages import (
     code_tag,
     heading_tag,
@@ -27,6 +28,7 @@ from ..foundations.weight_files import write_atomic
 
 # %% auto #0
 __all__ = [
+    "RESULT_FILES",
     "output_directory",
     "command_line",
     "Table",
@@ -36,8 +38,11 @@ __all__ = [
     "publish",
 ]
 
-
 # %% ../../nbs/app/02d_publishing.ipynb #6f17a050
+# what any command may leave; another command's would lie beside a new result.json and mislead
+RESULT_FILES = ("weights.safetensors", "result.json", "history.csv", "report.html")
+
+
 def output_directory(
     args: argparse.Namespace,
     files: Sequence[str],  # that will be written there
@@ -51,7 +56,8 @@ def output_directory(
             f"--out must not hold an interrupted run. {args.out} does; give --resume to go on "
             f"with it, or remove {state}."
         )
-    return check_out(args.out, tuple(files), force=args.force or interrupted)
+    known = (*files, *(name for name in RESULT_FILES if name not in files))
+    return check_out(args.out, known, force=args.force or interrupted)
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -84,15 +90,31 @@ def report_page(
     summary: str,
     pieces: Sequence[Markup],  # figures and tables
     command: str,  # that repeats the run
+    *,
+    images: Mapping[str, int] | None = None,  # what they are for -> how many
 ) -> bytes:  # HTML
     "The page of one run: what it says, pictures and tables, how to repeat it."
     body = [
         heading_tag(heading, level=1),
         paragraph_tag(summary, "lead"),
+        *_first_words(summary, images),
         *pieces,
-        *how_to_repeat(command),
     ]
-    return html_page(title, body).encode()
+    return html_page(title, [*body, glossary_tag(body), *how_to_repeat(command)]).encode()
+
+
+def _first_words(
+    summary: str,
+    images: Mapping[str, int] | None,
+) -> list[Markup]:
+    "What sigma is, where it is met, and how many images there were."
+    notes = []
+    if "sigma" in summary.lower():
+        notes.append(f"Sigma is {SIGMA}.")
+    if images:
+        sizes = ", ".join(f"{count:,} {purpose}" for purpose, count in images.items())
+        notes.append(f"Images: {sizes}.")
+    return [paragraph_tag(" ".join(notes), "soft")] if notes else []
 
 
 def how_to_repeat(command: str) -> list[Markup]:
@@ -107,15 +129,19 @@ def publish(
     text: str,  # what the terminal shows
     *,
     as_json: bool,  # show result.json in its place
+    quiet: bool = False,  # show no text
     remove: Path | None = None,  # what a run kept to go on with, not needed any more
 ) -> None:
-    "Write each file whole, then show what was found."
+    "Write each file whole, remove results of another command, then show what was found."
     out_dir(out)
     for name, content in files.items():
         write_atomic(out / name, content)
+    for name in RESULT_FILES:
+        if name not in files:
+            (out / name).unlink(missing_ok=True)
     if remove is not None:
         shutil.rmtree(remove)
     if as_json:
         print(files["result.json"].decode(), end="")
-    else:
+    elif not quiet:
         print(text)

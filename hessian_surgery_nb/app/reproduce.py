@@ -24,12 +24,9 @@ from hessian_surgery_nb.app.jobs import (
     time_left,
     within,
 )
-from hessian_surgery_nb.app.options import (
-    check_at_least,
-    check_seed,
-)
-from .paper_report import show_results
+from .options import check_at_least, check_seed
 from .pages import duration
+from .paper_report import show_results
 from .publishing import command_line
 from hessian_surgery_nb.evidence.experiments import (
     EXPERIMENTS,
@@ -149,7 +146,7 @@ def protected_accuracy(
 ) -> float | None:  # None: classes above the mean are protected
     "The accuracy from which on a class is protected: --tau, or our choice for CIFAR-10."
     if args.tau is not None:
-        return args.tau if args.tau != 0 else None
+        return None if args.tau == "mean" else args.tau
     return 0.85 if Path(args.dataset).name == "cifar10" else None
 
 

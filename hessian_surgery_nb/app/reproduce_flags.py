@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_command, add_debug_flag, add_device_flag
+from hessian_surgery_nb.app.options import (
+    add_command,
+    add_debug_flag,
+    add_device_flag,
+    percent_or_mean,
+)
 from .reproduce import run_reproduce
 from ..evidence.study import STARTS
 
@@ -147,7 +152,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let torchvision fetch CIFAR into --data",
     )
-    add("--tau", type=float, help=_TAU_HELP)
+    add("--tau", type=percent_or_mean, metavar="PERCENT", help=_TAU_HELP)
     add("--epochs", type=int, help="of training; default 10, and 1 for a pretrained start")
     add(
         "--hessian",
@@ -175,8 +180,8 @@ _HELD_BACK_HELP = (
 
 # %% ../../nbs/app/05c_reproduce_flags.ipynb #3d6663d3
 _TAU_HELP = (
-    "classes at least this accurate are protected (a fraction); 0: those above the mean. "
-    "Default: 0.85, our choice, for cifar10, else 0"
+    "classes at least this accurate are protected: percent, or mean for those above the mean. "
+    "Default: 85, our choice, for cifar10, else mean"
 )
 
 

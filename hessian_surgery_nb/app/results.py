@@ -5,126 +5,112 @@
 # %% ../../nbs/app/02e_results.ipynb #b4d8f4b0
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .pages import figure_tag, table_tag
 from .publishing import Table, report_page
+from .slider import slider_section
+from .slider_points import front_points
+from ..baselines import Rival
 from ..comparison import Comparison, plot_comparison
-from ..foundations.intervals import paired_interval
+from ..effective_rank import Screening
+from ..foundations.accuracy import ClassReport
+from ..foundations.adjusted import Adjusted
+from ..foundations.paired_shares import paired_share_interval
 from ..foundations.runs import json_bytes
 from ..foundations.weight_files import weights_bytes
 from ..front import Front, plot_front
 from ..lanczos import Eigenpairs
-from ..settings import SurgeryConfig
+from ..settings import SurgeryConfig, config_dict
 from ..spectrum_type import Verdict
-from hessian_surgery_nb.surgery_records import (
-    StepRecord,
-    SurgeryResult,
-    plot_before_after,
-    plot_history,
-)
+from ..surgery_records import SurgeryResult, plot_before_after, plot_history
+from ..verdict import ClassChange, HeldOutVerdict
 
 # %% auto #0
 __all__ = [
     "OPERATE_FILES",
+    "UNITS",
+    "IN_TERMINAL",
+    "STEP_NAMES",
     "COMPARE_FILES",
     "FRONT_FILES",
-    "SigmaChange",
-    "held_out_change",
-    "operate_summary",
+    "sigma_change",
     "class_table",
+    "set_sizes",
     "operate_files",
-    "result_schema",
     "comparison_table",
     "comparison_summary",
     "compare_files",
     "front_table",
-    "front_summary",
     "front_files",
     "eigenvalue_table",
     "verdict_table",
     "spectrum_dict",
+    "screening_dict",
 ]
 
 # %% ../../nbs/app/02e_results.ipynb #3b2544e5
 OPERATE_FILES = ("weights.safetensors", "result.json", "history.csv", "report.html")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SigmaChange:
-    "How sigma changed on held-out images."
-
-    counted: float  # pp, on these images
-    low: float  # pp, ends of the 95 % interval of the true change
-    high: float
-    verdict: str  # in words
-
-    def __str__(self):
-        return (
-            f"Change of sigma {self.counted:+.1f} pp as counted on these images, 95 % interval "
-            f"of the true change [{self.low:+.1f}, {self.high:+.1f}]. {self.verdict}"
-        )
-
-    def to_dict(self) -> dict[str, float | str]:
-        "For JSON."
-        return {
-            "sigma_pp": self.counted,
-            "low95": self.low,
-            "high95": self.high,
-            "says": str(self),
-        }
+UNITS = (
+    "keys that end in _pp and _percent are percentage points and percent; config is as "
+    "SurgeryConfig takes it, where accuracies are fractions"
+)
 
 
-# %% ../../nbs/app/02e_results.ipynb #41cb007f
-def held_out_change(result: SurgeryResult) -> SigmaChange:
-    "The change of sigma on held-out images with its interval, and what it means."
-    before, after = result.correct
-    low, high = paired_interval(before, after, result.labels)
-    if before.equal(after):
-        verdict = "Nothing changed."
-    elif high < 0:
-        verdict = "The spread fell by more than chance."
-    elif low > 0:
-        verdict = "The spread grew: keep your own weights."
-    else:
-        verdict = "That may be chance: more held-out images would tell."
-    return SigmaChange(
-        counted=100 * (result.after.sigma - result.before.sigma),
-        low=100 * low,
-        high=100 * high,
-        verdict=verdict,
-    )
+def sigma_change(verdict: HeldOutVerdict) -> dict[str, float | str]:
+    "The change of sigma, under the names that it had before there was a verdict."
+    sigma = verdict.sigma
+    return {
+        "sigma_pp": 100 * sigma.change,
+        "low95": 100 * sigma.low,
+        "high95": 100 * sigma.high,
+        "says": verdict.line,
+    }
 
 
-def operate_summary(result: SurgeryResult, change: SigmaChange) -> str:
-    "One line."
-    before, after = result.before, result.after
-    return (
-        f"Held-out: sigma {100 * before.sigma:.1f} -> {100 * after.sigma:.1f} pp, "
-        f"global {100 * before.overall:.1f} -> {100 * after.overall:.1f} %, "
-        f"worst class {100 * before.worst:.1f} -> {100 * after.worst:.1f} %. {change}"
-    )
+# %% ../../nbs/app/02e_results.ipynb #ab4246c6
+def class_table(
+    classes: Sequence[ClassChange],
+    most: int | None = None,  # rows, about; None: all
+) -> Table:
+    "Held-out accuracy of each class before and after, with the interval of its change."
+    header = ["class", "images", "before (%)", "after (%)", "change (pp)", "95 % interval"]
+    if most is None or len(classes) <= most:
+        return Table(header, [_class_cells(each) for each in classes])
+    by_change = sorted(classes, key=lambda each: each.change)
+    half = most // 2
+    between = [f"... {len(classes) - 2 * half} more", *[""] * (len(header) - 1)]
+    losers = [_class_cells(each) for each in by_change[:half]]
+    winners = [_class_cells(each) for each in by_change[-half:]]
+    return Table(header, [*losers, between, *winners])
+
+
+def _class_cells(found: ClassChange) -> list[str]:
+    return [
+        found.name,
+        str(found.images),
+        f"{100 * found.before:.1f}",
+        f"{100 * found.after:.1f}",
+        f"{100 * found.change:+.1f}",
+        f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
+    ]
+
+
+IN_TERMINAL = 30  # rows of a table of classes
 
 
 # %% ../../nbs/app/02e_results.ipynb #383e49b2
-def class_table(result: SurgeryResult) -> Table:
-    "Held-out accuracy of each class before and after."
-    rows = [
-        [name, f"{before:.1f}", f"{after:.1f}", f"{change:+.1f}"]
-        for name, _, before, after, change in result.to_frame().itertuples()
-    ]
-    return Table(["class", "before (%)", "after (%)", "change (pp)"], rows)
-
-
 def _operate_page(
     result: SurgeryResult,
     model: str,  # as it was named
-    summary: str,
+    verdict: HeldOutVerdict,
     command: str,  # that repeats the run
 ) -> bytes:  # HTML
     "The page of one operation."
+    summary = verdict.line
     steps = "Sigma on the sensitivity set and amplitude, step by step"
     pieces = [
         figure_tag(
@@ -132,20 +118,58 @@ def _operate_page(
             summary,
             "Open circles: before; full: after. Pale bars: 95 % intervals (Wilson). Held-out.",
         ),
-        table_tag(*class_table(result), "Held-out accuracy by class"),
+        table_tag(*class_table(verdict.classes), "Held-out accuracy by class"),
         figure_tag(plot_history(result), f"{steps}.", f"{steps}; crosses were rolled back."),
     ]
     heading = f"Surgery on {model}"
-    return report_page(heading, heading, summary, pieces, command)
+    images = set_sizes(result.before, result.sensitivity_before)
+    return report_page(heading, heading, summary, pieces, command, images=images)
+
+
+def set_sizes(
+    held_out: ClassReport,
+    tuned_on: ClassReport,
+) -> dict[str, int]:  # what they are for -> how many
+    "Of the images that two reports are about."
+    return {
+        "held-out": int(held_out.counts.sum()),
+        "in the sensitivity set": int(tuned_on.counts.sum()),
+    }
 
 
 # %% ../../nbs/app/02e_results.ipynb #b434180c
+# fraction of a `StepRecord` -> its name in result.json, in percent or percentage points
+STEP_NAMES = {
+    "sigma": "sigma_pp",
+    "predicted_sigma": "predicted_sigma_pp",
+    "overall": "global_percent",
+    "balanced": "balanced_percent",
+    "worst": "worst_percent",
+    "largest_drop": "largest_drop_pp",
+    "accuracy": "accuracy_percent",
+}
+
+
+def _in_percent(step: dict[str, Any]) -> dict[str, Any]:
+    "A step with its accuracies in percent and percentage points, and named so."
+    found = {}
+    for name, value in step.items():
+        if name not in STEP_NAMES:
+            found[name] = value
+        elif name == "accuracy":
+            found[STEP_NAMES[name]] = [100 * share for share in value]
+        else:
+            found[STEP_NAMES[name]] = 100 * value
+    return found
+
+
+# %% ../../nbs/app/02e_results.ipynb #378883e5
 def operate_files(
     result: SurgeryResult,
     *,
     model: str,  # as it was named
     classes: Sequence[str],
-    change: SigmaChange,
+    verdict: HeldOutVerdict,
     command: str,  # that repeats the run
     seconds: float,
     peak_bytes: float,
@@ -157,10 +181,13 @@ def operate_files(
         "what": "hessian-surgery operate",
         "command": command,
         "classes": list(classes),
-        "change": change.to_dict(),
+        "units": UNITS,
+        "verdict": verdict.to_dict(),
+        "change": sigma_change(verdict),
+        "history": [_in_percent(step) for step in found["history"]],
         "timing": timing,
     }
-    page = _operate_page(result, model, operate_summary(result, change), command)
+    page = _operate_page(result, model, verdict, command)
     contents = [
         weights_bytes(result.model),
         json_bytes(found),
@@ -168,95 +195,6 @@ def operate_files(
         page,
     ]
     return dict(zip(OPERATE_FILES, contents, strict=True))
-
-
-# %% ../../nbs/app/02e_results.ipynb #0b8d178c
-_NUMBER = {"type": "number"}
-
-
-_TEXT = {"type": "string"}
-
-
-_COUNT = {"type": "integer"}
-
-
-_NUMBER_OR_NULL = {"type": ["number", "null"]}
-
-
-def _many(item: dict) -> dict:
-    return {"type": "array", "items": item}
-
-
-def _described(kind: dict, what: str) -> dict:
-    return {**kind, "description": what}
-
-
-def _record(**parts: dict) -> dict:
-    return {
-        "type": "object",
-        "properties": parts,
-        "required": list(parts),
-        "additionalProperties": False,
-    }
-
-
-# %% ../../nbs/app/02e_results.ipynb #92eb4470
-def _report_schema() -> dict:
-    "Of a ClassReport."
-    one_class = _record(name=_TEXT, images=_COUNT, accuracy_percent=_NUMBER)
-    return _record(
-        measured_on={"enum": ["held_out", "sensitivity"]},
-        sigma_pp=_described(
-            _NUMBER, "standard deviation of the class accuracies, percentage points"
-        ),
-        balanced_percent=_described(_NUMBER, "mean of the class accuracies"),
-        global_percent=_NUMBER,
-        worst_percent=_NUMBER,
-        classes=_many(one_class),
-    )
-
-
-def _step_schema() -> dict:
-    "Of a StepRecord; its time stands elsewhere."
-    kinds = {
-        "bool": {"type": "boolean"},
-        "int": _COUNT,
-        "float": _NUMBER,
-        "tuple": _many(_NUMBER_OR_NULL),
-    }
-    parts = {}
-    for field in fields(StepRecord):
-        if field.name != "seconds":
-            kind, _, _ = field.type.partition("[")
-            parts[field.name] = kinds[kind]
-    return _record(**parts)
-
-
-# %% ../../nbs/app/02e_results.ipynb #72b88b44
-def result_schema() -> dict[str, Any]:
-    "The JSON schema (draft 2020-12) of what `operate` writes."
-    report = _report_schema()
-    settings = [field.name for field in fields(SurgeryConfig)]
-    result = _record(
-        what={"const": "hessian-surgery operate"},
-        command=_described(_TEXT, "repeats the run"),
-        classes=_many(_TEXT),
-        before=report,
-        after=report,
-        sensitivity_before=report,
-        sensitivity_after=report,
-        change=_record(sigma_pp=_NUMBER, low95=_NUMBER, high95=_NUMBER, says=_TEXT),
-        config={"type": "object", "required": settings},
-        returned_iteration=_described(_COUNT, "0: no step helped"),
-        history=_many(_step_schema()),
-        spikes=_described(_many(_NUMBER), "eigenvalues at the start"),
-        timing=_record(iteration_seconds=_many(_NUMBER), seconds=_NUMBER, peak_bytes=_NUMBER),
-    )
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "result.json of hessian-surgery operate",
-        **result,
-    }
 
 
 # %% ../../nbs/app/02e_results.ipynb #37185eec
@@ -272,13 +210,14 @@ def comparison_table(comparison: Comparison) -> Table:
         "balanced (%)",
         "worst class (%)",
         "global (%)",
+        "verdict",
         "forward passes",
     ]
     frame = comparison.to_frame()
     return Table(header, [_method_cells(name, method) for name, method in frame.iterrows()])
 
 
-def _method_cells(name: str, method) -> list[str]:
+def _method_cells(name: str, method: Mapping[str, Any]) -> list[str]:
     change = ""
     if name != "no change":
         low, high = method["95 % low"], method["95 % high"]
@@ -290,6 +229,7 @@ def _method_cells(name: str, method) -> list[str]:
         f"{method['balanced (%)']:.1f}",
         f"{method['worst (%)']:.1f}",
         f"{method['global (%)']:.1f}",
+        "" if name == "no change" else method["verdict"],
         f"{method['forward passes']:.0f}",
     ]
 
@@ -298,15 +238,33 @@ def _method_cells(name: str, method) -> list[str]:
 def comparison_summary(
     comparison: Comparison,
     tuned_images: int,  # of the sensitivity set
+    chosen: Rival | None = None,  # whose weights were asked for
 ) -> str:
-    "Which method has the smallest sigma, and what the table's numbers are."
+    "Which method has the smallest sigma, whether to keep it, what the table's numbers are."
     best = min(comparison.rivals, key=lambda rival: rival.report.sigma)
+    found = "" if best is comparison.rivals[0] else f" {comparison.verdict(best).line}"
     return (
         f"Held-out, {len(comparison.y)} images. The smallest sigma is that of {best.name}: "
-        f"{100 * best.report.sigma:.1f} pp. Sigma and its change are as counted on these images; "
-        "intervals are of the true change, paired, 95 %. "
+        f"{100 * best.report.sigma:.1f} pp.{found} Sigma and its change are as counted on these "
+        "images; intervals are of the true change, paired, 95 %. "
         f"Tuned on {tuned_images} other images. Forward passes are over these, a Hessian-vector "
-        "product counted as six over its own images."
+        f"product counted as six over its own images.{_chosen_text(comparison, chosen)}"
+    )
+
+
+def _chosen_text(comparison: Comparison, chosen: Rival | None) -> str:
+    "Whose weights are saved, why, and how to load them."
+    if chosen is None:
+        return ""
+    price = f"{100 * comparison.price:g} pp"
+    rule = f"the smallest sigma within a price of {price} on the images that were tuned on"
+    if chosen is comparison.rivals[0]:
+        return f"\n\nNo weights are saved: no change has {rule}."
+    around = isinstance(comparison.network(chosen.name), Adjusted)
+    loads = "hessian_surgery_nb.load_adjusted" if around else "load_state_dict"
+    return (
+        f"\n\nSaved are the weights of {chosen.name} ({chosen.setting}), for {rule}; "
+        f"{loads} takes them. {comparison.verdict(chosen).line}"
     )
 
 
@@ -319,22 +277,33 @@ def compare_files(
     config: SurgeryConfig,
     summary: str,
     command: str,  # that repeats the run
+    chosen: Rival | None = None,  # whose weights are saved, by the sensitivity set
+    weights: bytes | None = None,  # its weights
 ) -> dict[str, bytes]:  # name -> content
-    "Every number, and the page."
+    "Every number, the page, and the weights that were asked for."
     found = {
         "what": "hessian-surgery compare",
         "command": command,
         "classes": list(classes),
+        "units": UNITS,
         "methods": comparison.to_dict(),
-        "config": asdict(config),
+        "chosen": None if chosen is None else chosen.name,
+        "config": config_dict(config),
     }
     pieces = [
-        figure_tag(plot_comparison(comparison), summary, summary),
+        figure_tag(
+            plot_comparison(comparison),
+            summary,
+            "Points: sigma as counted. Bars: 95 % intervals of the true change against no change.",
+        ),
         table_tag(*comparison_table(comparison), "Every method on the same images"),
     ]
     heading = f"Methods on {model}"
     page = report_page(heading, heading, summary, pieces, command)
-    return dict(zip(COMPARE_FILES, [json_bytes(found), page], strict=True))
+    files = dict(zip(COMPARE_FILES, [json_bytes(found), page], strict=True))
+    if weights is not None:
+        files["weights.safetensors"] = weights
+    return files
 
 
 # %% ../../nbs/app/02e_results.ipynb #b412dd1b
@@ -348,6 +317,7 @@ def front_table(front: Front) -> Table:
         "sigma (pp)",
         "change, 95 %",
         "global (%)",
+        "price paid (pp), 95 %",
         "worst class (%)",
         "passes",
     ]
@@ -360,6 +330,7 @@ def front_table(front: Front) -> Table:
             f"{point['sigma (pp)']:.1f}",
             f"[{low:+.1f}, {high:+.1f}]",
             f"{point['global (%)']:.1f}",
+            _price_paid(front, price / 100),
             f"{point['worst (%)']:.1f}",
             str(point["passes"]),
         ]
@@ -367,33 +338,19 @@ def front_table(front: Front) -> Table:
     return Table(header, rows)
 
 
-def _front_interval(
+# %% ../../nbs/app/02e_results.ipynb #380ff23f
+def _price_paid(
     front: Front,
-    max_drop: float,  # of global accuracy, pp
-) -> tuple[float, float]:  # pp
-    "95 % interval of the true change of sigma at a price."
-    start = front.points[0]
-    end = front.at(max_drop / 100)
-    low, high = paired_interval(start.correct, end.correct, front.labels)
-    return 100 * low, 100 * high
-
-
-# %% ../../nbs/app/02e_results.ipynb #2e1ec0ec
-def front_summary(
-    front: Front,
-    max_drop: float,  # of global accuracy at the chosen point, pp
+    price: float,  # in [0, 1]
 ) -> str:
-    "What the chosen point is."
-    before = front.points[0].held_out
-    after = front.at(max_drop / 100).held_out
-    low, high = _front_interval(front, max_drop)
-    return (
-        f"Held-out, {len(front.labels)} images: sigma {100 * before.sigma:.1f} -> "
-        f"{100 * after.sigma:.1f} pp as counted on them, 95 % interval of the true change "
-        f"[{low:+.1f}, {high:+.1f}], global {100 * before.overall:.1f} -> "
-        f"{100 * after.overall:.1f} %, for a price of at most {max_drop:g} pp on the images "
-        "it was tuned on."
-    )
+    "What held-out images say that a point costs."
+    was_right = front.points[0].correct
+    is_right = front.at(price).correct
+    gained = int((~was_right & is_right).sum())
+    lost = int((was_right & ~is_right).sum())
+    low, high = paired_share_interval(gained, lost, len(was_right))
+    paid = 100 * (lost - gained) / len(was_right)
+    return f"{paid:.2f} [{-100 * high:.1f}, {-100 * low:.1f}]"
 
 
 # %% ../../nbs/app/02e_results.ipynb #c2fa3fb1
@@ -417,32 +374,49 @@ def front_files(
     model: str,  # as it was named
     classes: Sequence[str],
     config: SurgeryConfig,
+    verdict: HeldOutVerdict,  # on the chosen point
     command: str,  # that repeats the run
 ) -> dict[str, bytes]:  # name -> content
     "The new weights, every number, and the page."
-    low, high = _front_interval(front, max_drop)
     found = {
         "what": "hessian-surgery front",
         "command": command,
         "classes": list(classes),
         "max_global_drop_pp": max_drop,
+        "units": UNITS,
         "points": [_point_dict(point) for point in front.points],
-        "change": {"low95": low, "high95": high},
-        "config": asdict(config),
+        "verdict": verdict.to_dict(),
+        "change": sigma_change(verdict),
+        "config": config_dict(config),
     }
-    page = _front_page(front, front_summary(front, max_drop), model, config.directions, command)
+    page = _front_page(front, verdict, max_drop, model, config.directions, command)
     return dict(zip(FRONT_FILES, [weights, json_bytes(found), page], strict=True))
 
 
 # %% ../../nbs/app/02e_results.ipynb #b451047f
-def _front_page(front: Front, summary: str, model: str, directions: str, command: str) -> bytes:
-    picture = plot_front({directions.replace("_", " "): front})
+def _front_page(
+    front: Front,
+    verdict: HeldOutVerdict,
+    max_drop: float,  # of global accuracy at the chosen point, pp
+    model: str,
+    directions: str,
+    command: str,
+) -> bytes:
+    summary = verdict.line
+    method = directions.replace("_", " ")
+    picture = plot_front({method: front})
+    points = front_points(front, method, max_drop / 100, command)
+    by_class = "Held-out accuracy by class at the chosen price"
     pieces = [
-        figure_tag(picture, summary, summary),
+        figure_tag(picture, summary, "One point a price, from the network as it was on."),
         table_tag(*front_table(front), "Held-out figures at each price in global accuracy"),
+        table_tag(*class_table(verdict.classes), by_class),
+        *slider_section(front.points[0].held_out, points, tag="chosen"),
     ]
     heading = f"The trade-off between spread and global accuracy on {model}"
-    return report_page(f"Front of {model}", heading, summary, pieces, command)
+    start = front.points[0]
+    images = set_sizes(start.held_out, start.sensitivity)
+    return report_page(f"Front of {model}", heading, summary, pieces, command, images=images)
 
 
 # %% ../../nbs/app/02e_results.ipynb #4c06dc20
@@ -479,3 +453,25 @@ def spectrum_dict(
     if verdict is not None:
         found["generalisation"] = verdict.to_dict() | {"images": images}
     return found
+
+
+# %% ../../nbs/app/02e_results.ipynb #a8bf619f
+def screening_dict(
+    screening: Screening,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    "For JSON: what the screening says, and the classes and the matrix that it says it of."
+    measured = screening.sensitivity
+    return {
+        **screening.to_dict(),
+        "units": "sigma and predictions are fractions; keys that end in _percent are percent",
+        "classes": list(classes),
+        "accuracy_percent": (100 * measured.accuracy).tolist(),
+        "images": measured.counts.tolist(),
+        "sensitivity_matrix": {
+            "rows": "classes",
+            "columns": "directions",
+            "unit": "change of accuracy, a fraction, per unit of weight space, measured at eps",
+            "values": measured.matrix.tolist(),
+        },
+    }

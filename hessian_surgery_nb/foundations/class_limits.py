@@ -15,7 +15,14 @@ import torch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ["find_class", "checked_limits", "ClassLimits", "class_limits"]
+__all__ = [
+    "find_class",
+    "checked_limits",
+    "ClassLimits",
+    "class_limits",
+    "AccuracyBounds",
+    "accuracy_bounds",
+]
 
 
 # %% ../../nbs/foundations/14a_class_limits.ipynb #dbacc312
@@ -112,3 +119,49 @@ def class_limits(
     if not falls and not lowest:
         return None
     return ClassLimits(names=tuple(map(str, names)), falls=falls, floors=lowest)
+
+
+# %% ../../nbs/foundations/14a_class_limits.ipynb #d95838bb
+@dataclass(frozen=True, kw_only=True)
+class AccuracyBounds:
+    "Weighted means of the class accuracies, and the least that each may be."
+
+    rows: torch.Tensor  # (R, C) weights of the classes, float64
+    least: torch.Tensor  # (R,) float64
+
+    def room(
+        self,
+        accuracy: torch.Tensor,  # (C,) in [0, 1]
+    ) -> torch.Tensor:  # (R,) float64; negative where a bound is broken
+        "How far each mean may still fall."
+        return self.rows @ accuracy.double().cpu() - self.least
+
+    def hold(
+        self,
+        accuracy: torch.Tensor,  # (C,) in [0, 1]
+    ) -> bool:
+        "Whether no bound is broken."
+        return bool((self.room(accuracy) >= -1e-9).all())  # rounding
+
+
+def accuracy_bounds(
+    accuracy: torch.Tensor,  # (C,) at the start, in [0, 1]
+    counts: torch.Tensor,  # (C,) images
+    limits: ClassLimits | None = None,
+    max_global_drop: float | None = None,  # a fraction
+) -> AccuracyBounds | None:  # None: nothing is bounded
+    "The bounds of a run that starts here."
+    start = accuracy.double().cpu()
+    rows, least = [], []
+    if limits is not None:
+        bounds = limits.least(start)
+        limited = bounds.isfinite().nonzero()[:, 0]
+        rows += list(torch.eye(len(start), dtype=torch.float64)[limited])
+        least += bounds[limited].tolist()
+    if max_global_drop is not None:
+        shares = counts.double().cpu() / counts.sum().item()
+        rows.append(shares)
+        least.append((shares @ start).item() - max_global_drop)
+    if not rows:
+        return None
+    return AccuracyBounds(rows=torch.stack(rows), least=torch.tensor(least, dtype=torch.float64))
