@@ -61,8 +61,8 @@ class LabelledRows:
 
     labels: Sequence[str]  # the class of each row
     names: Sequence[str]  # of each row: a file, or its place
-    # (rows, preparation) -> their inputs in order, one or more rows at a time
-    read: Callable[[list[int], Preparation], Iterator[Inputs]] = field(repr=False)
+    # (rows, preparation, padding) -> their inputs in order, one or more rows at a time
+    read: Callable[[list[int], Preparation, int], Iterator[Inputs]] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ def folder_data(
     return _of_folders(parts, str(folder))
 
 
-# %% ../../nbs/app/00_own_network.ipynb #8479ca62
+# %% ../../nbs/app/00_own_network.ipynb #0f4f4c4e
 def _of_folders(parts: dict[str, Path], where: str) -> LabelledData:
     "One folder of classes for each part."
     found = {split: class_files(folder) for split, folder in parts.items()}
@@ -295,7 +295,7 @@ def image_rows(
 ) -> LabelledRows:
     "Labelled image files, decoded by several threads."
 
-    def read(rows, preparation):
+    def read(rows, preparation, pad):
         images = read_in_order([files[row] for row in rows], preparation.image)
         return (image[None] for image in images)
 
@@ -403,6 +403,7 @@ def own_sets(
     hessian: int = 128,  # images that show the curvature
     gradient: int = 0,  # further training images, at most
     batch: int = 100,
+    pad: int = 0,  # what short texts are filled up with; the network's pad_token_id
     memory: int = MEMORY,  # bytes of inputs that are kept in memory; beyond: in a temporary file
     progress: bool = False,
 ) -> OwnSets:
@@ -417,7 +418,7 @@ def own_sets(
     sets: dict[str, OwnBatches] = {}
     for name, (split, rows) in _deal(data, classes, hessian, gradient, generator).items():
         if rows:
-            kept = _stored(data.parts[split], rows, preparation, memory, progress)
+            kept = _stored(data.parts[split], rows, preparation, pad, memory, progress)
             memory -= memory_of(kept)
             sets[name] = _as_batches(kept, data.parts[split], rows, classes, preparation, batch)
     counts = None
@@ -427,11 +428,12 @@ def own_sets(
     return OwnSets(**sets, classes=classes, training_counts=counts, where=data.where)
 
 
-# %% ../../nbs/app/00_own_network.ipynb #25ad583f
+# %% ../../nbs/app/00_own_network.ipynb #5a6b638d
 def _stored(
     part: LabelledRows,
     rows: list[int],
     preparation: Preparation,
+    pad: int,
     memory: int,
     progress: bool,
 ) -> Stored:
@@ -442,7 +444,7 @@ def _stored(
     with tqdm(total=len(rows), desc="reading", leave=False, disable=not progress) as bar:
 
         def counted():
-            for piece in part.read(rows, preparation):
+            for piece in part.read(rows, preparation, pad):
                 yield piece
                 bar.update(len(tensors_in(piece)[0]))
 

@@ -19,7 +19,7 @@ from .checks import InputError
 from .images import cache_dir
 
 # %% auto #0
-__all__ = ["MEMORY", "Stored", "DiskRows", "store_rows", "memory_of", "some_rows"]
+__all__ = ["MEMORY", "Stored", "DiskRows", "spool_dir", "store_rows", "memory_of", "some_rows"]
 
 
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #13d182b0
@@ -70,7 +70,7 @@ class DiskRows:
         return f"DiskRows{tuple(self.shape)}"
 
 
-# %% ../../nbs/foundations/10a_stored_rows.ipynb #07f0e276
+# %% ../../nbs/foundations/10a_stored_rows.ipynb #2b6273f6
 MEMORY = 2**30  # bytes of inputs that a command keeps in memory
 
 
@@ -82,7 +82,7 @@ class _Arriving:
         self.dtype = piece.dtype
         self.arrived = 0
         self.kept = torch.empty(self.shape, dtype=self.dtype) if in_memory else None
-        self.file = None if in_memory else tempfile.TemporaryFile(dir=_spool_dir())
+        self.file = None if in_memory else tempfile.TemporaryFile(dir=spool_dir())
 
     def add(self, piece: torch.Tensor) -> None:
         if self.kept is not None:
@@ -99,7 +99,7 @@ class _Arriving:
         return DiskRows(self.file, self.shape, self.dtype)
 
 
-def _spool_dir() -> Path:
+def spool_dir() -> Path:
     "Where temporary files of decoded inputs lie."
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +148,12 @@ def _sizes(piece: Inputs) -> str:
     return " and ".join(str(tuple(tensor.shape[1:])) for tensor in tensors_in(piece))
 
 
-# %% ../../nbs/foundations/10a_stored_rows.ipynb #16876f9a
+# %% ../../nbs/foundations/10a_stored_rows.ipynb #2051e72c
 def _fits(needed: int, memory: int) -> bool:
     "Whether rows stay in memory; where they do not, the disk must have room for them."
     if needed <= memory:
         return True
-    folder = _spool_dir()
+    folder = spool_dir()
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
