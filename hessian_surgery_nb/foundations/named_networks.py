@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +21,65 @@ import torch
 from torch import nn
 
 from .checks import InputError, first_line, seed_of, whole
-from .datasets import mend_torchvision, torchvision_part
-from .preparation import Preparation
+from .datasets import torchvision_part
+from .images import read_image
 from .testbed import seeded
+from .weight_files import load_weights
 
 # %% auto #0
-__all__ = ["function_of", "split_name", "make_network", "Resized", "named_network", "network_label"]
+__all__ = [
+    "Preparation",
+    "function_of",
+    "split_name",
+    "load_network",
+    "Resized",
+    "named_network",
+    "network_label",
+]
+
+
+# %% ../../nbs/foundations/13a_named_networks.ipynb #9a15eb82
+@dataclass(frozen=True)
+class Preparation:
+    "How an image becomes an input."
+
+    resize: int | None = None  # pixels of the shorter side; None: as it is
+    crop: int | None = None  # pixels a side of the square in the middle; None: all of it
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of red, green and blue in 0..1
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        three_each = len(self.mean) == len(self.std) == 3
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not (three_each and finite and min(self.std) > 0):
+            raise InputError(
+                f"mean and std are three numbers each, std positive. Got {self.mean} "
+                f"and {self.std}."
+            )
+        if any(pixels is not None and pixels < 1 for pixels in (self.resize, self.crop)):
+            raise InputError(
+                f"resize and crop are pixels, at least 1. Got {self.resize} and {self.crop}."
+            )
+
+    def image(self, path: str | Path) -> torch.Tensor:  # (3, H, W) uint8
+        "Read, resize, crop."
+        transforms = torchvision_part("transforms").functional
+
+        def fit(image):
+            if self.resize is not None:
+                image = transforms.resize(image, self.resize)
+            if self.crop is not None:
+                image = transforms.center_crop(image, self.crop)
+            return image
+
+        return read_image(path, fit=fit)
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:  # (N, 3, H, W) uint8 -> float32
+        "Centre and scale the colours."
+        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
+        scaled = (images.float() / 255 - mean) / std
+        return scaled.contiguous(memory_format=torch.channels_last)
 
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #51c35c93
@@ -33,8 +88,7 @@ def _torchvision_preparation(name: str, offered) -> Preparation:  # weights of t
     try:
         seen = offered.transforms()
         resize, crop = seen.resize_size[0], seen.crop_size[0]
-        colours = tuple(seen.mean), tuple(seen.std)
-        return Preparation(resize, crop, *colours, seen.interpolation.value)
+        return Preparation(resize, crop, tuple(seen.mean), tuple(seen.std))
     except (AttributeError, TypeError) as error:
         raise InputError(
             f"a network must classify images. torchvision's {name} wants something "
@@ -70,7 +124,8 @@ def _torchvision(name: str, classes: int | None) -> tuple[nn.Module, Preparation
 def _import_timm() -> ModuleType:
     if importlib.util.find_spec("timm") is None:
         raise InputError("timm: networks need timm, which is not installed; pip install timm.")
-    mend_torchvision()  # timm imports it
+    if importlib.util.find_spec("torchvision") is not None:
+        torchvision_part("models")  # timm imports it
     try:
         return importlib.import_module("timm")
     except Exception as error:  # whatever a package that it needs raises
@@ -98,20 +153,10 @@ def _timm(name: str, classes: int | None) -> tuple[nn.Module, Preparation]:
             f"timm could not make {name!r} ({first_line(error)}); name a file of weights, or "
             "see timm.list_models()."
         ) from error
-    return network, _timm_preparation(name, timm.data.resolve_model_data_config(network))
-
-
-def _timm_preparation(name: str, seen: Mapping) -> Preparation:  # what timm says of a network
+    seen = timm.data.resolve_model_data_config(network)
     crop = seen["input_size"][-1]
     resize = int(crop / seen["crop_pct"])
-    ways = {"center": resize, "squash": (resize, resize)}
-    if seen["crop_mode"] not in ways:
-        raise InputError(
-            f"images are cut in the middle, or squashed. timm's {name} has {seen['crop_mode']!r}; "
-            "take another network."
-        )
-    colours = tuple(seen["mean"]), tuple(seen["std"])
-    return Preparation(ways[seen["crop_mode"]], crop, *colours, seen["interpolation"])
+    return network, Preparation(resize, crop, tuple(seen["mean"]), tuple(seen["std"]))
 
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #73734198
@@ -131,7 +176,6 @@ def function_of(
     name: str,
 ) -> Callable[..., Any]:
     "A function of a module or a file."
-    mend_torchvision()  # which it may import
     try:
         module = _import_from(place)
     except (Exception, SystemExit) as error:
@@ -173,36 +217,43 @@ def _function(place: str, name: str, classes: int | None) -> tuple[nn.Module, Pr
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #cd0197bb
 def split_name(
-    spec: str,  # torchvision:NAME, timm:NAME, hf:FOLDER, package.module:function, file.py:function
+    spec: str,  # "torchvision:NAME", "timm:NAME", "package.module:function" or "file.py:function"
 ) -> tuple[str, str]:  # where it comes from, its name there
     "The two parts of a network's name."
     source, _, name = spec.rpartition(":")
-    if spec.startswith("hf:"):
-        source, _, name = spec.partition(":")
     if not source or not name:
         raise InputError(
-            "a network is named torchvision:NAME, timm:NAME, hf:FOLDER, package.module:function or "
+            "a network is named torchvision:NAME, timm:NAME, package.module:function or "
             f"file.py:function. Got {spec!r}."
         )
     return source, name
 
 
-def make_network(
-    spec: str,  # as for split_name
-    classes: int | None,  # outputs; None: with the weights that torchvision or timm offers
-) -> tuple[nn.Module, Preparation]:
-    "A network by name, its weights random where they are not offered, and its images."
+def _made(spec: str, classes: int | None) -> tuple[nn.Module, Preparation]:
     source, name = split_name(spec)
     if source == "torchvision":
         return _torchvision(name, classes)
     if source == "timm":
         return _timm(name, classes)
-    if source == "hf":
-        raise InputError(
-            f"a network to be trained begins from random weights. {spec} is a trained one; load "
-            "it with load_network."
-        )
     return _function(source, name, classes)
+
+
+# %% ../../nbs/foundations/13a_named_networks.ipynb #50f79cc1
+def load_network(
+    spec: str,  # as for split_name
+    *,
+    classes: int,  # outputs, where they can be chosen
+    weights: str | Path | None = None,  # .safetensors, or .pt with a state dict; None: as offered
+) -> tuple[nn.Module, Preparation]:  # in evaluation mode
+    "A network by name, and how it wants its images."
+    source, _ = split_name(spec)
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"weights must be a file. {weights} is not there.")
+    as_offered = weights is None and source in ("torchvision", "timm")
+    network, preparation = _made(spec, None if as_offered else classes)
+    if weights is not None:
+        load_weights(network, weights)
+    return network.eval(), preparation
 
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #12aa7e5a
@@ -244,7 +295,7 @@ def named_network(
     "A network by name, with random weights, that takes images of any size."
     classes = whole("classes", classes, 2)
     with seeded(seed_of(seed)):
-        network, preparation = make_network(spec, classes)
+        network, preparation = _made(spec, classes)
     wanted = preparation.crop if pixels is None else pixels
     if wanted is not None:
         network = Resized(network, wanted)
