@@ -22,7 +22,7 @@ from hessian_surgery_nb.app.options import (
     product_options,
     surgery_config,
 )
-from .own_network import ImageBatches, OwnSets, own_files
+from .own_network import OwnBatches, OwnSets
 from .pages import text_table
 from hessian_surgery_nb.app.publishing import (
     command_line,
@@ -176,7 +176,7 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         sets.sensitivity,
         sets.held_out,
         config=config,
-        counts=_training_counts(args.data, sets.classes),
+        counts=sets.training_counts,
         names=sets.classes,
         controls=not args.no_controls,
         draws=args.draws,
@@ -201,17 +201,6 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
 
 
 # %% ../../nbs/app/03_commands.ipynb #acb9752d
-def _training_counts(
-    folder: str,
-    classes: tuple[str, ...],
-) -> list[int] | None:  # None: there are no training images
-    "Training images of each class."
-    training, unseen = own_files(folder, classes)
-    if training is unseen:
-        return None
-    return [len(files) for files in training.values()]
-
-
 def _plan_comparison(
     network: nn.Module,
     loss_fn: nn.Module,
@@ -297,7 +286,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         scheme=args.scheme,
         params=args.params,
         names=sets.classes,
-        counts=_training_counts(args.data, sets.classes),
+        counts=sets.training_counts,
         gradient_data=sets.gradient,
         seed=args.seed,
         progress=sys.stderr.isatty(),
@@ -369,25 +358,25 @@ def compare_spectra(
 ) -> tuple[Verdict, int]:  # and the images on either side
     "The spectrum on training images beside that on as many test images."
     training = sets.hessian
-    halves = (sets.sensitivity, sets.held_out)
-    test = replace(  # nothing is tuned here: all test images serve
-        sets.sensitivity,
-        x=torch.cat([half.x for half in halves]),
-        y=torch.cat([half.y for half in halves]),
-    )
-    size = min(len(training.y), len(test.y))
+    halves = (sets.sensitivity, sets.held_out)  # nothing is tuned here: all test images serve
+    size = min(len(training.y), sum(len(half.y) for half in halves))
     generator = torch.Generator().manual_seed(args.seed)
 
-    def type_of(part: ImageBatches) -> SpectrumType:
-        rows = torch.randperm(len(part.y), generator=generator)[:size]
-        chosen = replace(part, x=part.x[rows], y=part.y[rows])
+    def type_of(*parts: OwnBatches) -> SpectrumType:
+        images = sum(len(part.y) for part in parts)
+        rows = torch.randperm(images, generator=generator)[:size]
+        chosen = []
+        for part in parts:
+            inside = (rows >= 0) & (rows < len(part.y))
+            chosen += part.rows(rows[inside])
+            rows = rows - len(part.y)
         op = HessianOperator(
             network, loss_of(args), chosen, params=args.params, **product_options(args)
         )
         return spectrum_type(op, seed=args.seed, progress=sys.stderr.isatty())
 
     type_of_training = type_of(training)
-    type_of_test = type_of(test)
+    type_of_test = type_of(*halves)
     return generalisation(type_of_training, type_of_test), size
 
 

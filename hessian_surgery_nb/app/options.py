@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from .data_sources import names_a_function
 from ..foundations.checks import InputError
 from ..settings import SurgeryConfig, check_config
 
@@ -92,7 +93,7 @@ def add_image_flags(
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help=_MODEL_HELP)
     add("--weights", metavar="FILE", help=_WEIGHTS_HELP)
-    add("--data", required=data_required, metavar="DIR", help="images in folders")
+    add("--data", required=data_required, metavar="DATA", help=_DATA_HELP)
     add("--class-order", choices=("natural", "name", "network"), help=_ORDER_HELP)
     asked = "default: what the network asks for"
     add("--resize", type=int, metavar="N", help=f"shorter side to N pixels; {asked}")
@@ -107,13 +108,13 @@ def add_image_flags(
         )
 
 
-_LOSS_HELP = (
-    "ce, focal, focal:GAMMA, label-smoothing:SHARE, package.module:function or file.py:function, "
-    "a function of logits and labels"
-)
 _MODEL_HELP = (
-    "torchvision:resnet50, timm:resnet18.a1_in1k, hf:FOLDER of transformers, "
-    "package.module:function or file.py:function; a function returns the network"
+    "torchvision:resnet50, timm:resnet18.a1_in1k, package.module:function or "
+    "file.py:function; a function returns the network"
+)
+_DATA_HELP = (
+    "images in folders, a .csv or .parquet of paths and labels, an .npz, file.py:function that "
+    "returns datasets, or a folder of save_to_disk"
 )
 _WEIGHTS_HELP = ".safetensors, or .pt with a state dict; without it torchvision's or timm's own"
 _ORDER_HELP = (
@@ -140,7 +141,6 @@ def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="which parameters may move, such as 'layer4.*'; default: all trainable",
     )
-    add("--loss", default="ce", metavar="NAME", help=_LOSS_HELP)
     add(
         "--precision",
         choices=("float32", "bf16"),
@@ -387,10 +387,8 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
 def _imports_code(name: str, value: str) -> bool:
     "Whether a flag of this value imports somebody's code."
     if name == "model":
-        return not value.startswith(("torchvision:", "timm:", "hf:"))
-    if name == "loss":
-        return ":" in value and not value.startswith(("focal:", "label-smoothing:"))
-    return False
+        return not value.startswith(("torchvision:", "timm:"))
+    return name == "data" and names_a_function(value)
 
 
 # %% ../../nbs/app/02_options.ipynb #5d858d33

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..foundations.accuracy import predict
 from ..foundations.batches import Inputs, tensors_in
 from ..foundations.checks import InputError, seed_of, whole
 from ..foundations.datasets import check_same_classes, split_of
-from ..foundations.guards import plainly
 from hessian_surgery_nb.foundations.images import (
     ORDERS,
     class_files,
@@ -49,8 +47,8 @@ __all__ = [
     "label_order",
     "folder_data",
     "image_rows",
+    "with_names",
     "own_sets",
-    "check_labels",
 ]
 
 
@@ -392,6 +390,26 @@ def _check_every_class(data: LabelledData, by_class: dict[str, _ByClass]) -> Non
             )
 
 
+# %% ../../nbs/app/00_own_network.ipynb #082700cc
+def with_names(
+    data: LabelledData,
+    labels: Sequence[str] | None,  # names of the network's outputs, where it has them
+) -> LabelledData:
+    "The same data, with the network's names for classes that are only numbers."
+    numbers = [str(number) for number in range(len(data.classes))]
+    if labels is None or not data.in_order or list(data.classes) != numbers:
+        return data
+    says_nothing = any(label.startswith("LABEL_") for label in labels)  # as transformers counts
+    if len(set(labels)) != len(numbers) or says_nothing:
+        return data
+    names = dict(zip(numbers, labels))
+    parts = {
+        split: replace(rows, labels=[names[label] for label in rows.labels])
+        for split, rows in data.parts.items()
+    }
+    return replace(data, parts=parts, classes=tuple(labels))
+
+
 # %% ../../nbs/app/00_own_network.ipynb #54321249
 def own_sets(
     data: str | Path | tuple | LabelledData,  # or folders, as for folder_data
@@ -414,6 +432,8 @@ def own_sets(
     generator = torch.Generator().manual_seed(seed_of(seed))
     if not isinstance(data, LabelledData):
         data = folder_data(data)
+    else:
+        data = with_names(data, labels)
     classes = tuple(label_order(data.classes, order, labels, data.in_order))
     sets: dict[str, OwnBatches] = {}
     for name, (split, rows) in _deal(data, classes, hessian, gradient, generator).items():
@@ -462,64 +482,3 @@ def _as_batches(
     numbers = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([numbers[part.labels[row]] for row in rows])
     return OwnBatches(kept, labels, preparation, size, [part.names[row] for row in rows])
-
-
-# %% ../../nbs/app/00_own_network.ipynb #786da71b
-@plainly()
-def check_labels(
-    net: nn.Module,
-    sets: OwnSets,
-    chosen: bool = False,  # whether the order of the classes was asked for
-) -> None:
-    "Refuse an order of the classes that was guessed and is wrong; warn below chance."
-    from scipy.stats import binom
-
-    part = sets.sensitivity
-    rows = torch.linspace(0, len(part.y) - 1, min(len(part.y), 200)).long()
-    logits, labels = predict(net, part.rows(rows))
-    found = logits.argmax(1).cpu()
-    labels = labels.cpu()
-    right = found == labels
-    better = _better_order(found, labels, list(sets.classes))
-    if better is not None:
-        order, share = better
-        says = (
-            f"On {len(rows)} images the network is right in {right.double().mean():.0%} with the "
-            f"classes in this order, in {share:.0%} with order {order!r}"
-        )
-        if not chosen:
-            raise InputError(
-                "class folders must be in the order of the network's outputs. "
-                f"{says}; give --class-order {order}."
-            )
-        warnings.warn(f"{says}: see --class-order.", stacklevel=2)
-        return
-    chance = 1 / logits.shape[1]
-    if binom.cdf(int(right.sum()), len(rows), chance) < 1e-3:
-        warnings.warn(
-            f"the network is right in {right.double().mean():.1%} of {len(rows)} images, below "
-            f"chance ({chance:.1%}). Are the class folders in the order of its "
-            "outputs (--class-order), and the images prepared as in its training "
-            "(--mean, --std, --resize, --crop)?",
-            stacklevel=2,
-        )
-
-
-# %% ../../nbs/app/00_own_network.ipynb #e72ce222
-def _better_order(
-    found: torch.Tensor,  # (N,) outputs
-    labels: torch.Tensor,  # (N,)
-    classes: list[str],
-) -> tuple[str, float] | None:  # an order, and the accuracy with it
-    "An order of the classes in which many more of the answers would be right, if there is one."
-    right = found == labels
-    for order in ORDERS:
-        places = class_order(classes, order)
-        renumbered = torch.tensor([places.index(name) for name in classes])
-        right_there = found == renumbered[labels]
-        gain = int(right_there.sum() - right.sum())
-        changed = int((right_there != right).sum())
-        # three standard errors of a difference that is chance
-        if gain > 3 * changed**0.5:
-            return order, right_there.double().mean().item()
-    return None
