@@ -137,7 +137,12 @@ def _rows_in(archive: np.lib.npyio.NpzFile, key: str, large: int) -> torch.Tenso
             found = _unpacked(packed)
         if found is not None:
             return found
-    array = archive[key]
+    try:
+        array = archive[key]
+    except ValueError as error:  # of Python objects
+        raise InputError(
+            f"inputs must be numbers. {key} holds none ({first_line(error)}); convert them."
+        ) from error
     if array.dtype.kind not in "biuf":
         raise InputError(f"inputs must be numbers. {key} holds {array.dtype}; convert them.")
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))

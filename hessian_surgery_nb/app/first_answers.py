@@ -48,6 +48,7 @@ class FirstAnswers:
         return right.double() / self.counts
 
 
+@plainly()
 def first_answers(
     net: nn.Module,
     sets: OwnSets,
@@ -75,14 +76,16 @@ def check_labels(
     net: nn.Module,
     sets: OwnSets,
     chosen: bool = False,  # whether the order of the classes was asked for
-) -> FirstAnswers:
+    answers: FirstAnswers | None = None,  # of this network; None: it is asked
+) -> None:
     "Refuse an order of the classes that was guessed and is wrong; warn at chance or below."
-    answers = first_answers(net, sets)
+    if answers is None:
+        answers = first_answers(net, sets)
     better = _better_order(answers.found, answers.labels, list(sets.classes))
     if better is None:
         _warn_at_chance(answers)
         _warn_of_training(answers)
-        return answers
+        return
     order, share = better
     says = (
         f"On {len(answers.labels)} images the network is right in "
@@ -95,7 +98,6 @@ def check_labels(
             f"{says}; give --class-order {order}."
         )
     warnings.warn(f"{says}: see --class-order.", stacklevel=2)
-    return answers
 
 
 # %% ../../nbs/app/00e_first_answers.ipynb #41eeca29

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .data_sources import open_data
-from .first_answers import check_labels, describe_inputs
+from .first_answers import check_labels, describe_inputs, first_answers
 from .own_network import OwnSets, network_labels, own_sets
 from ..foundations.batches import Inputs, rows_of, tensors_in, to_device
 from ..foundations.checks import InputError, first_line
@@ -91,9 +91,10 @@ def load_inputs(
             f"the network needs an output for each class. {args.model} has {outputs} outputs, "
             f"{found.where} has {num_classes} classes; name a file of --weights with that head."
         )
-    answers = check_labels(network, sets, chosen=args.class_order is not None)
+    answers = first_answers(network, sets)
     if _says_what_it_uses(args):
         print(describe_inputs(sets, answers), end="\n\n", file=sys.stderr)
+    check_labels(network, sets, args.class_order is not None, answers)
     return network, sets
 
 

@@ -30,6 +30,7 @@ from hessian_surgery_nb.foundations.images import (
 )
 from ..foundations.named_networks import Preparation
 from hessian_surgery_nb.foundations.stored_rows import (
+    DiskRows,
     MEMORY,
     Stored,
     memory_of,
@@ -85,9 +86,14 @@ class OwnBatches:
     names: Sequence[str] = field(default=(), repr=False)  # of each row: a file, or its place
 
     def __iter__(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        # bytes of a pass are read into one place: a new one each time would leave holes in memory
+        place = None
+        if self.are_images and isinstance(self.x, DiskRows):
+            place = torch.empty(self.size, *self.x.shape[1:], dtype=torch.uint8)
         for start in range(0, len(self.y), self.size):
             rows = slice(start, start + self.size)
-            yield self._inputs(rows), self.y[rows]
+            found = some_rows(self.x, rows) if place is None else self.x.read(rows, place)
+            yield self._inputs(found), self.y[rows]
 
     def __len__(self) -> int:  # batches
         return math.ceil(len(self.y) / self.size)
@@ -97,8 +103,7 @@ class OwnBatches:
         "Whether inputs are kept as bytes and prepared when they are needed."
         return getattr(self.x, "dtype", None) == torch.uint8
 
-    def _inputs(self, rows: slice) -> Inputs:
-        found = some_rows(self.x, rows)
+    def _inputs(self, found: Inputs) -> Inputs:
         return self.preparation.inputs(found) if self.are_images else found
 
     def rows(

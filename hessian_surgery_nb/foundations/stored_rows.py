@@ -44,11 +44,22 @@ class DiskRows:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:  # (n, ...)
+        return self.read(rows)
+
+    def read(
+        self,
+        rows: slice | torch.Tensor,
+        into: torch.Tensor | None = None,  # at least as many rows, to be written over; None: new
+    ) -> torch.Tensor:  # (n, ...)
+        "Some rows."
         if isinstance(rows, slice):
             runs = [range(len(self))[rows]]
         else:
             runs = [range(row, row + 1) for row in rows.tolist()]
-        found = torch.empty(sum(map(len, runs)), *self.shape[1:], dtype=self.dtype)
+        count = sum(map(len, runs))
+        if into is None:
+            into = torch.empty(count, *self.shape[1:], dtype=self.dtype)
+        found = into[:count]
         place = memoryview(found.reshape(-1).view(torch.uint8).numpy())
         for run in runs:
             size = len(run) * self.row_bytes
