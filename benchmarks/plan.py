@@ -20,7 +20,7 @@ from problem import about, arguments, table, write
 from hessian_surgery_nb.foundations.datasets import torchvision_part, write_toy_images
 from hessian_surgery_nb.foundations.networks import resnet20, resnet50
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
-from hessian_surgery_nb.app.own_network import own_files, own_sets
+from hessian_surgery_nb.app.own_network import folder_data, own_sets
 from hessian_surgery_nb.foundations.training import train
 
 FACTORY = """
@@ -80,7 +80,7 @@ def main():
             write_toy_images(
                 Path(d) / "images", classes=10, train=args.images, test=args.images, size=32
             )
-        c = len(own_files(Path(d) / "images")[1])
+        c = len(folder_data(Path(d) / "images").classes)
         (Path(d) / "nets.py").write_text(FACTORY.format(c=c))
         for name, net, given, epochs in (
             ("small", resnet20(classes=c), None, 10),

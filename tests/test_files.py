@@ -34,7 +34,8 @@ from hessian_surgery_nb.foundations.weight_files import (
     weights_bytes,
     write_atomic,
 )
-from hessian_surgery_nb.app.own_network import check_labels, network_labels, own_files, own_sets
+from hessian_surgery_nb.app.first_answers import check_labels
+from hessian_surgery_nb.app.own_network import network_labels, own_sets
 from hessian_surgery_nb.foundations.loading import load_network
 from hessian_surgery_nb.settings import SurgeryConfig
 from hessian_surgery_nb.surgery import operate
@@ -221,22 +222,18 @@ def test_numbers_have_two_orders_and_a_warning_says_so(toys):
         UserWarning,
         match=r"output 1 is '2'; by name, as torchvision's ImageFolder, it is '10'.*--class-order",
     ):
-        assert list(own_files(numbered(toys))[0]) == [str(i + 1) for i in range(12)]
+        assert own_sets(numbered(toys), hessian=6).classes == tuple(str(i + 1) for i in range(12))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        learned, rest = own_files(toys, "name")
-        assert (
-            list(learned)
-            == list(rest)
-            == torchvision_part("datasets").ImageFolder(toys / "test").classes
-        )
+        sets = own_sets(toys, order="name", hessian=6)
+        assert list(sets.classes) == torchvision_part("datasets").ImageFolder(toys / "test").classes
         assert own_sets(toys, order="natural").classes == tuple(str(i + 1) for i in range(12))
 
 
 def test_names_with_one_order_need_no_warning(toys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert list(own_files(toys)[0]) == ["colour0", "colour1", "colour2"]
+        assert own_sets(toys).classes == ("colour0", "colour1", "colour2")
 
 
 FACTORY = """

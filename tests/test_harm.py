@@ -22,7 +22,7 @@ from hessian_surgery_nb.comparison import METHODS
 from hessian_surgery_nb.foundations.adjusted import load_adjusted
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.class_limits import class_limits
-from hessian_surgery_nb.foundations.named_networks import load_network
+from hessian_surgery_nb.foundations.loading import load_network
 from hessian_surgery_nb.foundations.networks import resnet20
 from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.foundations.training import train

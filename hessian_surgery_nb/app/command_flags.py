@@ -36,8 +36,9 @@ __all__ = ["add_own_commands"]
 
 # %% ../../nbs/app/03a_command_flags.ipynb #ad1cafa1
 _IMAGES_HELP = (
-    "Images: DIR/train/CLASS/* and DIR/test/CLASS/* (half of the test images of each class "
-    "decide, half report), or DIR/CLASS/* that the network was not trained on."
+    "Data: parts train, val and test (val decides, test reports; where there is only one of them, "
+    "half of each class decides and half reports), as folders DATA/train/CLASS/* and so on, as a "
+    "column split of a table, or by name; or DATA/CLASS/* that the network was not trained on."
 )
 
 

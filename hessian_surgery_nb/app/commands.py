@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .delivery import files_of_network, loss_of
-from .first_look import tell_first_look
 from .inputs import load_inputs
 from hessian_surgery_nb.app.options import (
     check_flags,
@@ -24,7 +23,7 @@ from hessian_surgery_nb.app.options import (
     product_options,
     surgery_config,
 )
-from .own_network import ImageBatches, OwnSets, own_files
+from .own_network import OwnBatches, OwnSets
 from .pages import duration, text_table
 from hessian_surgery_nb.app.publishing import (
     command_line,
@@ -93,7 +92,6 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
     out = output_directory(args, (*OPERATE_FILES, *ADAPTER_FILES))
     started = time.perf_counter()
     network, sets = load_inputs(args)
-    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     if args.dry_run:
         plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, config)
@@ -171,7 +169,6 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         "--max-global-drop", [args.max_global_drop], "is percentage points, in 0..100"
     )
     network, sets = load_inputs(args)
-    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     if args.dry_run or _takes_long(args):
         plan = _plan_comparison(network, loss_fn, sets, config, args)
@@ -186,7 +183,7 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
         sets.sensitivity,
         sets.held_out,
         config=config,
-        counts=_training_counts(args.data, sets.classes),
+        counts=sets.training_counts,
         names=sets.classes,
         methods=args.methods,
         controls=args.controls,
@@ -219,17 +216,6 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
 
 
 # %% ../../nbs/app/03_commands.ipynb #acb9752d
-def _training_counts(
-    folder: str,
-    classes: tuple[str, ...],
-) -> list[int] | None:  # None: there are no training images
-    "Training images of each class."
-    training, unseen = own_files(folder, classes)
-    if training is unseen:
-        return None
-    return [len(files) for files in training.values()]
-
-
 def _plan_comparison(
     network: nn.Module,
     loss_fn: nn.Module,
@@ -279,7 +265,6 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     check_percentage_points("--prices", args.prices, "are percentage points, in 0..100")
     prices = sorted({price / 100 for price in (*args.prices, args.max_global_drop)})
     network, sets = load_inputs(args)
-    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     if args.dry_run:
         steps = replace(config, iterations=len(prices) * max(args.rounds, 1))
@@ -332,7 +317,6 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
     once = replace(front_config(args), iterations=1, eps=args.eps, scheme=args.scheme)
     check_flags(once)
     network, sets = load_inputs(args)
-    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     if args.dry_run:
         plan = plan_run(network, loss_fn, sets.hessian, sets.sensitivity, once)
@@ -349,7 +333,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
         scheme=args.scheme,
         params=args.params,
         names=sets.classes,
-        counts=_training_counts(args.data, sets.classes),
+        counts=sets.training_counts,
         gradient_data=sets.gradient,
         seed=args.seed,
         progress=_shows_steps(args),
@@ -393,7 +377,6 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
     if args.spikes is not None:
         whole("--spikes", args.spikes)
     network, sets = load_inputs(args, images)
-    tell_first_look(network, sets, args)
     loss_fn = loss_of(args)
     op = HessianOperator(network, loss_fn, sets.hessian, params=args.params, **options)
     pairs = top_eigenpairs(
@@ -426,25 +409,25 @@ def compare_spectra(
 ) -> tuple[Verdict, int]:  # and the images on either side
     "The spectrum on training images beside that on as many test images."
     training = sets.hessian
-    halves = (sets.sensitivity, sets.held_out)
-    test = replace(  # nothing is tuned here: all test images serve
-        sets.sensitivity,
-        x=torch.cat([half.x for half in halves]),
-        y=torch.cat([half.y for half in halves]),
-    )
-    size = min(len(training.y), len(test.y))
+    halves = (sets.sensitivity, sets.held_out)  # nothing is tuned here: all test images serve
+    size = min(len(training.y), sum(len(half.y) for half in halves))
     generator = torch.Generator().manual_seed(args.seed)
 
-    def type_of(part: ImageBatches) -> SpectrumType:
-        rows = torch.randperm(len(part.y), generator=generator)[:size]
-        chosen = replace(part, x=part.x[rows], y=part.y[rows])
+    def type_of(*parts: OwnBatches) -> SpectrumType:
+        images = sum(len(part.y) for part in parts)
+        rows = torch.randperm(images, generator=generator)[:size]
+        chosen = []
+        for part in parts:
+            inside = (rows >= 0) & (rows < len(part.y))
+            chosen += part.rows(rows[inside])
+            rows = rows - len(part.y)
         op = HessianOperator(
             network, loss_of(args), chosen, params=args.params, **product_options(args)
         )
         return spectrum_type(op, seed=args.seed, progress=sys.stderr.isatty())
 
     type_of_training = type_of(training)
-    type_of_test = type_of(test)
+    type_of_test = type_of(*halves)
     return generalisation(type_of_training, type_of_test), size
 
 

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from .data_sources import names_a_function
 from .options import as_flag
 from ..foundations.checks import InputError
 
@@ -48,7 +49,7 @@ def _imports_code(name: str, value: str) -> bool:
         return not value.startswith(("torchvision:", "timm:", "hf:"))
     if name == "loss":
         return ":" in value and not value.startswith(("focal:", "label-smoothing:"))
-    return False
+    return name == "data" and names_a_function(value)
 
 
 def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:

@@ -8,19 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from hessian_surgery_nb.app.own_network import (
-    OwnSets,
-    check_labels,
-    label_order,
-    network_labels,
-    own_files,
-    own_sets,
-)
+from .data_sources import open_data
+from .first_answers import check_labels, describe_inputs, first_answers
+from .own_network import OwnSets, network_labels, own_sets
+from ..foundations.batches import Inputs, rows_of, tensors_in, to_device
 from ..foundations.checks import InputError, first_line
 from ..foundations.distributed import current_team
 from ..foundations.loading import load_network
@@ -66,36 +63,52 @@ def _own_gpu() -> int:
 # %% ../../nbs/app/02a_inputs.ipynb #fd875058
 def load_inputs(
     args: argparse.Namespace,
-    data: str | tuple[str, str] | None = None,  # a folder, or two: (train, test); None: --data
-) -> tuple[nn.Module, OwnSets]:  # the network on its device, three sets of images
+    data: str | tuple[str, str] | None = None,  # as for open_data; None: --data
+) -> tuple[nn.Module, OwnSets]:  # the network on its device, three sets of inputs
     "What the flags name, ready for use."
     device = pick_device(args.device)
-    data = args.data if data is None else data
-    folders = list(own_files(data, "name")[1])
-    network, preparation = load_network(args.model, classes=len(folders), weights=args.weights)
+    found = open_data(args.data if data is None else data)
+    num_classes = len(found.classes)
+    network, preparation = load_network(args.model, classes=num_classes, weights=args.weights)
     select_params(network, args.params)  # refuses a damaged weight, or a pattern that fits none
     check_storable(network)
-    order = label_order(folders, args.class_order, network_labels(network))
     network = network.to(device)
     sets = own_sets(
-        data,
+        found,
         _prepared_as_asked(preparation, args),
-        order=order,
+        order=args.class_order,
+        labels=network_labels(network),
+        pad=_padding_of(network),
         seed=args.seed,
         hessian=args.hessian,
         gradient=getattr(args, "gradient", 0),
         batch=args.batch,
         progress=_shows_progress(args),
     )
-    images, _ = next(iter(sets.hessian))
-    outputs = count_outputs(network, images[:2].to(device), args.model)
-    if outputs != len(folders):
+    first_two, _ = rows_of(next(iter(sets.hessian)), slice(0, 2))
+    outputs = count_outputs(network, to_device(first_two, device), args.model)
+    if outputs != num_classes:
         raise InputError(
-            f"the network needs an output for each class folder. {args.model} has {outputs} "
-            f"outputs, {data} has {len(folders)} classes; name a file of --weights with that head."
+            f"the network needs an output for each class. {args.model} has {outputs} outputs, "
+            f"{found.where} has {num_classes} classes; name a file of --weights with that head."
         )
-    check_labels(network, sets, chosen=args.class_order is not None)
+    answers = first_answers(network, sets)
+    if _says_what_it_uses(args):
+        print(describe_inputs(sets, answers), end="\n\n", file=sys.stderr)
+    check_labels(network, sets, args.class_order is not None, answers)
     return network, sets
+
+
+def _padding_of(network: nn.Module) -> int:
+    "The token that fills short texts up, where the network names one."
+    padding = getattr(getattr(network, "config", None), "pad_token_id", None)
+    return 0 if padding is None else padding
+
+
+def _says_what_it_uses(args: argparse.Namespace) -> bool:
+    "Whether somebody reads along: of the first process, unless JSON or silence is asked for."
+    silent = args.json or getattr(args, "quiet", False)
+    return not silent and current_team().rank == 0
 
 
 def _shows_progress(args: argparse.Namespace) -> bool:
@@ -117,20 +130,19 @@ def _prepared_as_asked(preparation: Preparation, args: argparse.Namespace) -> Pr
 @torch.no_grad()
 def count_outputs(
     network: nn.Module,
-    images: torch.Tensor,  # two of them
+    images: Inputs,  # two of them, or of whatever it takes
     name: str,
     flags: str = "--resize and --crop",  # that say how large images are
 ) -> int:
     "Its outputs. A network that does not take these images, or is no classifier, is refused."
     try:
-        outputs = network(images)
-        outputs = getattr(outputs, "logits", outputs)  # of transformers
+        outputs = network(**images) if isinstance(images, Mapping) else network(images)
     except InputError:
         raise
     except Exception as error:  # whatever a network raises on images that it was not made for
         raise InputError(
             f"the network must take the images, and nothing else. {name} "
-            f"refuses {tuple(images.shape)} ({first_line(error)}); give {flags}, or a function "
+            f"refuses {_shapes(images)} ({first_line(error)}); give {flags}, or a function "
             "that returns a network of images alone."
         ) from error
     if torch.is_tensor(outputs) and outputs.ndim == 2:
@@ -140,3 +152,9 @@ def count_outputs(
         f"a classifier returns logits (N, C). {name} returns {found}; "
         "wrap it in a function that picks them."
     )
+
+
+# %% ../../nbs/app/02a_inputs.ipynb #303347dc
+def _shapes(inputs: Inputs) -> str:
+    "The shape of each tensor."
+    return " and ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))

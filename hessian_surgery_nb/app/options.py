@@ -96,7 +96,7 @@ def add_image_flags(
     add = parser.add_argument_group("network and images").add_argument
     add("--model", required=True, metavar="NAME", help=_MODEL_HELP)
     add("--weights", metavar="FILE", help=_WEIGHTS_HELP)
-    add("--data", required=data_required, metavar="DIR", help="images in folders")
+    add("--data", required=data_required, metavar="DATA", help=_DATA_HELP)
     add("--class-order", choices=("natural", "name", "network"), help=_ORDER_HELP)
     asked = "default: what the network asks for"
     add("--resize", type=int, metavar="N", help=f"shorter side to N pixels; {asked}")
@@ -132,6 +132,10 @@ def _share_of_white(given: str) -> float:
 _MODEL_HELP = (
     "torchvision:resnet50, timm:resnet18.a1_in1k, hf:FOLDER of transformers, "
     "package.module:function or file.py:function; a function returns the network"
+)
+_DATA_HELP = (
+    "images in folders, a .csv or .parquet of paths and labels, an .npz, file.py:function that "
+    "returns datasets, or a folder of save_to_disk"
 )
 _WEIGHTS_HELP = ".safetensors, or .pt with a state dict; without it torchvision's or timm's own"
 _ORDER_HELP = (

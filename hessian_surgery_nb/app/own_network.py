@@ -6,66 +6,144 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..foundations.accuracy import predict
+from ..foundations.batches import Inputs, tensors_in
 from ..foundations.checks import InputError, seed_of, whole
-from ..foundations.datasets import check_same_classes, unseen_folder
-from ..foundations.guards import plainly
-from ..foundations.images import ORDERS, class_files, class_order, decoded
+from ..foundations.datasets import check_same_classes, split_of
+from hessian_surgery_nb.foundations.images import (
+    ORDERS,
+    class_files,
+    class_order,
+    nor_others,
+    read_in_order,
+    subfolders,
+)
 from ..foundations.preparation import Preparation
+from hessian_surgery_nb.foundations.stored_rows import (
+    DiskRows,
+    MEMORY,
+    Stored,
+    memory_of,
+    some_rows,
+    store_rows,
+)
 
 # %% auto #0
 __all__ = [
-    "ImageBatches",
+    "LabelledRows",
+    "LabelledData",
+    "OwnBatches",
     "OwnSets",
     "network_labels",
     "label_order",
-    "own_files",
+    "folder_data",
+    "image_rows",
+    "with_names",
     "own_sets",
-    "check_labels",
 ]
 
 
 # %% ../../nbs/app/00_own_network.ipynb #36f287a7
+@dataclass(frozen=True, kw_only=True)
+class LabelledRows:
+    "Labelled rows of one part of some data; none of them is read yet."
+
+    labels: Sequence[str]  # the class of each row
+    names: Sequence[str]  # of each row: a file, or its place
+    # (rows, preparation, padding) -> their inputs in order, one or more rows at a time
+    read: Callable[[list[int], Preparation, int], Iterator[Inputs]] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    "What lies behind --data."
+
+    parts: Mapping[str, LabelledRows]  # "train", "validation" and "test"; or "all"
+    classes: tuple[str, ...]  # their names
+    in_order: bool = False  # whether they are in the order of the network's outputs
+    where: str  # for messages
+
+
+# %% ../../nbs/app/00_own_network.ipynb #89fbc57e
 @dataclass(frozen=True)
-class ImageBatches:
-    "Labelled images as bytes that become inputs a batch at a time, in the same order every time."
+class OwnBatches:
+    "Labelled inputs, a batch at a time, in the same order every time."
 
-    x: torch.Tensor = field(repr=False)  # (N, 3, H, W) uint8
+    x: Stored = field(repr=False)  # (N, ...); images as bytes, (N, 3, H, W) uint8
     y: torch.Tensor = field(repr=False)  # (N,)
-    preparation: Preparation
+    preparation: Preparation  # of bytes; other numbers are inputs as they are
     size: int = 100  # of a batch
+    names: Sequence[str] = field(default=(), repr=False)  # of each row: a file, or its place
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, labels in zip(self.x.split(self.size), self.y.split(self.size)):
-            yield self.preparation.inputs(images), labels
+    def __iter__(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        # bytes of a pass are read into one place: a new one each time would leave holes in memory
+        place = None
+        if self.are_images and isinstance(self.x, DiskRows):
+            place = torch.empty(self.size, *self.x.shape[1:], dtype=torch.uint8)
+        for start in range(0, len(self.y), self.size):
+            rows = slice(start, start + self.size)
+            found = some_rows(self.x, rows) if place is None else self.x.read(rows, place)
+            yield self._inputs(found), self.y[rows]
 
     def __len__(self) -> int:  # batches
         return math.ceil(len(self.y) / self.size)
 
+    @property
+    def are_images(self) -> bool:
+        "Whether inputs are kept as bytes and prepared when they are needed."
+        return getattr(self.x, "dtype", None) == torch.uint8
 
+    def _inputs(self, found: Inputs) -> Inputs:
+        return self.preparation.inputs(found) if self.are_images else found
+
+    def rows(
+        self,
+        which: torch.Tensor,  # whole numbers
+    ) -> OwnBatches:
+        "Some of them, in memory."
+        names = [self.names[row] for row in which.tolist()] if self.names else ()
+        return replace(self, x=some_rows(self.x, which), y=self.y[which], names=names)
+
+
+# %% ../../nbs/app/00_own_network.ipynb #53030725
 @dataclass(frozen=True)
 class OwnSets:
-    "Three sets that share no image, and perhaps a fourth."
+    "Three sets that share no input, and perhaps a fourth."
 
-    hessian: ImageBatches
-    sensitivity: ImageBatches
-    held_out: ImageBatches
+    hessian: OwnBatches
+    sensitivity: OwnBatches
+    held_out: OwnBatches
     classes: tuple[str, ...]
-    gradient: ImageBatches | None = None  # further training images; None: none asked for, or left
+    gradient: OwnBatches | None = None  # further training images; None: none asked for, or left
+    training_counts: tuple[int, ...] | None = None  # (C,) of all training images, if there are any
+    where: str = ""  # they come from
 
     def __repr__(self):
         return (
             f"OwnSets({len(self.classes)} classes; hessian {len(self.hessian.y)}, "
             f"sensitivity {len(self.sensitivity.y)}, held_out {len(self.held_out.y)})"
         )
+
+    def listing(self) -> dict[str, Any]:
+        "Which file, or row, is in which set; for JSON."
+        parts = dict(
+            hessian=self.hessian,
+            gradient=self.gradient,
+            sensitivity=self.sensitivity,
+            held_out=self.held_out,
+        )
+        sets = {name: list(part.names) for name, part in parts.items() if part is not None}
+        return dict(data=self.where, classes=list(self.classes), sets=sets)
 
 
 # %% ../../nbs/app/00_own_network.ipynb #871ba702
@@ -95,11 +173,13 @@ def label_order(
     names: Iterable[str],  # of the class folders
     order: str | Sequence[str] | None = None,
     labels: Sequence[str] | None = None,  # names of the network's outputs, where it has them
+    in_order: bool = False,  # whether the data give the names in the order of the outputs
 ) -> list[str]:
     """Class names in the order of the network's outputs; a warning where that is a guess.
 
     `order` is "natural", "name", "network" (its own labels), or all names in order; None: its own
-    labels where they are the names of the folders, and natural where not.
+    labels where they are the names of the classes, and where not the order of the data where they
+    have one, else natural.
     """
     names = list(names)
     labels_fit = labels is not None and sorted(labels) == sorted(names)
@@ -107,6 +187,8 @@ def label_order(
         return list(labels)
     if order == "network":
         raise _labels_do_not_fit(names, labels)
+    if order is None and in_order:
+        return names
     if order is None:
         _warn_of_two_orders(names)
         return class_order(names, "natural")
@@ -162,160 +244,246 @@ def _warn_of_two_orders(names: list[str]) -> None:
 
 
 # %% ../../nbs/app/00_own_network.ipynb #d5ec8cfc
-def own_files(
-    folder: str | Path | tuple,  # train/CLASS/* and test/CLASS/*, or CLASS/*; or (train, test)
-    order: str | Sequence[str] | None = None,  # of the classes, as for label_order
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """What lies in a folder: class -> images to see the curvature with, class -> images to decide
-    and report with. Both are one and the same dict where there is only one set of images."""
+def folder_data(
+    folder: str | Path | tuple,  # DIR/train/CLASS/* and so on, or DIR/CLASS/*; or (train, test)
+) -> LabelledData:
+    "Images in folders, one folder a class."
     if isinstance(folder, tuple):
         train, test = (Path(part).expanduser() for part in folder)
-    else:
-        folder = Path(folder).expanduser()
-        train = folder / "train"
-        test = unseen_folder(folder)
-        if test is None or not train.is_dir():
-            files = _in_order(class_files(test or folder), order)
-            return files, files
-    learned = class_files(train)
-    unseen = class_files(test)
-    check_same_classes(learned, unseen, test)
-    learned = _in_order(learned, order)
-    return learned, {name: unseen[name] for name in learned}
+        return _of_folders(dict(train=train, test=test), f"{train} and {test}")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        return _of_folders(dict(all=folder), str(folder))  # refused there
+    parts: dict[str, Path] = {}
+    inside = subfolders(folder)
+    for below in inside:
+        split = split_of(below.name)
+        if split in parts:
+            raise InputError(
+                f"a part of the data must have one folder. {parts[split]} and {below} both are "
+                f"{split}; put them together, or rename one."
+            )
+        if split is not None:
+            parts[split] = below
+    train_is_a_class = list(parts) == ["train"] and len(inside) > 1
+    if not parts or train_is_a_class:
+        parts = dict(all=folder)
+    return _of_folders(parts, str(folder))
 
 
-def _in_order(files: dict[str, list[Path]], order) -> dict[str, list[Path]]:
-    return {name: files[name] for name in label_order(files, order)}
+# %% ../../nbs/app/00_own_network.ipynb #0f4f4c4e
+def _of_folders(parts: dict[str, Path], where: str) -> LabelledData:
+    "One folder of classes for each part."
+    found = {split: class_files(folder) for split, folder in parts.items()}
+    unseen = [split for split in found if split != "train"]
+    if "train" in found and unseen:
+        check_same_classes(found["train"], found[unseen[-1]], parts[unseen[-1]])
+    root = os.path.commonpath([folder.absolute() for folder in parts.values()])
+    rows = {}
+    for split, files in found.items():
+        labelled = [(file, name) for name, some in files.items() for file in some]
+        rows[split] = image_rows(
+            [file for file, _ in labelled],
+            labels=[name for _, name in labelled],
+            names=[os.path.relpath(file, root) for file, _ in labelled],
+        )
+    return LabelledData(parts=rows, classes=tuple(next(iter(found.values()))), where=where)
+
+
+def image_rows(
+    files: Sequence[Path],
+    *,
+    labels: Sequence[str],  # the class of each
+    names: Sequence[str],  # what to call each
+) -> LabelledRows:
+    "Labelled image files, decoded by several threads."
+
+    def read(rows, preparation, pad):
+        images = read_in_order([files[row] for row in rows], preparation.image)
+        return (image[None] for image in images)
+
+    return LabelledRows(labels=labels, names=names, read=read)
 
 
 # %% ../../nbs/app/00_own_network.ipynb #f90ccd07
-_LabelledFile = tuple[Path, str]  # and its class
+_ByClass = dict[str, list[int]]  # class -> rows of one part
 
 
-def _for_curvature(
-    learned: dict[str, list[Path]],
-    number: int,
-    generator: torch.Generator,
-) -> list[_LabelledFile]:
-    "Some of the images, drawn from all classes together."
-    files = [(file, name) for name, found in learned.items() for file in found]
-    drawn = torch.randperm(len(files), generator=generator)[:number]
-    return [files[i] for i in drawn.tolist()]
+def _by_class(rows: LabelledRows, classes: Sequence[str]) -> _ByClass:
+    "The rows of each class, in order."
+    found: _ByClass = {name: [] for name in classes}
+    for row, label in enumerate(rows.labels):
+        found[label].append(row)
+    return found
 
 
-def _halves(
-    files: dict[str, list[Path]], generator: torch.Generator
-) -> tuple[list[_LabelledFile], list[_LabelledFile]]:
+def _some_of(by_class: _ByClass, number: int, generator: torch.Generator) -> list[int]:
+    "Some rows, drawn from all classes together."
+    rows = [row for some in by_class.values() for row in some]
+    drawn = torch.randperm(len(rows), generator=generator)[:number]
+    return [rows[i] for i in drawn.tolist()]
+
+
+def _halves(by_class: _ByClass, generator: torch.Generator) -> tuple[list[int], list[int]]:
     "Every class in two halves, to decide with and to report with."
-    deciding: list[_LabelledFile] = []
-    reporting: list[_LabelledFile] = []
-    for name, found in files.items():
-        if len(found) < 2:
+    deciding: list[int] = []
+    reporting: list[int] = []
+    for name, rows in by_class.items():
+        if len(rows) < 2:
             raise InputError(
                 "every class needs at least 2 images to decide and to report. "
-                f"{name} has {len(found)}."
+                f"{name} has {len(rows)}."
             )
-        drawn = torch.randperm(len(found), generator=generator).tolist()
-        deciding += [(found[i], name) for i in sorted(drawn[::2])]
-        reporting += [(found[i], name) for i in sorted(drawn[1::2])]
+        drawn = torch.randperm(len(rows), generator=generator).tolist()
+        deciding += [rows[i] for i in sorted(drawn[::2])]
+        reporting += [rows[i] for i in sorted(drawn[1::2])]
     return deciding, reporting
+
+
+# %% ../../nbs/app/00_own_network.ipynb #18a3112b
+_Dealt = dict[str, tuple[str, list[int]]]  # set -> the part it comes from, and its rows there
+
+
+def _deal(
+    data: LabelledData,
+    classes: Sequence[str],
+    hessian: int,
+    gradient: int,
+    generator: torch.Generator,
+) -> _Dealt:
+    "Which rows are in which set."
+    by_class = {split: _by_class(rows, classes) for split, rows in data.parts.items()}
+    _check_every_class(data, by_class)
+    unseen = [split for split in ("all", "validation", "test") if split in by_class]
+    tuned = unseen[0]
+    reported = unseen[-1]
+    source = "train" if "train" in by_class else tuned
+    drawn = _some_of(by_class[source], hessian + gradient, generator)
+    dealt = dict(hessian=(source, drawn[:hessian]))
+    if source == "train":
+        dealt["gradient"] = (source, drawn[hessian:])
+    else:
+        taken = set(drawn[:hessian])
+        by_class[tuned] = {
+            name: [row for row in rows if row not in taken]
+            for name, rows in by_class[tuned].items()
+        }
+    if tuned == reported:
+        deciding, reporting = _halves(by_class[tuned], generator)
+    else:
+        deciding, reporting = (
+            [row for rows in by_class[split].values() for row in rows]
+            for split in (tuned, reported)
+        )
+    return dealt | dict(sensitivity=(tuned, deciding), held_out=(reported, reporting))
+
+
+def _check_every_class(data: LabelledData, by_class: dict[str, _ByClass]) -> None:
+    "Refuse training images alone, and parts without an image of some class."
+    if list(by_class) == ["train"]:
+        raise InputError(
+            "a network must be judged on what it was not trained on. "
+            f"{data.where} has a part train only; add a part test, or name data without parts."
+        )
+    for split, rows in by_class.items():
+        missing = [name for name, some in rows.items() if not some]
+        if missing:
+            part = "" if split == "all" else f"part {split} of "
+            raise InputError(
+                f"every class must be in every part. {missing[0]} has no row in {part}"
+                f"{data.where}{nor_others(missing, 'have')}; add some, or leave the class out."
+            )
+
+
+# %% ../../nbs/app/00_own_network.ipynb #082700cc
+def with_names(
+    data: LabelledData,
+    labels: Sequence[str] | None,  # names of the network's outputs, where it has them
+) -> LabelledData:
+    "The same data, with the network's names for classes that are only numbers."
+    numbers = [str(number) for number in range(len(data.classes))]
+    if labels is None or not data.in_order or list(data.classes) != numbers:
+        return data
+    says_nothing = any(label.startswith("LABEL_") for label in labels)  # as transformers counts
+    if len(set(labels)) != len(numbers) or says_nothing:
+        return data
+    names = dict(zip(numbers, labels))
+    parts = {
+        split: replace(rows, labels=[names[label] for label in rows.labels])
+        for split, rows in data.parts.items()
+    }
+    return replace(data, parts=parts, classes=tuple(labels))
 
 
 # %% ../../nbs/app/00_own_network.ipynb #54321249
 def own_sets(
-    folder: str | Path | tuple,  # as for own_files
+    data: str | Path | tuple | LabelledData,  # or folders, as for folder_data
     preparation: Preparation = Preparation(),
     *,
     order: str | Sequence[str] | None = None,  # of the classes, as for label_order
+    labels: Sequence[str] | None = None,  # names of the network's outputs, where it has them
     seed: int = 0,  # which images go where
     hessian: int = 128,  # images that show the curvature
     gradient: int = 0,  # further training images, at most
     batch: int = 100,
+    pad: int = 0,  # what short texts are filled up with; the network's pad_token_id
+    memory: int = MEMORY,  # bytes of inputs that are kept in memory; beyond: in a temporary file
     progress: bool = False,
 ) -> OwnSets:
-    "Images to see the curvature, to decide, to report."
+    "Inputs to see the curvature, to decide, to report."
     hessian = whole("hessian", hessian)
     gradient = whole("gradient", gradient, 0)
     batch = whole("batch", batch)
     generator = torch.Generator().manual_seed(seed_of(seed))
-    learned, rest = own_files(folder, order)
-    drawn = _for_curvature(learned, hessian + gradient, generator)
-    curved, further = drawn[:hessian], [] if learned is rest else drawn[hessian:]
-    taken = {file for file, _ in curved}
-    rest = {name: [file for file in files if file not in taken] for name, files in rest.items()}
-    deciding, reporting = _halves(rest, generator)
-    classes = tuple(rest)
-
-    def read(labelled):
-        images = decoded(
-            [file for file, _ in labelled],
-            preparation.image,
-            progress=progress,
-            way_out="give resize and crop",
-        )
-        labels = torch.tensor([classes.index(name) for _, name in labelled])
-        return ImageBatches(images, labels, preparation, batch)
-
-    gradients = read(further) if further else None
-    return OwnSets(read(curved), read(deciding), read(reporting), classes, gradients)
+    if not isinstance(data, LabelledData):
+        data = folder_data(data)
+    else:
+        data = with_names(data, labels)
+    classes = tuple(label_order(data.classes, order, labels, data.in_order))
+    sets: dict[str, OwnBatches] = {}
+    for name, (split, rows) in _deal(data, classes, hessian, gradient, generator).items():
+        if rows:
+            kept = _stored(data.parts[split], rows, preparation, pad, memory, progress)
+            memory -= memory_of(kept)
+            sets[name] = _as_batches(kept, data.parts[split], rows, classes, preparation, batch)
+    counts = None
+    if "train" in data.parts:
+        found = Counter(data.parts["train"].labels)
+        counts = tuple(found[name] for name in classes)
+    return OwnSets(**sets, classes=classes, training_counts=counts, where=data.where)
 
 
-# %% ../../nbs/app/00_own_network.ipynb #786da71b
-@plainly()
-def check_labels(
-    net: nn.Module,
-    sets: OwnSets,
-    chosen: bool = False,  # whether the order of the classes was asked for
-) -> None:
-    "Refuse an order of the classes that was guessed and is wrong; warn below chance."
-    from scipy.stats import binom
+# %% ../../nbs/app/00_own_network.ipynb #5a6b638d
+def _stored(
+    part: LabelledRows,
+    rows: list[int],
+    preparation: Preparation,
+    pad: int,
+    memory: int,
+    progress: bool,
+) -> Stored:
+    "These rows, read once."
+    from tqdm.auto import tqdm
 
-    part = sets.sensitivity
-    rows = torch.linspace(0, len(part.y) - 1, min(len(part.y), 200)).long()
-    logits, labels = predict(net, replace(part, x=part.x[rows], y=part.y[rows]))
-    found = logits.argmax(1).cpu()
-    labels = labels.cpu()
-    right = found == labels
-    better = _better_order(found, labels, list(sets.classes))
-    if better is not None:
-        order, share = better
-        says = (
-            f"On {len(rows)} images the network is right in {right.double().mean():.0%} with the "
-            f"classes in this order, in {share:.0%} with order {order!r}"
-        )
-        if not chosen:
-            raise InputError(
-                "class folders must be in the order of the network's outputs. "
-                f"{says}; give --class-order {order}."
-            )
-        warnings.warn(f"{says}: see --class-order.", stacklevel=2)
-        return
-    chance = 1 / logits.shape[1]
-    if binom.cdf(int(right.sum()), len(rows), chance) < 1e-3:
-        warnings.warn(
-            f"the network is right in {right.double().mean():.1%} of {len(rows)} images, below "
-            f"chance ({chance:.1%}). Are the class folders in the order of its "
-            "outputs (--class-order), and the images prepared as in its training "
-            "(--mean, --std, --resize, --crop)?",
-            stacklevel=2,
-        )
+    names = [part.names[row] for row in rows]
+    with tqdm(total=len(rows), desc="reading", leave=False, disable=not progress) as bar:
+
+        def counted():
+            for piece in part.read(rows, preparation, pad):
+                yield piece
+                bar.update(len(tensors_in(piece)[0]))
+
+        return store_rows(counted(), names, memory=memory)
 
 
-# %% ../../nbs/app/00_own_network.ipynb #e72ce222
-def _better_order(
-    found: torch.Tensor,  # (N,) outputs
-    labels: torch.Tensor,  # (N,)
-    classes: list[str],
-) -> tuple[str, float] | None:  # an order, and the accuracy with it
-    "An order of the classes in which many more of the answers would be right, if there is one."
-    right = found == labels
-    for order in ORDERS:
-        places = class_order(classes, order)
-        renumbered = torch.tensor([places.index(name) for name in classes])
-        right_there = found == renumbered[labels]
-        gain = int(right_there.sum() - right.sum())
-        changed = int((right_there != right).sum())
-        # three standard errors of a difference that is chance
-        if gain > 3 * changed**0.5:
-            return order, right_there.double().mean().item()
-    return None
+def _as_batches(
+    kept: Stored,
+    part: LabelledRows,
+    rows: list[int],
+    classes: tuple[str, ...],
+    preparation: Preparation,
+    size: int,
+) -> OwnBatches:
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers[part.labels[row]] for row in rows])
+    return OwnBatches(kept, labels, preparation, size, [part.names[row] for row in rows])

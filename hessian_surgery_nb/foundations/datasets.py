@@ -22,6 +22,7 @@ from .images import fast_layout, nor_others, read_folder
 
 # %% auto #0
 __all__ = [
+    "KNOWN_SPLITS",
     "Samples",
     "load_digits",
     "image_folder",
@@ -31,6 +32,7 @@ __all__ = [
     "mend_torchvision",
     "data_dir",
     "dataset_folder",
+    "split_of",
     "unseen_folder",
     "check_same_classes",
     "read_dataset",
@@ -256,6 +258,25 @@ def dataset_folder(
     if named.is_dir():
         return named
     return _data_root(root) / str(name)
+
+
+# as people call the parts of a dataset
+_SPLIT_NAMES = dict(
+    train=("train", "training"),
+    validation=("validation", "valid", "val", "dev"),
+    test=("test", "testing"),
+)
+KNOWN_SPLITS = ", ".join(name for names in _SPLIT_NAMES.values() for name in names)
+
+
+def split_of(
+    name: str,
+) -> str | None:  # "train", "validation", "test"; None: no name of a part
+    "Which part of a dataset a name means, in capitals or not."
+    for split, names in _SPLIT_NAMES.items():
+        if name.lower() in names:
+            return split
+    return None
 
 
 def unseen_folder(

@@ -11,7 +11,9 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ __all__ = [
     "ORDERS",
     "as_rgb",
     "read_image",
+    "usable_cores",
+    "read_in_order",
     "cache_dir",
     "decoded",
     "read_images",
     "fast_layout",
     "natural_key",
     "class_order",
+    "subfolders",
     "nor_others",
     "class_files",
     "read_folder",
@@ -73,7 +78,7 @@ def _rgb_of_bytes(
 
 # %% ../../nbs/foundations/10_images.ipynb #9bc817b7
 def read_image(
-    path: str | Path,
+    path: str | Path | Any,  # a file, or a PIL image that somebody opened
     size: int | None = None,  # pixels a side; None: as it is
     *,
     fit: Callable[[Any], Any] | None = None,  # PIL image -> PIL image, in place of size
@@ -82,8 +87,9 @@ def read_image(
     from PIL import Image
 
     fit = _fit_to(size) if fit is None else fit
+    opened = isinstance(path, Image.Image)
     try:
-        with Image.open(path) as image:
+        with contextlib.nullcontext(path) if opened else Image.open(path) as image:
             pixels = np.array(fit(as_rgb(image)))
     except InputError as e:
         raise InputError(f"images must be readable. {path} is not: {e}; or remove it.") from e
@@ -111,6 +117,37 @@ def _fit_to(size: int | None) -> Callable[[Any], Any]:
     return fit
 
 
+# %% ../../nbs/foundations/10_images.ipynb #bc26728e
+def usable_cores() -> int:
+    "Processor cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_in_order(
+    keys: Sequence[Any],  # files, or whatever read takes
+    read: Callable[[Any], Any],
+    *,
+    workers: int | None = None,  # threads; None: one for each usable core, at most 8
+    together: int = 8,  # keys that a thread takes at a time
+) -> Iterator[Any]:  # read(key), in the order of the keys
+    "What is read, decoded ahead by threads; memory holds a few pieces for each thread."
+    workers = min(usable_cores(), 8) if workers is None else whole("workers", workers)
+    pieces = [keys[start : start + together] for start in range(0, len(keys), together)]
+    ahead: deque[Future] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for piece in pieces:
+            ahead.append(pool.submit(lambda some: list(map(read, some)), piece))
+            if len(ahead) > 2 * workers:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 # %% ../../nbs/foundations/10_images.ipynb #21a9c3a7
 def cache_dir() -> Path:
     "Where decoded images are kept."
@@ -132,12 +169,12 @@ def decoded(
 
     first = read(files[0])
     images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-    bar = tqdm(files, desc="reading images", leave=False, disable=not progress)
-    for row, file in enumerate(bar):
-        image = read(file)
+    arriving = read_in_order(files, read)
+    bar = tqdm(arriving, total=len(files), desc="reading images", leave=False, disable=not progress)
+    for row, image in enumerate(bar):
         if image.shape != first.shape:
             raise InputError(
-                f"images must be of one size. {file} is {tuple(image.shape[1:])}, "
+                f"images must be of one size. {files[row]} is {tuple(image.shape[1:])}, "
                 f"{files[0]} is {tuple(first.shape[1:])}; {way_out}."
             )
         images[row] = image
@@ -286,6 +323,14 @@ def _entries(folder: Path) -> list[Path]:
 
 
 # %% ../../nbs/foundations/10_images.ipynb #66f9e7ee
+def subfolders(path: Path) -> list[Path]:
+    "The folders in a folder, hidden ones left out."
+    entries = _entries(path)
+    for entry in entries:
+        _check_link(entry, "folder")
+    return [entry for entry in entries if entry.is_dir()]
+
+
 def nor_others(
     cases: Sized,  # the first of them is named already
     verb: str,  # "are" or "have"
@@ -303,10 +348,7 @@ def class_files(
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"an image folder must be a directory. {path} is not.")
-    folders = [p for p in path.iterdir() if _visible(p)]
-    for folder in folders:
-        _check_link(folder, "folder")
-    classes = class_order([p.name for p in folders if p.is_dir()], order)
+    classes = class_order([folder.name for folder in subfolders(path)], order)
     files = {name: sorted(_images_below(path / name)) for name in classes}
     if not files:
         raise InputError(f"an image folder holds a folder a class. {path} has none.")

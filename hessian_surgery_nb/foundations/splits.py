@@ -91,9 +91,16 @@ def check_disjoint(
         first = min(shared, key=other_rows.__getitem__)
         raise InputError(
             f"the sets {one} and {other} must be disjoint: what is tuned on may not be reported "
-            f"on. They share {len(shared)} input(s), the first is row {rows[first]} of {one} and "
-            f"row {other_rows[first]} of {other}; remove it from one of them."
+            f"on. They share {len(shared)} input(s), the first is "
+            f"{_named_row(sets[one], rows[first])} of {one} and "
+            f"{_named_row(sets[other], other_rows[first])} of {other}; remove it from one of them."
         )
+
+
+def _named_row(data: Iterable, row: int) -> str:
+    "A row, and the file it comes from, where the data know it."
+    names = getattr(data, "names", ())
+    return f"row {row} ({names[row]})" if row < len(names) else f"row {row}"
 
 
 def _first_rows(data: Iterable) -> dict[bytes, int]:
