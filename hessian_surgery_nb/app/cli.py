@@ -18,6 +18,7 @@ from .command_flags import add_own_commands
 from .config_files import with_config
 from .demo import add_demo
 from .options import HARM, Help
+from .rebalance_command import add_rebalance
 from .reproduce_flags import add_reproduce
 from .run_control import claimed, logged, share_run
 from ..foundations.checks import InputError
@@ -58,6 +59,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:  # the whole, and each c
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_rebalance(commands)
     add_own_commands(commands)
     add_reproduce(commands)
     return parser, commands.choices

@@ -32,7 +32,7 @@ from .results import FRONT_FILES
 from ..comparison import METHODS
 
 # %% auto #0
-__all__ = ["add_own_commands"]
+__all__ = ["add_own", "add_own_commands"]
 
 # %% ../../nbs/app/03a_command_flags.ipynb #ad1cafa1
 _IMAGES_HELP = (
@@ -42,11 +42,11 @@ _IMAGES_HELP = (
 )
 
 
-def _add_own(
-    commands: argparse._SubParsersAction,
+def add_own(
+    commands: argparse._SubParsersAction,  # of the whole command line
     name: str,
-    run: Callable[[argparse.Namespace], int],
-    summary: str,
+    run: Callable[[argparse.Namespace], int],  # what the command does; gives the exit code
+    summary: str,  # one line
     *,
     pictures: bool = False,  # does it make some?
     data_required: bool = True,  # must --data be given?
@@ -89,7 +89,7 @@ def add_own_commands(
 
 
 def _add_operate(commands: argparse._SubParsersAction) -> None:
-    parser = _add_own(commands, "operate", run_operate, "surgery on your network", pictures=True)
+    parser = add_own(commands, "operate", run_operate, "surgery on your network", pictures=True)
     add_surgery_flags(parser)
     add_output_flags(
         parser,
@@ -109,7 +109,7 @@ def _add_operate(commands: argparse._SubParsersAction) -> None:
 # %% ../../nbs/app/03a_command_flags.ipynb #200690af
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     summary = "surgery beside simpler methods, on your network"
-    parser = _add_own(commands, "compare", run_compare, summary, pictures=True)
+    parser = add_own(commands, "compare", run_compare, summary, pictures=True)
     add_surgery_flags(parser)
     add_output_flags(parser, "hessian-surgery-compared", "result.json and report.html")
     add_dry_run_flag(parser)
@@ -143,7 +143,7 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
         "the trade-off between spread and global accuracy on your network, and the point you "
         "choose on it"
     )
-    parser = _add_own(commands, "front", run_front, summary, pictures=True)
+    parser = add_own(commands, "front", run_front, summary, pictures=True)
     add_spikes_flag(parser)
     add_directions_flag(parser, ("spikes", "class_means", "random"))
     add_price_flag(parser, "the new weights")
@@ -174,7 +174,7 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
 
 # %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:
-    parser = _add_own(
+    parser = add_own(
         commands, "screen", run_screen, "whether surgery is worth trying on your network"
     )
     add_spikes_flag(parser)
@@ -197,7 +197,7 @@ def _add_spectrum(commands: argparse._SubParsersAction) -> None:
         "the leading Hessian eigenvalues of it, and what its spectrum on training and test "
         "images says of generalisation"
     )
-    parser = _add_own(commands, "spectrum", run_spectrum, summary, data_required=False)
+    parser = add_own(commands, "spectrum", run_spectrum, summary, data_required=False)
     add_spikes_flag(parser, "eigenvalues; default: classes + 3")
     parser.add_argument(
         "--train",
