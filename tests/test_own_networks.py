@@ -396,7 +396,9 @@ def test_a_head_is_folded_only_where_it_is_stored_with_the_adapters(adapted, pef
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder.parent / "base")
     config = peft.LoraConfig(r=2, target_modules=["query", "classifier"])
     whole = peft.get_peft_model(base, config).eval()
-    name, _ = find_head(whole, CLASSES, texts())  # as made, these adapters add nothing
+    name = "base_model.model.classifier.base_layer"  # as made, its adapters add nothing
+    with pytest.raises(InputError, match=f"{name} is frozen"):
+        find_head(whole, CLASSES, texts())
     assert fold_into_head(whole, name, None, bias, data=texts()) is None
 
 
