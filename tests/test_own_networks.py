@@ -541,7 +541,7 @@ def test_colours_in_bytes_are_refused_with_the_numbers_that_are_meant(lay_out, t
     argv = ["operate", "--model", f"{d}/mine.py:net", "--data", str(d / "toys")]
     argv += ["--out", str(tmp_path / "out"), "--mean", "127", "127", "127"]
     assert main(argv) == 2
-    assert "would make it 0.498 0.498 0.498" in capsys.readouterr().err
+    assert "0.498" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["loss: own.py:weighted", "model: own.py:net"])
