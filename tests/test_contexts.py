@@ -384,6 +384,7 @@ LEFT_OUT = {
     "load_weights",
     "load_adjusted",
     "half_types",
+    "frozen_beside_adapters",
     "has_adapters",
     "adapter_files",
     "dense_hessian",

@@ -396,7 +396,9 @@ def test_a_head_is_folded_only_where_it_is_stored_with_the_adapters(adapted, pef
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder.parent / "base")
     config = peft.LoraConfig(r=2, target_modules=["query", "classifier"])
     whole = peft.get_peft_model(base, config).eval()
-    name, _ = find_head(whole, CLASSES, texts())  # as made, these adapters add nothing
+    name = "base_model.model.classifier.base_layer"  # as made, its adapters add nothing
+    with pytest.raises(InputError, match=f"{name} is frozen"):
+        find_head(whole, CLASSES, texts())
     assert fold_into_head(whole, name, None, bias, data=texts()) is None
 
 
@@ -539,7 +541,7 @@ def test_colours_in_bytes_are_refused_with_the_numbers_that_are_meant(lay_out, t
     argv = ["operate", "--model", f"{d}/mine.py:net", "--data", str(d / "toys")]
     argv += ["--out", str(tmp_path / "out"), "--mean", "127", "127", "127"]
     assert main(argv) == 2
-    assert "would make it 0.498 0.498 0.498" in capsys.readouterr().err
+    assert "0.498" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["loss: own.py:weighted", "model: own.py:net"])

@@ -17,7 +17,7 @@ from .batches import Data, Inputs, as_batches, rows_of, to_device
 from .checks import InputError
 from .forward import Forward, functional_logits
 from .guards import plainly
-from .networks import gives_raw_logits
+from .networks import frozen_beside_adapters, gives_raw_logits
 from .weight_files import facts_in, load_weights
 
 # %% auto #0
@@ -145,8 +145,7 @@ def _is_plain(model: nn.Module, head: nn.Module) -> bool:
     named = model.named_parameters(remove_duplicate=False)
     if sum(id(parameter) in ids for _, parameter in named) > 2:
         return False  # one of them has a second name: it is used elsewhere
-    has_adapters = any(type(m).__module__.startswith("peft.") for m in model.modules())
-    return head.weight.requires_grad if has_adapters else True
+    return not frozen_beside_adapters(model, head)
 
 
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b014

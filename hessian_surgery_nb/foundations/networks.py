@@ -27,6 +27,7 @@ __all__ = [
     "resnet50",
     "copy_model",
     "find_head",
+    "frozen_beside_adapters",
     "gives_raw_logits",
 ]
 
@@ -238,10 +239,24 @@ def find_head(
         )
     name, head = next(iter(found.items()))
     _refuse_shared_weights(model, name, head)
+    if frozen_beside_adapters(model, head):
+        raise InputError(
+            "of a network with adapters only what is stored with them may change. The head "
+            f"{name} is frozen; name it in modules_to_save of PEFT, or leave that method out."
+        )
     return name, head
 
 
 # %% ../../nbs/foundations/12_networks.ipynb #f1b06532
+def frozen_beside_adapters(
+    model: nn.Module,
+    layer: nn.Linear,  # of it
+) -> bool:
+    "Whether a layer keeps its weights because adapters of PEFT are trained in its place."
+    has_adapters = any(type(m).__module__.startswith("peft.") for m in model.modules())
+    return has_adapters and not layer.weight.requires_grad
+
+
 def _refuse_shared_weights(model: nn.Module, name: str, head: nn.Linear):
     "A head that is tied to another layer cannot be changed alone."
     own = {id(parameter) for parameter in head.parameters()}
