@@ -130,7 +130,7 @@ def _limits_line(choice: Choice, fall: float, fall_error: float, goal: Goal) -> 
     return line
 
 
-# %% ../nbs/05k_advice.ipynb #6354f31f
+# %% ../nbs/05k_advice.ipynb #159cb75e
 def advise(
     choice: Choice,
     scoring: Scoring,  # the goal on the tuning images
@@ -156,9 +156,6 @@ def advise(
         times = _times_images(best_gain[place].item(), best_error[place].item())
         if times is not None:
             lines.append(f"About {times:.0f} times as many labelled images would tell.")
-    lacking = scoring.of_answers(scoring.before)[1]
-    if (lacking > 1e-9).any() and choice.chosen == 0:
-        lines.append("A floor is not reached by any method; lower it, or get a better network.")
     return Advice(
         case=diagnosis.case,
         method=choice.name,

@@ -18,7 +18,7 @@ from .foundations.class_limits import checked_limits, find_class
 __all__ = ["Goal", "mean_of_weakest", "Scoring", "draws_of"]
 
 
-# %% ../nbs/05d_goals.ipynb #6e68753b
+# %% ../nbs/05d_goals.ipynb #31276175
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     "What to raise, and what may not fall."
@@ -26,7 +26,7 @@ class Goal:
     objective: object = "spread"  # a name, a list of classes, or costs (C, C)
     max_global_drop: float | None = 0.005  # of the global accuracy, a fraction; None: any
     protect: Mapping = field(default_factory=dict)  # class -> largest fall, a fraction
-    floors: Mapping = field(default_factory=dict)  # class -> least accuracy, a fraction
+    floors: Mapping = field(default_factory=dict)  # class -> accuracy to keep, a fraction
     max_class_drop: float | None = None  # of every class, a fraction; None: any
 
     def __post_init__(self):
@@ -85,7 +85,7 @@ def _weakest_weights(
     return weights / weights.sum()
 
 
-# %% ../nbs/05d_goals.ipynb #4308e55c
+# %% ../nbs/05d_goals.ipynb #1ede0507
 class Scoring:
     "A goal on labelled images."
 
@@ -125,7 +125,8 @@ class Scoring:
             least[unit] = torch.maximum(least[unit], start[unit] - fall)
         for name, floor in goal.floors.items():
             unit = find_class(name, self.unit_names, "floors")
-            least[unit] = least[unit].clamp(min=floor)
+            kept = start[unit].clamp(max=floor)
+            least[unit] = torch.maximum(least[unit], kept)
         self._limited = self.present & (least > -1)
         self._least = least
         drop = 1.0 if goal.max_global_drop is None else goal.max_global_drop

@@ -23,7 +23,7 @@ from .goals import Goal, Scoring
 __all__ = ["Rebalancer"]
 
 
-# %% ../nbs/05i_rebalancer.ipynb #d1290a08
+# %% ../nbs/05i_rebalancer.ipynb #16e69a48
 class Rebalancer(ClassifierMixin, BaseEstimator):
     "Rebalances a classifier by its logits: what it learns are scales and biases, or nothing."
 
@@ -32,7 +32,7 @@ class Rebalancer(ClassifierMixin, BaseEstimator):
         objective: object = "spread",  # as for Goal, which has all of the next five
         max_global_drop: float | None = 0.005,  # of the global accuracy, a fraction; None: any
         protect: Mapping | None = None,  # class -> largest fall, a fraction
-        floors: Mapping | None = None,  # class -> least accuracy, a fraction
+        floors: Mapping | None = None,  # class -> accuracy to keep, a fraction
         max_class_drop: float | None = None,  # of every class, a fraction
         counts: Sequence[int] | None = None,  # (C,) training images; None: no logit adjustment
         classes: Sequence | None = None,  # labels of the columns; None: those of y, or of a frame

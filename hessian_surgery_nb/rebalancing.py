@@ -181,7 +181,7 @@ class _Run:
         )
 
 
-# %% ../nbs/05l_rebalancing.ipynb #98248873
+# %% ../nbs/05l_rebalancing.ipynb #cbcaefdd
 @plainly()
 def rebalance(
     model: nn.Module,  # in evaluation mode; left as it is
@@ -193,7 +193,7 @@ def rebalance(
     objective: object = "spread",  # as for Goal, which has all of the next four
     max_global_drop: float | None = 0.005,  # of the global accuracy, a fraction; None: any
     protect: Mapping[str, float] | None = None,  # class -> largest fall, a fraction
-    floors: Mapping[str, float] | None = None,  # class -> least accuracy, a fraction
+    floors: Mapping[str, float] | None = None,  # class -> accuracy to keep, a fraction
     max_class_drop: float | None = None,  # of every class, a fraction
     groups: Sequence | None = None,  # (N,) groups of tuning images, in place of classes
     methods: str | Sequence[str] = "auto",  # "auto": what costs little; "all"; or names
