@@ -29,10 +29,13 @@ from hessian_surgery_nb import (
     deflation,
     effective_rank,
     hvp,
+    fits,
     lanczos,
     linearised,
     matrices,
+    network_methods,
     predicted_logits,
+    rebalancing,
     sensitivity,
     slq,
     spectrum_type,
@@ -363,6 +366,34 @@ ENTRIES = {
     "gives_raw_logits": lambda p: models.gives_raw_logits(
         p.net, models.find_head(p.net, CLASSES)[1], p.sensitive
     ),
+    "rebalance": lambda p: dict(
+        rebalancing.rebalance(
+            p.net,
+            CE,
+            p.hessian,
+            p.sensitive,
+            held_out=p.held,
+            objective="balanced",
+            max_global_drop=None,
+            methods=["biases", "class means"],
+            folds=2,
+            prices=(),
+            progress=False,
+        )
+        .taking("class means")
+        .model.state_dict()
+    ),
+    "network_of": lambda p: dict(
+        network_methods.network_of(
+            p.net,
+            fits.Fit(
+                setting="",
+                logits=lambda rows: rows,
+                weights=lambda: {name: w + 1 for name, w in p.net.named_parameters()},
+            ),
+            p.held,
+        ).state_dict()
+    ),
     "weights_bytes": lambda p: weight_files.weights_bytes(p.net),
     "num_params": lambda p: models.num_params(p.net),
     "find_head": lambda p: models.find_head(p.net, CLASSES)[0],
@@ -375,6 +406,8 @@ ENTRIES = {
 # What takes a network or an operator and is not tried here: checks that return nothing, records of
 # results, and parts of whole commands, which have tests of their own.
 LEFT_OUT = {
+    "Given",  # what methods are given, and what comes back
+    "Rebalancing",
     "check_model",
     "check_mode",
     "check_inputs",
