@@ -18,9 +18,8 @@ from .foundations.checks import InputError
 from .foundations.intervals import paired_interval
 from .foundations.networks import copy_model
 from .foundations.testbed import Axes
-from .foundations.weights import select_params
+from .foundations.weights import moved_state, select_params
 from .lanczos import Eigenpairs
-from .foundations.weights import moved_state
 
 # %% auto #0
 __all__ = ["Point", "Front", "plot_front"]
@@ -154,6 +153,7 @@ def plot_front(
         ax.plot(overall, sigma, "o-", ms=4, color=COLOURS[colour], label=name)
     ring = {"ms": 9, "mfc": "none", "color": COLOURS["grey"], "label": "as it was"}
     ax.plot(100 * start.overall, 100 * start.sigma, "o", **ring)
-    ax.set_ylim(bottom=0)
+    _, top = ax.get_ylim()
+    ax.set_ylim(0, 1.05 * top)  # the ring at the top is not cut
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -2,6 +2,7 @@
 somebody else is at work.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from hessian_surgery_nb.app import commands
-from hessian_surgery_nb.app.cli import main
+from hessian_surgery_nb.app.cli import build_parser, main
 from hessian_surgery_nb.app.options import HARM
 from hessian_surgery_nb.app.result_schema import result_schema
 from hessian_surgery_nb.app.run_control import LOCK, claimed
-from hessian_surgery_nb.comparison import METHODS
+from hessian_surgery_nb.comparison import METHODS, compare
+from hessian_surgery_nb.effective_rank import screen
 from hessian_surgery_nb.foundations.adjusted import load_adjusted
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.class_limits import class_limits
@@ -28,6 +30,7 @@ from hessian_surgery_nb.foundations.testbed import tiny_data, tiny_mlp
 from hessian_surgery_nb.foundations.training import train
 from hessian_surgery_nb.foundations.weight_files import weights_bytes, write_atomic
 from hessian_surgery_nb.app.own_network import own_sets
+from hessian_surgery_nb.linearised import linearised_operate
 from hessian_surgery_nb.settings import SurgeryConfig
 from hessian_surgery_nb.surgery import HeldOutHarm, operate
 
@@ -242,7 +245,7 @@ def test_accuracies_are_percent_wherever_a_name_says_so(place, tmp_path, capsys)
     found = json.loads(out)
     assert len(found["accuracy_percent"]) == len(found["classes"]) == 3
     assert len(found["sensitivity_matrix"]["values"][0]) == 2
-    assert "images:" not in err
+    assert "inputs " not in err
 
 
 def test_limits_hold_on_the_sensitivity_set_and_names_are_checked(place, tmp_path, capsys):
@@ -324,4 +327,33 @@ def test_a_network_near_chance_is_doubted(place, tmp_path, capsys):
     argv[argv.index(f"{place}/trained.safetensors")] = f"{place}/w.safetensors"
     assert main(argv) == 0
     err = capsys.readouterr().err
-    assert "near chance (33.3 %)" in err and "images: mean 0, 0, 0; std 1, 1, 1" in err
+    assert "guessing gives 33.3%" in err and "--mean, --std" in err
+
+
+def test_defaults_are_the_same_in_python_and_on_the_command_line():
+    _, parsers = build_parser()
+
+    def flags_of(name):
+        return {action.dest: action.default for action in parsers[name]._actions}
+
+    def defaults_of(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {each.name: each.default for each in parameters}
+
+    settings, named = SurgeryConfig(), {"spikes": "num_spikes", "floor": "floors"}
+    for command in ("operate", "compare"):
+        for flag, value in flags_of(command).items():
+            field = named.get(flag, flag)
+            if hasattr(settings, field) and flag not in ("tau", "precision", "micro_batch"):
+                if (command, flag) != ("compare", "max_global_drop"):
+                    assert value == getattr(settings, field), (command, flag)
+    front, of_front = flags_of("front"), defaults_of(linearised_operate)
+    assert [price / 100 for price in front["prices"]] == list(of_front["prices"])
+    assert (front["rounds"], front["folds"]) == (of_front["rounds"], of_front["folds"])
+    table, of_table = flags_of("compare"), defaults_of(compare)
+    assert table["max_global_drop"] / 100 == of_table["price"]
+    for name in ("methods", "controls", "draws"):
+        assert table[name] == of_table[name]
+    screening, of_screening = flags_of("screen"), defaults_of(screen)
+    for name in ("eps", "directions", "scheme", "params", "seed"):
+        assert screening[name] == of_screening[name]

@@ -225,7 +225,7 @@ def add_spikes_flag(
     says: str = "directions; default: classes - 1",
 ) -> None:
     "How many directions, or eigenvalues."
-    parser.add_argument("--spikes", type=int, metavar="K", help=says)
+    parser.add_argument("--spikes", "--num-spikes", type=int, metavar="K", help=says)
 
 
 def add_eps_flag(parser: argparse.ArgumentParser) -> None:
@@ -392,6 +392,7 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--floor",
+        "--floors",
         nargs="+",
         metavar="CLASS=PERCENT",
         help="accuracy that a class must keep there; one that is below it already must not fall; "
