@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 from .own_network import LabelledData, image_rows
 from ..foundations.checks import InputError, first_line
 from ..foundations.datasets import KNOWN_SPLITS, split_of
 from ..foundations.images import nor_others
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ["TABLE_SUFFIXES", "table_data", "numbered_or_named"]
