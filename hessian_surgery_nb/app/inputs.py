@@ -137,6 +137,7 @@ def count_outputs(
     "Its outputs. A network that does not take these images, or is no classifier, is refused."
     try:
         outputs = network(**images) if isinstance(images, Mapping) else network(images)
+        outputs = getattr(outputs, "logits", outputs)  # of transformers
     except InputError:
         raise
     except Exception as error:  # whatever a network raises on images that it was not made for

@@ -63,7 +63,7 @@ class Preparation:
         "Centre and scale the colours."
         mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        scaled = (images.float() / 255 - mean) / std
+        scaled = (images.float() / 255).sub_(mean).div_(std)  # in place: a batch may be large
         return scaled.contiguous(memory_format=torch.channels_last)
 
 
