@@ -15,9 +15,11 @@ import json
 import pkgutil
 import re
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 from problem import about, arguments, table, write
 from sklearn.datasets import make_classification
@@ -126,7 +128,10 @@ def docstrings() -> tuple[list[str], list[int]]:
 def of_texts(seed: int) -> dict:
     texts, labels = docstrings()
     x = HashingVectorizer(n_features=1024, alternate_sign=False).transform(texts).toarray()
-    return trained_on_rows(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), seed)
+    _, first = np.unique(x, axis=0, return_index=True)  # texts of the same words count once
+    rows = np.sort(first)
+    features = torch.tensor(x[rows], dtype=torch.float32)
+    return trained_on_rows(features, torch.tensor(labels)[rows], seed)
 
 
 def of_study(file: Path, root: Path) -> dict:
@@ -236,18 +241,22 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     kinds = {"digits, long tail": of_digits, "table": of_table, "texts": of_texts}
-    problems = [(name, seed, make) for name, make in kinds.items() for seed in args.seeds]
-    rows = []
-    for name, seed, make in tqdm(problems):
-        rows += run(name, seed, make(seed))
+    root = Path(args.data or ".").parent
+    problems = [(name, seed, make, seed) for name, make in kinds.items() for seed in args.seeds]
     for file in map(Path, args.networks):
         start = "constant" if "constant" in file.name else "annealed"
         seed = int(re.search(r"_s(\d+)_", file.name)[1])
         label = f"{file.name.split('_')[0]}, {start}"
-        rows += run(label, seed, of_study(file, Path(args.data).parent))
+        problems.append((label, seed, partial(of_study, root=root), file))
+    for name, seed, make, given in tqdm(problems):
+        store(run(name, seed, make(given)), args)
+
+
+def store(rows: list[dict], args: argparse.Namespace) -> None:
+    "Beside those that are there, after each network: nothing is lost."
     rows = earlier_rows(args.out, rows) + rows
     conditions = about(args, seeds=sorted({row["seed"] for row in rows}))
-    conditions["data"] = "digits, a drawn table, docstrings, CIFAR-10, Tiny-ImageNet-100, ISIC-2019"
+    conditions["data"] = "digits, a drawn table, docstrings, CIFAR-10, Tiny-ImageNet-100"
     conditions["weights"] = "digits, table, texts: trained here; others: stored"
     stored = dict(command="python benchmarks/rebalance.py", about=conditions, rows=rows)
     write(args.out, stored, table(in_brief(rows)))

@@ -22,7 +22,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
 
 
+LONGEST = ("test_resume", "test_reproduce", "test_promises", "test_distributed")  # begin first
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.module.__name__ not in LONGEST)
     if config.getoption("--slow"):
         return
     for item in items:

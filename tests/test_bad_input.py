@@ -281,7 +281,8 @@ def test_names_may_be_anything_in_a_row(names):
 
 @pytest.mark.parametrize("names", [np.array(["a", "b"]), pd.Index(list("abcd")), "ab"])
 def test_names_must_be_one_for_each_output(names):
-    with pytest.raises(InputError, match=f"each of the 3 outputs. Got {len(names)}"):
+    says = "are a list" if isinstance(names, str) else f"each of the 3 outputs. Got {len(names)}"
+    with pytest.raises(InputError, match=says):
         run(names=names)
 
 

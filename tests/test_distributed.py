@@ -257,7 +257,7 @@ def whole(place, tmp_path_factory):
     processes = by_hand(2, operate(place, d, "--iterations", "6"))
     said = [p.communicate(timeout=240) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], said
-    assert "Held-out: sigma" in said[0][0] and not said[1][0]  # one voice
+    assert "change (pp)" in said[0][0] and not said[1][0]  # one voice
     return d
 
 
@@ -466,7 +466,7 @@ def test_screen_compare_and_front_are_shared(place, tmp_path):
         ),
     )
     said, errors = p.communicate(timeout=240)
-    assert p.returncode == 0 and said.count("Held-out, ") == 1, errors
+    assert p.returncode == 0 and said.count("The smallest sigma is that of") == 1, errors
     assert {f.name for f in (tmp_path / "compared").iterdir()} == {"result.json", "report.html"}
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [

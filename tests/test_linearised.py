@@ -196,9 +196,11 @@ def test_the_command(lay_out, tmp_path, capsys):
     assert main([*flags, "--max-global-drop", "5"]) == 0
     said = capsys.readouterr().out
     r = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert "for a price of at most 5 pp" in said and {
-        f.name for f in (tmp_path / "out").iterdir()
-    } == {"weights.safetensors", "result.json", "report.html"}
+    assert "At a price of 5 pp" in said and {f.name for f in (tmp_path / "out").iterdir()} == {
+        "weights.safetensors",
+        "result.json",
+        "report.html",
+    }
     assert [p["price_pp"] for p in r["points"]] == pytest.approx([0, 0, 0.25, 0.5, 1, 2, 5]) and r[
         "max_global_drop_pp"
     ] == 5
@@ -213,5 +215,5 @@ def test_the_command(lay_out, tmp_path, capsys):
     )
     assert (
         main([*flags, "--force", "--prices", "-1"]) == 2
-        and "ascending, from 0 on" in capsys.readouterr().err
+        and "percentage points, in 0..100" in capsys.readouterr().err
     )

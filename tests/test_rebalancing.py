@@ -162,13 +162,13 @@ def test_frames_arrays_and_text_labels_agree():
 
 
 def test_columns_in_another_order_give_the_same_classes():
-    logits, labels = drawn(30, 4, 2)
+    logits, labels = drawn(60, 4, 2)
     frame = pd.DataFrame(logits.numpy(), columns=list(NAMES))
     text = np.array(NAMES)[labels.numpy()]
     turned = frame[list("dcba")]
     one = Rebalancer(folds=2).fit(frame, text).predict(frame)
     other = Rebalancer(folds=2).fit(turned, text).predict(turned)
-    assert (one == other).mean() > 0.95
+    assert (one == other).mean() > 0.9
 
 
 def test_groups_replace_classes():

@@ -128,7 +128,8 @@ def results(out):
     ).read_bytes()
 
 
-def test_killed_twenty_times_and_resumed(place, tmp_path):
+@pytest.mark.parametrize("times", [7, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_and_resumed(place, tmp_path, times):
     p = start(place, tmp_path / "whole")
     assert p.wait(timeout=300) == 0, p.stderr.read()
     whole, cut, rng, killed = results(tmp_path / "whole"), tmp_path / "cut", random.Random(0), 0
@@ -136,12 +137,12 @@ def test_killed_twenty_times_and_resumed(place, tmp_path):
         p, file, seen = start(place, cut, "--resume"), cut / "state" / "surgery.safetensors", None
         before = file.stat().st_mtime_ns if file.exists() else None
         while (
-            killed < 20 and p.poll() is None and seen in (None, before)
+            killed < times and p.poll() is None and seen in (None, before)
         ):  # at least one more step each time
             seen = file.stat().st_mtime_ns if file.exists() else None
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        if killed < 20 and p.poll() is None:
+        if killed < times and p.poll() is None:
             p.kill()
             p.communicate()
             killed += 1
@@ -151,7 +152,7 @@ def test_killed_twenty_times_and_resumed(place, tmp_path):
             continue
         assert p.wait(timeout=300) == 0, p.stderr.read()
         assert results(cut) == whole and not file.parent.exists()
-        if killed == 20:
+        if killed == times:
             break
         shutil.rmtree(cut)  # it was done before it could be killed again
 

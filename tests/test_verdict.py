@@ -143,12 +143,12 @@ def test_what_may_still_be_lost_is_said_of_weights_that_are_kept():
 def test_the_largest_of_many_classes_is_no_loser_by_luck():
     rng = np.random.default_rng(1)
     called = 0
-    for _ in range(300):
+    for _ in range(150):
         cells = [(60, 50, rng.binomial(10, 0.3), rng.binomial(50, 0.06)) for _ in range(40)]
         verdict = held_out_verdict(*pair(*cells))
         called += verdict.largest_loser.beyond_chance
-    # 5 % on either side at most, plus 3 standard errors of 300 trials
-    assert called / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+    # 5 % on either side at most, plus 3 standard errors of 150 trials
+    assert called / 150 <= 0.05 + 3 * (0.05 * 0.95 / 150) ** 0.5
 
 
 @pytest.mark.parametrize("figure", ["overall", "balanced"])
@@ -160,15 +160,15 @@ def test_intervals_of_the_figures_hold_as_often_as_they_say(figure):
     change = (1 - right) * gain - right * loss
     truth = change.mean() if figure == "balanced" else (images * change).sum() / images.sum()
     held = []
-    for _ in range(400):
+    for _ in range(200):
         cells = []
         for size, share, up, down in zip(images, right, gain, loss):
             known = rng.binomial(size, share)
             cells.append((size, known, rng.binomial(size - known, up), rng.binomial(known, down)))
         found = getattr(held_out_verdict(*pair(*cells)), figure)
         held.append(found.low <= truth <= found.high)
-    # three standard errors of 400 trials below 95 %
-    assert np.mean(held) >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5, np.mean(held)
+    # three standard errors of 200 trials below 95 %
+    assert np.mean(held) >= 0.95 - 3 * (0.95 * 0.05 / 200) ** 0.5, np.mean(held)
 
 
 def test_no_sign_is_claimed_that_the_exact_test_does_not_claim():

@@ -394,8 +394,9 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
         "--floor",
         "--floors",
         nargs="+",
-        metavar="CLASS=PERCENT",
-        help="accuracy that a class must keep there; one that is below it already must not fall; "
+        metavar="CLASS=N",
+        help="accuracy in percent that a class must keep there; one that is below it already "
+        "must not fall; "
         "in Python floors={'cat': 0.6}, a fraction",
     )
 
