@@ -109,7 +109,7 @@ class Method(Protocol):
         "Tune on these images; the others have no say."
 
 
-# %% ../nbs/05f_fits.ipynb #01b075d4
+# %% ../nbs/05f_fits.ipynb #477d3538
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     "What methods have in common: the images that they are tuned on, and how."
@@ -139,7 +139,7 @@ class Tuning:
             for length, found in answers.items()
             if length == 0 or holds_surely(scoring, found, self.confidence)
         ]
-        return max(allowed, key=lambda length: (scoring.of_answers(answers[length])[0], -length))
+        return max(allowed, key=lambda length: (*scoring.standing(answers[length]), -length))
 
 
 # %% ../nbs/05f_fits.ipynb #d5386ed7

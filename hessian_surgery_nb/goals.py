@@ -85,7 +85,7 @@ def _weakest_weights(
     return weights / weights.sum()
 
 
-# %% ../nbs/05d_goals.ipynb #1ede0507
+# %% ../nbs/05d_goals.ipynb #ea7a7d40
 class Scoring:
     "A goal on labelled images."
 
@@ -180,6 +180,15 @@ class Scoring:
         "As they are."
         value, lacking = self.measure((answers == self.labels).double(), answers)
         return value.item(), lacking
+
+    def standing(
+        self,
+        answers: torch.Tensor,  # (N,)
+    ) -> tuple[float, float]:  # objective; mean accuracy of classes, or groups
+        "What answers are ranked by: where the objective is equal, the mean accuracy decides."
+        right = (answers == self.labels).double()
+        mean = self.unit_accuracies(right)[self.present].mean().item()
+        return round(self.of_answers(answers)[0], 12), mean
 
     def holds(
         self,

@@ -65,7 +65,7 @@ def _regression(
     return _Layer(weight=weight.to(inputs), bias=bias.to(inputs))
 
 
-# %% ../nbs/05g_last_layer.ipynb #89efd065
+# %% ../nbs/05g_last_layer.ipynb #e5f4868c
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 
@@ -106,9 +106,9 @@ class LastLayer:
         for strength in _STRENGTHS:
             answers = self._out_of_fold(rows, strength)
             length = self.tuning.best_length(rows, answers)
-            value = scoring.of_answers(answers[length])[0]
-            if best is None or value > best[0] + 1e-12:
-                best = value, strength, length
+            standing = scoring.standing(answers[length])
+            if best is None or standing > best[0]:
+                best = standing, strength, length
         _, strength, length = best
         new = self._trained(rows, strength)
         if new is None:
