@@ -3,8 +3,9 @@
 Networks of digits (some rare), a table (some classes rare) and texts (which package a docstring
 is of) are trained here; those of CIFAR-10, of a hundred classes and of skin lesions are stored.
 For each, all methods that cost little are tried; the table says which was taken, how far its
-held-out objective is from the best of all methods there, in standard errors of that best objective
-(and of the difference, which is smaller), and how far above no change. Rows of other networks that --out has already stay in it.
+held-out objective is behind the best of all methods there, in standard errors of that objective
+(and of the difference, which are smaller), and how far above no change. Rows of other networks
+that --out has already stay in it.
 """
 
 from __future__ import annotations
