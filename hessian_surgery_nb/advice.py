@@ -88,12 +88,12 @@ def _times_images(gain: float, error: float) -> float | None:
     return (2 * error / gain) ** 2
 
 
-# %% ../nbs/05k_advice.ipynb #15516e09
+# %% ../nbs/05k_advice.ipynb #689e7ead
 def _why(choice: Choice) -> str:
     best, chosen = choice.names[choice.best], choice.name
     others = len(choice.names) - 1
     if (choice.values == choice.values[0]).all():
-        return f"none of {others} methods changes what was asked for, on images left out"
+        return "no method changes what was asked for, on images left out"
     if best == chosen:
         return f"of {others} methods and no change it did best on images left out"
     behind = (choice.values[choice.best] - choice.values[choice.chosen]).item()

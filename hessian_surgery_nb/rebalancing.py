@@ -383,7 +383,7 @@ def methods_frame(
     return table
 
 
-# %% ../nbs/05l_rebalancing.ipynb #10e20640
+# %% ../nbs/05l_rebalancing.ipynb #e09bf25d
 def _numbers(tensor: torch.Tensor | None) -> list[float] | None:
     return None if tensor is None else [round(value, 6) for value in tensor.tolist()]
 
@@ -451,7 +451,9 @@ def save(
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = {"weights.safetensors": weights_bytes(self.model), **adapter_files(self.model)}
+    files = {"weights.safetensors": weights_bytes(self.model)}
+    if not isinstance(self.model, Adjusted):  # adapters alone would lack its scales and biases
+        files |= adapter_files(self.model)
     for name, content in files.items():
         write_atomic(directory / name, content)
     text = json.dumps(self.to_dict(), indent=1)
