@@ -67,8 +67,8 @@ def trained_on_rows(x: torch.Tensor, y: torch.Tensor, seed: int) -> dict:
     "A small network of half of the rows; a quarter each decides and reports."
     classes = int(y.max()) + 1
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    learned, decide, report = order.split([len(y) // 2, len(y) // 4, len(y) - 3 * (len(y) // 4)])
-    decide, report = decide, report[: len(decide)]
+    quarter = len(y) // 4
+    learned, decide, report = order.split([len(y) - 2 * quarter, quarter, quarter])
     net = small_net(x.shape[1], classes, seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
     for _ in range(30):
@@ -261,7 +261,7 @@ def store(rows: list[dict], args: argparse.Namespace) -> None:
     "Beside those that are there, after each network: nothing is lost."
     rows = earlier_rows(args.out, rows) + rows
     conditions = about(args, seeds=sorted({row["seed"] for row in rows}))
-    conditions["data"] = "digits, a drawn table, docstrings, CIFAR-10, Tiny-ImageNet-100"
+    conditions["data"] = ", ".join(dict.fromkeys(row["network"] for row in rows))
     conditions["weights"] = "digits, table, texts: trained here; others: stored"
     stored = dict(command="python benchmarks/rebalance.py", about=conditions, rows=rows)
     write(args.out, stored, table(in_brief(rows)))
