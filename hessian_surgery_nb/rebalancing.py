@@ -20,7 +20,12 @@ from .advice import Advice, advise
 from .choice import Choice, choice_frame, choose, unseen_answers
 from .diagnosis import diagnose
 from .fits import AsItIs, Fit, Method, Tuning
-from .foundations.accuracy import ClassReport, check_order, class_report_of, predict
+from hessian_surgery_nb.foundations.accuracy import (
+    ClassReport,
+    check_order,
+    class_report_of,
+    predict,
+)
 from .foundations.adjusted import Adjusted
 from .foundations.batches import Data
 from .foundations.checks import InputError, seed_of, whole
