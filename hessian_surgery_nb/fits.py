@@ -5,7 +5,7 @@
 # %% ../nbs/05f_fits.ipynb #a56caf9a
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -15,7 +15,7 @@ import torch
 from .baselines import Head, logit_adjustment
 from .best_step import SHRINK, folds, margins
 from .goals import Scoring
-from .shifts import Change, ScaleAndShift, Shift, Steps, solve_change
+from .shifts import Change, Parts, ScaleAndShift, Shift, solve_change
 
 # %% auto #0
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "Tuning",
     "Tuned",
+    "by_class",
     "Sweep",
     "by_counts",
     "by_row_norms",
@@ -127,6 +128,22 @@ class Tuning:
         fold = folds(self.scoring.labels[rows], self.folds, self.seed)
         return [(rows[fold != f], rows[fold == f]) for f in range(self.folds)]
 
+    def out_of_fold(
+        self,
+        rows: torch.Tensor,  # which images
+        learned: Callable,  # rows -> what is learned from them
+        answers: Callable,  # what was learned, length, rows -> (n,) answers
+    ) -> dict[float, torch.Tensor]:  # length -> (n,) answers to images that had no say
+        "What so much of the way gives on the folds."
+        place = torch.empty(len(self.scoring.labels), dtype=torch.int64)
+        place[rows] = torch.arange(len(rows))
+        found = {length: torch.empty(len(rows), dtype=torch.int64) for length in SHRINK}
+        for inside, left_out in self.parts(rows):
+            result = learned(inside)
+            for length, answered in found.items():
+                answered[place[left_out]] = answers(result, length, left_out)
+        return found
+
     def best_length(
         self,
         rows: torch.Tensor,
@@ -141,8 +158,21 @@ class Tuning:
         ]
         return max(allowed, key=lambda length: (*scoring.standing(answers[length]), -length))
 
+    def within_limits(
+        self,
+        rows: torch.Tensor,
+        lengths: Iterable[float],  # of the way, from the longest on
+        answers: Callable[[float], torch.Tensor],  # length -> (n,) of these rows
+    ) -> float:
+        "The first at which every limit holds on the images that it is tuned on; 0: none."
+        scoring = self.scoring.rows(rows)
+        for length in lengths:
+            if length > 0 and scoring.holds(answers(length)):
+                return length
+        return 0.0
 
-# %% ../nbs/05f_fits.ipynb #d5386ed7
+
+# %% ../nbs/05f_fits.ipynb #d1a52ea2
 class Tuned:
     "A change of logits, tuned."
 
@@ -152,35 +182,27 @@ class Tuned:
         rank: int,
         tuning: Tuning,
         logits: torch.Tensor,  # (N, C) that are changed
-        change: Change | type,  # or what makes one of (classes, unit)
-        weights: Callable | None = None,  # coefficients (K,) -> tensors by name; None: no weights
+        change: Callable[[torch.Tensor], Change],  # rows -> the change of these images
+        weights: Callable[[Parts], Mapping] | None = None,  # parts -> tensors by name; None: none
         truth: Callable | None = None,  # numbers (P,), rows -> (n, C), where `change` only predicts
     ):
         self.name = name
         self.rank = rank
         self.tuning = tuning
         self.logits = logits
-        self.given = change
+        self.change = change
         self.weights = weights
         self.truth = truth
 
-    def _change(self, rows: torch.Tensor) -> Change:
-        if isinstance(self.given, Steps):
-            return self.given.rows(rows)
-        margin, _ = margins(self.logits[rows], self.tuning.scoring.labels[rows])
-        return self.given(self.logits.shape[1], margin.abs().median().item() or 1.0)
-
     def _solve(self, rows: torch.Tensor) -> torch.Tensor:  # (P,)
-        scoring = self.tuning.scoring.rows(rows)
-        return solve_change(self.logits[rows], scoring, self._change(rows))
+        return solve_change(self.logits[rows], self.tuning.scoring.rows(rows), self.change(rows))
 
-    def _changed(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if self.truth is not None:
-            return self.truth(numbers, rows)
-        return self._predicted(numbers, rows)
+    def _predicted(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # (n, C)
+        return self.change(rows).of_all(numbers, self.logits[rows])
 
-    def _predicted(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self._change(rows).of_all(numbers, self.logits[rows])
+    def _changed(self, numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # (n, C)
+        changed = self._predicted if self.truth is None else self.truth
+        return changed(numbers, rows)
 
     def fit(
         self,
@@ -188,27 +210,21 @@ class Tuned:
     ) -> Fit:
         "As far as other images confirm."
         numbers = self._solve(rows)
-        length = 1.0
+        longest = 1.0
         if self.tuning.folds > 1:
-            length = self.tuning.best_length(rows, self._out_of_fold(rows))
-        scoring = self.tuning.scoring.rows(rows)
-        for shorter in SHRINK:
-            if shorter > length or shorter == 0:
-                continue
-            if scoring.holds(self._changed(shorter * numbers, rows).argmax(1).cpu()):
-                return self.at(numbers, shorter)
-        return self.at(numbers, 0.0)
+            longest = self.tuning.best_length(rows, self._out_of_fold(rows))
+        length = self.tuning.within_limits(
+            rows,
+            [shorter for shorter in SHRINK if shorter <= longest],
+            lambda shorter: self._changed(shorter * numbers, rows).argmax(1).cpu(),
+        )
+        return self.at(numbers, length)
 
     def _out_of_fold(self, rows: torch.Tensor) -> dict[float, torch.Tensor]:
-        place = torch.empty(len(self.logits), dtype=torch.int64)
-        place[rows] = torch.arange(len(rows))
-        answers = {length: torch.empty(len(rows), dtype=torch.int64) for length in SHRINK}
-        for learned, left_out in self.tuning.parts(rows):
-            numbers = self._solve(learned)
-            for length, found in answers.items():
-                changed = self._predicted(length * numbers, left_out)
-                found[place[left_out]] = changed.argmax(1).cpu()
-        return answers
+        def answers(numbers: torch.Tensor, length: float, left_out: torch.Tensor) -> torch.Tensor:
+            return self._predicted(length * numbers, left_out).argmax(1).cpu()
+
+        return self.tuning.out_of_fold(rows, self._solve, answers)
 
     def at(
         self,
@@ -217,29 +233,30 @@ class Tuned:
     ) -> Fit:
         "That far along."
         numbers = length * numbers
-        change = self._change(torch.arange(len(self.logits)))
-        scale, shift, moved = None, None, ""
-        weights = dict if self.weights is None else partial(self.weights, numbers)
-        if isinstance(change, Steps):
-            alpha, shift = change.parts(numbers)
-            moved = f"moved {alpha.norm():.2g}, "
-            weights = partial(self.weights, alpha)
-        elif isinstance(change, ScaleAndShift):
-            scale, shift = change.parts(numbers)
-            moved = f"scales in {scale.min():.2f}..{scale.max():.2f}, "
-        else:
-            shift = numbers
-        says = moved
-        if shift is not None:
-            says += f"biases within +-{shift.abs().max():.2f}, "
+        parts = self.change(torch.arange(len(self.logits))).parts(numbers)
         return Fit(
-            setting=f"{says}{length:.0%} of the way",
+            setting=f"{parts.words}, {length:.0%} of the way",
             logits=lambda rows: self._changed(numbers, rows),
-            weights=weights,
-            scale=scale,
-            shift=shift,
+            weights=dict if self.weights is None else partial(self.weights, parts),
+            scale=parts.scale,
+            shift=parts.shift,
             length=length,
         )
+
+
+# %% ../nbs/05f_fits.ipynb #d0746f12
+def by_class(
+    kind: type[Shift],  # or ScaleAndShift
+    tuning: Tuning,
+    logits: torch.Tensor,  # (N, C) that are changed
+) -> Callable[[torch.Tensor], Shift]:  # rows -> the change of these images
+    "Numbers a class, in units of the median margin."
+
+    def change(rows: torch.Tensor) -> Shift:
+        margin, _ = margins(logits[rows], tuning.scoring.labels[rows])
+        return kind(logits.shape[1], margin.abs().median().item() or 1.0)
+
+    return change
 
 
 # %% ../nbs/05f_fits.ipynb #14c01e64
@@ -269,7 +286,9 @@ class Sweep:
         "The best strength."
         strengths = [step / 20 for step in range(41)]
         answers = {tau: self.logits(tau, rows).argmax(1).cpu() for tau in strengths}
-        return self.at(self.tuning.best_length(rows, answers))
+        scoring = self.tuning.scoring.rows(rows)
+        held = {tau: found for tau, found in answers.items() if scoring.holds(found)}
+        return self.at(self.tuning.best_length(rows, held))
 
     def at(
         self,
@@ -354,8 +373,8 @@ def logit_methods(
     "Those that need nothing but logits; the first is the network as it is."
     methods = [
         AsItIs(NO_CHANGE, 0, logits),
-        Tuned("biases", 2, tuning, logits, Shift),
-        Tuned("biases and scales", 3, tuning, logits, ScaleAndShift),
+        Tuned("biases", 2, tuning, logits, by_class(Shift, tuning, logits)),
+        Tuned("biases and scales", 3, tuning, logits, by_class(ScaleAndShift, tuning, logits)),
     ]
     if counts is not None:
         methods.insert(1, by_counts(tuning, logits, counts))

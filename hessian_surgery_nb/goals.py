@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .foundations.checks import InputError
-from .foundations.class_limits import checked_limits, find_class
+from .foundations.class_limits import checked_limits, class_limits, find_class
 
 # %% auto #0
 __all__ = ["Goal", "mean_of_weakest", "Scoring", "draws_of"]
@@ -117,17 +117,13 @@ class Scoring:
         "The least that every unit, and all images together, must reach."
         goal = self.goal
         start = self.unit_accuracies(right)
-        least = torch.full_like(start, -1.0)
+        least = torch.full_like(start, -math.inf)
+        limits = class_limits(self.unit_names, goal.protect, goal.floors)
+        if limits is not None:
+            least = limits.least(start)
         if goal.max_class_drop is not None:
-            least = start - goal.max_class_drop
-        for name, fall in goal.protect.items():
-            unit = find_class(name, self.unit_names)
-            least[unit] = torch.maximum(least[unit], start[unit] - fall)
-        for name, floor in goal.floors.items():
-            unit = find_class(name, self.unit_names, "floors")
-            kept = start[unit].clamp(max=floor)
-            least[unit] = torch.maximum(least[unit], kept)
-        self._limited = self.present & (least > -1)
+            least = torch.maximum(least, start - goal.max_class_drop)
+        self._limited = self.present & least.isfinite()
         self._least = least
         drop = 1.0 if goal.max_global_drop is None else goal.max_global_drop
         self._least_overall = right.mean() - drop

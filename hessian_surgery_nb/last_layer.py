@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .baselines import Head
-from .best_step import SHRINK
 from .fits import Fit, Tuning
 
 # %% auto #0
@@ -78,14 +77,13 @@ class LastLayer:
     def __init__(
         self,
         tuning: Tuning,
-        head: Head,
+        head: Head,  # one that can_be_retrained
         inputs: torch.Tensor,  # (N, d) what the head sees
     ):
         self.tuning = tuning
         self.head = head
         self.inputs = inputs.detach().float().cpu()
-        bias = head.bias if head.bias is not None else torch.zeros(len(head.weight))
-        self.old = _Layer(weight=head.weight.float().cpu(), bias=bias.float().cpu())
+        self.old = _Layer(weight=head.weight.float().cpu(), bias=head.bias.float().cpu())
 
     def _trained(self, rows: torch.Tensor, strength: float) -> _Layer | None:
         labels = self.tuning.scoring.labels[rows]
@@ -109,32 +107,14 @@ class LastLayer:
             standing = scoring.standing(answers[length])
             if best is None or standing > best[0]:
                 best = standing, strength, length
-        _, strength, length = best
-        new = self._trained(rows, strength)
-        if new is None:
-            new, length = self.old, 0.0
-        return self._within_limits(scoring, rows, new, strength, length)
-
-    def _out_of_fold(self, rows: torch.Tensor, strength: float) -> dict[float, torch.Tensor]:
-        place = torch.empty(len(self.inputs), dtype=torch.int64)
-        place[rows] = torch.arange(len(rows))
-        answers = {length: torch.empty(len(rows), dtype=torch.int64) for length in SHRINK}
-        for learned, left_out in self.tuning.parts(rows):
-            new = self._trained(learned, strength) or self.old
-            for length, found in answers.items():
-                moved = self.old.towards(new, length)
-                found[place[left_out]] = moved.logits(self.inputs[left_out]).argmax(1)
-        return answers
-
-    def _within_limits(
-        self, scoring, rows: torch.Tensor, new: _Layer, strength: float, length: float
-    ) -> Fit:
-        "The limits hold on the images that it is tuned on as well."
-        while length > 0:
-            layer = self.old.towards(new, length)
-            if scoring.holds(layer.logits(self.inputs[rows]).argmax(1)):
-                break
-            length = round(length - 0.05, 2) if length > 0.05 else 0.0
+        _, strength, longest = best
+        new = self._trained(rows, strength) or self.old
+        steps = int(20 * longest + 0.5)
+        length = self.tuning.within_limits(
+            rows,
+            [step / 20 for step in range(steps, 0, -1)],
+            lambda shorter: self._answers(new, shorter, rows),
+        )
         layer = self.old.towards(new, length)
         return Fit(
             setting=f"C = {strength:g}, {length:.0%} of the way",
@@ -143,10 +123,18 @@ class LastLayer:
             length=length,
         )
 
+    def _answers(self, new: _Layer, length: float, rows: torch.Tensor) -> torch.Tensor:  # (n,)
+        return self.old.towards(new, length).logits(self.inputs[rows]).argmax(1)
+
+    def _out_of_fold(self, rows: torch.Tensor, strength: float) -> dict[float, torch.Tensor]:
+        def learned(inside: torch.Tensor) -> _Layer:
+            return self._trained(inside, strength) or self.old
+
+        return self.tuning.out_of_fold(rows, learned, self._answers)
+
     def _weights(self, layer: _Layer) -> Mapping[str, torch.Tensor]:
-        "For the network; a head without a bias keeps none."
-        prefix = self.head.key.rpartition(".")[0]
-        start = f"{prefix}." if prefix else ""
+        "For the network."
+        start = self.head.key.removesuffix("weight")
         like = self.head.own
         return {self.head.key: layer.weight.to(like), f"{start}bias": layer.bias.to(like)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,16 @@ from torch import nn
 from .baselines import Head, head_inputs, head_of
 from .best_step import margins
 from .class_structure import class_subspace
-from .fits import AsItIs, Fit, Method, Tuned, Tuning, by_row_norms, logit_methods
+from hessian_surgery_nb.fits import (
+    AsItIs,
+    Fit,
+    Method,
+    Tuned,
+    Tuning,
+    by_class,
+    by_row_norms,
+    logit_methods,
+)
 from .foundations.accuracy import predict
 from .foundations.adjusted import Adjusted, fold_into_head
 from .foundations.batches import Data, as_batches, rows_of, split_batch
@@ -28,14 +37,22 @@ from .foundations.weights import moved_state, select_params
 from .hvp import HessianOperator
 from .lanczos import Eigenpairs, top_eigenpairs
 from .last_layer import LastLayer, can_be_retrained
-from .predicted_logits import logit_jacobian
+from .predicted_logits import LogitJacobian, logit_jacobian
 from .settings import SurgeryConfig
 from .settling_methods import settle
-from .shifts import Shift, Steps
+from .shifts import Parts, Shift, Steps
 from .surgery import LOG, operate
 
 # %% auto #0
-__all__ = ["METHODS", "Given", "Looped", "chosen_methods", "network_methods", "network_of"]
+__all__ = [
+    "METHODS",
+    "Given",
+    "Outlook",
+    "Looped",
+    "chosen_methods",
+    "network_methods",
+    "network_of",
+]
 
 
 # %% ../nbs/05j_network_methods.ipynb #b2057912
@@ -62,12 +79,6 @@ class Given:
         return self.logits.shape[1]
 
     @cached_property
-    def unit(self) -> float:
-        "The median size of a margin."
-        margin, _ = margins(self.logits, self.tuning.scoring.labels.to(self.logits.device))
-        return margin.abs().median().item() or 1.0
-
-    @cached_property
     def head(self) -> tuple[Head, torch.Tensor] | None:
         "The head and what it sees (N, d); None: there is none that could be changed."
         try:
@@ -77,6 +88,11 @@ class Given:
             LOG.info("methods of the head are left out: %s", error)
             return None
         return None if inputs is None else (head, inputs)
+
+    @cached_property
+    def class_means(self) -> Outlook | None:
+        "Along the class means; None: not to be had."
+        return _along_means(self, "class means", None, cross=False)
 
 
 # %% ../nbs/05j_network_methods.ipynb #6cc1b7d8
@@ -109,7 +125,8 @@ def _by_settling(given: Given) -> Iterator[Method]:
     logits = predict(settled.model, given.sensitivity_data, forward=given.forward)[0]
     weights = partial(state_tensors, settled.model)
     yield AsItIs("settled", 5, logits, weights)
-    yield Tuned("settled, then biases", 6, given.tuning, logits, Shift, lambda numbers: weights())
+    shift = by_class(Shift, given.tuning, logits)
+    yield Tuned("settled, then biases", 6, given.tuning, logits, shift, lambda parts: weights())
 
 
 # %% ../nbs/05j_network_methods.ipynb #1fc658f5
@@ -131,56 +148,89 @@ class _Some:
             start += len(labels)
 
 
-def _steps_along(
-    given: Given,
-    name: str,
-    rank: int,
-    directions: Eigenpairs,
-    and_shift: bool,
-) -> Tuned:
-    "Along directions, perhaps with biases on top."
-    params = given.config.params
+class Outlook(NamedTuple):
+    "Directions, and what the logits of the tuning images do along them."
+
+    directions: Eigenpairs
+    jacobian: LogitJacobian
+
+
+def _outlook(given: Given, directions: Eigenpairs) -> Outlook:
     jacobian = logit_jacobian(
         given.model,
         directions,
         given.sensitivity_data,
-        params=params,
+        params=given.config.params,
         forward=given.forward,
         progress=given.progress,
     )
+    return Outlook(directions, jacobian)
 
-    def weights(alpha: torch.Tensor) -> dict[str, torch.Tensor]:
-        step = directions.vectors @ alpha.to(directions.vectors)
-        return moved_state(select_params(given.model, params), step, directions.team)
 
-    steps = Steps(jacobian, given.unit, and_shift)
+# %% ../nbs/05j_network_methods.ipynb #0e0a41e7
+def _steps_along(
+    given: Given,
+    name: str,
+    rank: int,
+    outlook: Outlook,
+    and_shift: bool = False,
+) -> Tuned:
+    "Along directions, perhaps with biases on top."
+    directions, jacobian = outlook
+    margin, _ = margins(given.logits, jacobian.labels)
+    steps = Steps(jacobian, margin.abs().median().item() or 1.0, and_shift)
+
+    def weights(parts: Parts) -> dict[str, torch.Tensor]:
+        step = directions.vectors @ parts.alpha.to(directions.vectors)
+        moving = select_params(given.model, given.config.params)
+        return moved_state(moving, step, directions.team)
 
     def truth(numbers: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        alpha, shift = steps.parts(numbers)
-        some = _Some(given.sensitivity_data, rows)
-        logits, _ = predict(given.model, list(some), state=weights(alpha), forward=given.forward)
-        return logits if shift is None else logits + shift.to(logits)
+        parts = steps.parts(numbers)
+        some = list(_Some(given.sensitivity_data, rows))
+        logits, _ = predict(given.model, some, state=weights(parts), forward=given.forward)
+        return logits if parts.shift is None else logits + parts.shift.to(logits)
 
-    return Tuned(name, rank, given.tuning, given.logits, steps, weights, truth)
+    return Tuned(name, rank, given.tuning, given.logits, steps.on, weights, truth)
 
 
-def _by_means(given: Given, cross: bool, and_shift: bool, name: str) -> Iterator[Method]:
+# %% ../nbs/05j_network_methods.ipynb #d82ac4fd
+def _along_means(given: Given, name: str, count: int | None, cross: bool) -> Outlook | None:
+    "None where there are no images for the curvature, or too few classes among them."
     if given.hessian_data is None:
-        return
+        return None
     try:
         directions = class_subspace(
             given.model,
             given.hessian_data,
-            None if not cross else min(3 * given.num_classes, given.num_classes**2 - 1),
+            count,
             cross=cross,
             params=given.config.params,
             forward=given.forward,
             reduction=given.reduction,
         )
-    except InputError as error:  # too few classes among these images
+    except InputError as error:
         LOG.info("%s left out: %s", name, error)
-        return
-    yield _steps_along(given, name, 7 + 2 * cross + and_shift, directions, and_shift)
+        return None
+    return _outlook(given, directions)
+
+
+def _by_means(given: Given) -> Iterator[Method]:
+    if given.class_means is not None:
+        yield _steps_along(given, "class means", 7, given.class_means)
+
+
+def _by_means_and_biases(given: Given) -> Iterator[Method]:
+    if given.class_means is not None:
+        yield _steps_along(given, "class means and biases", 8, given.class_means, and_shift=True)
+
+
+def _by_cross_means_and_biases(given: Given) -> Iterator[Method]:
+    name = "cross-class means and biases"
+    count = min(3 * given.num_classes, given.num_classes**2 - 1)
+    outlook = _along_means(given, name, count, cross=True)
+    if outlook is not None:
+        yield _steps_along(given, name, 10, outlook, and_shift=True)
 
 
 def _by_spikes(given: Given) -> Iterator[Method]:
@@ -195,7 +245,7 @@ def _by_spikes(given: Given) -> Iterator[Method]:
         **given.config.product_options,
     )
     pairs = top_eigenpairs(op, given.num_classes - 1, tol=given.config.tol, seed=given.tuning.seed)
-    yield _steps_along(given, "linearised surgery", 9, pairs, and_shift=False)
+    yield _steps_along(given, "linearised surgery", 9, _outlook(given, pairs))
 
 
 # %% ../nbs/05j_network_methods.ipynb #0c361eb4
@@ -215,7 +265,7 @@ class Looped:
         self,
         rows: torch.Tensor,  # which images are tuned on
     ) -> Fit:
-        "The loop, with its own rollback, and a second one where a limit is crossed."
+        "The loop; where it crosses a limit of these images, nothing."
         given = self.given
         some = list(_Some(given.sensitivity_data, rows))
         result = operate(
@@ -251,13 +301,9 @@ _MAKERS: dict[str, Callable[[Given], Iterator[Method]]] = {
     "tau-norm": _by_tau,
     "last layer": _by_last_layer,
     "settled": _by_settling,
-    "class means": partial(_by_means, cross=False, and_shift=False, name="class means"),
-    "class means and biases": partial(
-        _by_means, cross=False, and_shift=True, name="class means and biases"
-    ),
-    "cross-class means and biases": partial(
-        _by_means, cross=True, and_shift=True, name="cross-class means and biases"
-    ),
+    "class means": _by_means,
+    "class means and biases": _by_means_and_biases,
+    "cross-class means and biases": _by_cross_means_and_biases,
     "linearised surgery": _by_spikes,
     "surgery": _by_loop,
 }

@@ -57,6 +57,23 @@ class Outcome:
     correct: torch.Tensor | None = field(repr=False)  # (M,) bool, held-out
 
 
+def _verdict(
+    goal: Goal,
+    before: Outcome,
+    after: Outcome,
+    labels: torch.Tensor | None,  # (M,) held-out
+    grouped: bool,
+) -> HeldOutVerdict | None:
+    "What the held-out images say of a method."
+    if labels is None:
+        return None
+    names = before.held_out.names
+    limits = None if grouped else class_limits(names, goal.protect, goal.floors)
+    return held_out_verdict(
+        before.correct, after.correct, labels, names, price=goal.max_global_drop, limits=limits
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rebalancing:
     "A rebalanced network, or the old one with the reason."
@@ -69,6 +86,7 @@ class Rebalancing:
     outcomes: tuple[Outcome, ...] = field(repr=False)  # of every method; the first is no change
     front: tuple[Outcome, ...] = field(repr=False)  # of one method, price by price
     labels: torch.Tensor | None = field(repr=False)  # (M,) held-out
+    grouped: bool  # limits and objective are of groups, not of classes
     verdict: HeldOutVerdict | None  # None: no held-out images
     seconds: float
     original: nn.Module = field(repr=False)  # a copy of the caller's
@@ -98,17 +116,7 @@ class Rebalancing:
         method: str,  # that was tried
     ) -> Rebalancing:
         "The same result with another method's network, and the verdict on it."
-        outcome = self[method]
-        verdict = None
-        if self.labels is not None:
-            before = self.outcomes[0]
-            verdict = held_out_verdict(
-                before.correct,
-                outcome.correct,
-                self.labels,
-                before.held_out.names,
-                price=self.goal.max_global_drop,
-            )
+        verdict = _verdict(self.goal, self.outcomes[0], self[method], self.labels, self.grouped)
         return replace(self, model=self.network(method), method=method, verdict=verdict)
 
     def network(
@@ -169,9 +177,6 @@ class _Run:
     def outcome(self, name: str, fit: Fit, price: float | None) -> Outcome:
         "What a fit truly does."
         network = network_of(self.model, fit, self.sensitivity_data, self.forward)
-        return self.measured(name, fit, price, network)
-
-    def measured(self, name: str, fit: Fit, price: float | None, network: nn.Module) -> Outcome:
         forward = None if isinstance(network, Adjusted) else self.forward
         logits, labels = predict(network, self.sensitivity_data, forward=forward)
         tuned = class_report_of(logits, labels, self.names, "sensitivity")
@@ -305,6 +310,7 @@ def _decide(
         run.outcome(method.name, fit, goal.max_global_drop) for method, fit in zip(methods, fits)
     )
     front = tuple(run.outcome(shown.name, fit, price) for price, fit in priced)
+    grouped = scoring.groups is not None
     return Rebalancing(
         model=model,
         method=choice.name,
@@ -314,7 +320,8 @@ def _decide(
         outcomes=outcomes,
         front=front,
         labels=run.held_labels,
-        verdict=_verdict(run, goal, outcomes, choice.chosen, scoring.groups is not None),
+        grouped=grouped,
+        verdict=_verdict(goal, outcomes[0], outcomes[choice.chosen], run.held_labels, grouped),
         seconds=time.perf_counter() - started,
         original=run.model,
         data=given.sensitivity_data,
@@ -327,23 +334,6 @@ def _is_allowed(method: Method, scoring: Scoring) -> bool:
     if not isinstance(method, AsItIs) or method.rank == 0:
         return True
     return scoring.holds(method.logits.argmax(1).cpu())
-
-
-def _verdict(
-    run: _Run, goal: Goal, outcomes: Sequence[Outcome], chosen: int, grouped: bool
-) -> HeldOutVerdict | None:
-    "What the held-out images say of the method that is taken."
-    if run.held_labels is None:
-        return None
-    limits = None if grouped else class_limits(run.names, goal.protect, goal.floors)
-    return held_out_verdict(
-        outcomes[0].correct,
-        outcomes[chosen].correct,
-        run.held_labels,
-        run.names,
-        price=goal.max_global_drop,
-        limits=limits,
-    )
 
 
 # %% ../nbs/05l_rebalancing.ipynb #b4690815

@@ -5,8 +5,9 @@
 # %% ../nbs/05e_shifts.ipynb #b467b8b1
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,32 +17,51 @@ from .goals import Scoring
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
-__all__ = ["Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
+__all__ = ["Parts", "Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
 
 
 # %% ../nbs/05e_shifts.ipynb #0bfc8143
+class Parts(NamedTuple):
+    "What numbers stand for."
+
+    alpha: torch.Tensor | None = None  # (K,) steps along directions in weight space
+    scale: torch.Tensor | None = None  # (C,) factors of the logits after that
+    shift: torch.Tensor | None = None  # (C,) added at the end
+
+    @property
+    def words(self) -> str:
+        "In brief."
+        said = []
+        if self.alpha is not None:
+            said.append(f"moved {self.alpha.norm():.2g}")
+        if self.scale is not None:
+            said.append(f"scales in {self.scale.min():.2f}..{self.scale.max():.2f}")
+        if self.shift is not None:
+            said.append(f"biases within +-{self.shift.abs().max():.2f}")
+        return ", ".join(said)
+
+
+# %% ../nbs/05e_shifts.ipynb #3f7d1d06
 class Change(Protocol):
     "Numbers, and what they make of logits."
 
     units: torch.Tensor  # (P,) float64, what a step of one is
 
+    def parts(self, numbers: torch.Tensor) -> Parts:
+        "What (P,) numbers stand for."
+
     def of_all(
-        self,
-        numbers: torch.Tensor,  # (P,)
-        logits: torch.Tensor,  # (n, C)
-        rows: torch.Tensor | slice = slice(None),  # which images these are
-    ) -> torch.Tensor:  # (n, C)
-        "The logits of all classes, changed."
+        self, numbers: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor | slice
+    ) -> torch.Tensor:
+        "The logits of all classes (n, C), changed; rows: which images these are."
 
     def of_candidates(
-        self,
-        numbers: torch.Tensor,  # (P,)
-        logits: torch.Tensor,  # (N, M) of candidates
-        classes: torch.Tensor,  # (N, M) which they are
-    ) -> torch.Tensor:  # (N, M)
-        "The logits of a few classes of every image, changed."
+        self, numbers: torch.Tensor, logits: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        "The logits (N, M) of a few classes of every image, changed."
 
 
+# %% ../nbs/05e_shifts.ipynb #1f5e82d3
 class Shift:
     "A number a class is added."
 
@@ -52,26 +72,35 @@ class Shift:
     ):
         self.units = torch.full((classes,), unit, dtype=torch.float64)
 
+    def parts(
+        self,
+        numbers: torch.Tensor,  # (C,)
+    ) -> Parts:
+        "What is added."
+        return Parts(shift=numbers)
+
     def of_all(
         self,
         numbers: torch.Tensor,  # (P,)
         logits: torch.Tensor,  # (n, C)
-        rows: torch.Tensor | slice = slice(None),  # which images these are
+        rows: torch.Tensor | slice = slice(None),  # which images these are; all alike here
     ) -> torch.Tensor:  # (n, C)
         "The logits of all classes, changed."
-        return logits + numbers.to(logits)
+        return self.of_candidates(numbers, logits, slice(None))
 
     def of_candidates(
         self,
         numbers: torch.Tensor,  # (P,)
         logits: torch.Tensor,  # (N, M) of candidates
-        classes: torch.Tensor,  # (N, M) which they are
+        classes: torch.Tensor | slice,  # (N, M) which they are
     ) -> torch.Tensor:  # (N, M)
         "The logits of a few classes of every image, changed."
-        return logits + numbers.to(logits)[classes]
+        _, scale, shift = self.parts(numbers.to(logits))
+        scaled = logits if scale is None else logits * scale[classes]
+        return scaled + shift[classes]
 
 
-class ScaleAndShift:
+class ScaleAndShift(Shift):
     "The logits of each class are multiplied by the exponential of a number, and one is added."
 
     def __init__(
@@ -79,40 +108,20 @@ class ScaleAndShift:
         classes: int,  # C
         unit: float,  # of logits
     ):
-        self.classes = classes
-        self.units = torch.full((2 * classes,), 0.3, dtype=torch.float64)
-        self.units[classes:] = unit
+        scales = torch.full((classes,), 0.3, dtype=torch.float64)
+        super().__init__(classes, unit)
+        self.units = torch.cat([scales, self.units])
 
     def parts(
         self,
         numbers: torch.Tensor,  # (2 C,)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # scales (C,), shifts (C,)
+    ) -> Parts:
         "What multiplies and what is added."
-        logarithms, shifts = numbers.split(self.classes)
-        return (logarithms - logarithms.mean()).exp(), shifts
-
-    def of_all(
-        self,
-        numbers: torch.Tensor,  # (P,)
-        logits: torch.Tensor,  # (n, C)
-        rows: torch.Tensor | slice = slice(None),  # which images these are
-    ) -> torch.Tensor:  # (n, C)
-        "The logits of all classes, changed."
-        scales, shifts = self.parts(numbers.to(logits))
-        return logits * scales + shifts
-
-    def of_candidates(
-        self,
-        numbers: torch.Tensor,  # (P,)
-        logits: torch.Tensor,  # (N, M) of candidates
-        classes: torch.Tensor,  # (N, M) which they are
-    ) -> torch.Tensor:  # (N, M)
-        "The logits of a few classes of every image, changed."
-        scales, shifts = self.parts(numbers.to(logits))
-        return logits * scales[classes] + shifts[classes]
+        logarithms, shift = numbers.chunk(2)
+        return Parts(scale=(logarithms - logarithms.mean()).exp(), shift=shift)
 
 
-# %% ../nbs/05e_shifts.ipynb #84727631
+# %% ../nbs/05e_shifts.ipynb #12b6b8c4
 class Steps:
     "A step along directions in weight space, as their Jacobian predicts it; perhaps shifts on top."
 
@@ -123,22 +132,21 @@ class Steps:
         and_shift: bool = False,
     ):
         self.jacobian = jacobian
-        classes = jacobian.logits.shape[1]
         slopes = jacobian.jacobian.double().square().mean((0, 1)).sqrt().cpu()
         self.units = unit / slopes.clamp(min=1e-12)
-        self.shift = None
         if and_shift:
-            self.shift = Shift(classes, unit)
-            self.units = torch.cat([self.units, self.shift.units])
+            shift = Shift(jacobian.logits.shape[1], unit)
+            self.units = torch.cat([self.units, shift.units])
 
     def parts(
         self,
         numbers: torch.Tensor,  # (K,) or (K + C,)
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # coefficients (K,), shifts (C,)
+    ) -> Parts:
         "How far to go, and what to add."
-        if self.shift is None:
-            return numbers, None
-        return numbers.split([len(self.jacobian), len(self.shift.units)])
+        directions = len(self.jacobian)
+        if len(numbers) == directions:
+            return Parts(alpha=numbers)
+        return Parts(alpha=numbers[:directions], shift=numbers[directions:])
 
     def of_all(
         self,
@@ -147,11 +155,11 @@ class Steps:
         rows: torch.Tensor | slice = slice(None),  # which images these are
     ) -> torch.Tensor:  # (n, C)
         "The logits of all classes, changed."
-        alpha, shifts = self.parts(numbers.to(logits))
+        alpha, _, shift = self.parts(numbers.to(logits))
         moved = logits + self.jacobian.jacobian[rows] @ alpha
         if self.jacobian.curvature is not None:
             moved = moved + self.jacobian.curvature[rows] @ alpha.square() / 2
-        return moved if shifts is None else moved + shifts
+        return moved if shift is None else moved + shift
 
     def of_candidates(
         self,
@@ -163,13 +171,13 @@ class Steps:
         every = self.of_all(numbers, self.jacobian.logits)
         return every.gather(1, classes)
 
-    def rows(
+    def on(
         self,
         rows: torch.Tensor,  # which images
     ) -> Steps:
         "The same for some of the images."
-        part = object.__new__(Steps)
-        part.jacobian, part.units, part.shift = self.jacobian[rows], self.units, self.shift
+        part = copy.copy(self)
+        part.jacobian = self.jacobian[rows]
         return part
 
 

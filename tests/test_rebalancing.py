@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 from torch import nn
 
-from hessian_surgery_nb.fits import Tuned, Tuning, limit_confidence
+from hessian_surgery_nb.fits import Tuned, Tuning, by_class, by_counts, limit_confidence
 from hessian_surgery_nb.foundations.accuracy import predict
 from hessian_surgery_nb.foundations.adjusted import Adjusted
 from hessian_surgery_nb.foundations.checks import InputError
@@ -89,8 +89,22 @@ def test_a_fit_sees_only_its_rows():
     fits = []
     for given_logits in (logits, other):
         scoring = Scoring(Goal(), labels, given_logits.argmax(1), NAMES)
-        fits.append(Tuned("biases", 2, Tuning(scoring=scoring), given_logits, Shift).fit(rows))
+        tuning = Tuning(scoring=scoring)
+        shift = by_class(Shift, tuning, given_logits)
+        fits.append(Tuned("biases", 2, tuning, given_logits, shift).fit(rows))
     assert torch.equal(fits[0].shift, fits[1].shift)
+
+
+@pytest.mark.parametrize("confidence", [0.1, 0.5, 0.9])
+def test_limits_hold_on_tuning_images_whatever_the_confidence(confidence):
+    logits, labels = drawn(40, 4, 6)
+    goal = Goal(objective=["a"], protect={"d": 0.02}, max_global_drop=0.0)
+    scoring = Scoring(goal, labels, logits.argmax(1), NAMES)
+    tuning = Tuning(scoring=scoring, confidence=confidence)
+    rows = torch.arange(len(labels))
+    biases = Tuned("biases", 2, tuning, logits, by_class(Shift, tuning, logits))
+    for method in (biases, by_counts(tuning, logits, [5, 50, 500, 5000])):
+        assert scoring.holds(method.fit(rows).logits(rows).argmax(1))
 
 
 def test_a_limit_on_a_class_without_flips_is_not_certain():
