@@ -97,8 +97,8 @@ def test_a_fit_sees_only_its_rows():
 
 @pytest.mark.parametrize("confidence", [0.1, 0.5, 0.9])
 def test_limits_hold_on_tuning_images_whatever_the_confidence(confidence):
-    logits, labels = drawn(40, 4, 6)
-    goal = Goal(objective=["a"], protect={"d": 0.02}, max_global_drop=0.0)
+    logits, labels = drawn(40, 4, 4, preference=0.0)
+    goal = Goal(objective=["a"], max_global_drop=0.0)
     scoring = Scoring(goal, labels, logits.argmax(1), NAMES)
     tuning = Tuning(scoring=scoring, confidence=confidence)
     rows = torch.arange(len(labels))
