@@ -33,6 +33,7 @@ from .foundations.class_limits import class_limits
 from .foundations.distributed import check_one_process
 from .foundations.guards import plainly
 from .foundations.hugging_face import adapter_files
+from .foundations.networks import copy_model
 from .foundations.splits import check_disjoint
 from .foundations.weight_files import weights_bytes, write_atomic
 from .goals import Goal, Scoring
@@ -242,6 +243,7 @@ def rebalance(
         check_disjoint(hessian=hessian_data, sensitivity=sensitivity_data, held_out=held_out)
     if loss_fn is None:
         hessian_data = training_data = None
+    model = copy_model(model)  # what comes back must not change where the caller's does
     run = _Run(model, sensitivity_data, held_out, forward, names)
     scoring = _scoring_of(goal, run, groups)
     given = Given(

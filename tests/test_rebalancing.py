@@ -251,6 +251,29 @@ def test_every_methods_network_gives_what_is_reported(kind):
     assert isinstance(result.network("biases"), Adjusted) == (kind == "no bias")
 
 
+def test_a_result_outlives_changes_of_the_callers_network():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    curved, tuned, held_out = sets()
+    result = rebalance(
+        net,
+        nn.CrossEntropyLoss(),
+        curved,
+        tuned,
+        held_out=held_out,
+        methods=["biases", "class means"],
+        folds=2,
+        prices=(),
+        progress=False,
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(-2)
+    for outcome in result.outcomes:
+        logits, labels = predict(result.network(outcome.name), held_out)
+        assert torch.equal(logits.argmax(1) == labels, outcome.correct)
+
+
 def test_held_out_images_have_no_say():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
