@@ -4,7 +4,10 @@ a committed notebook holds.
 
 import ast
 import base64
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -249,3 +252,25 @@ def test_imports_stand_alone_in_their_cells(path):
         imports = (ast.Import, ast.ImportFrom)
         if any(isinstance(node, imports) for node in ast.walk(tree)):
             assert all(isinstance(node, imports) for node in tree.body), source
+
+
+# --- the site can document every public name
+
+
+def test_every_public_name_can_be_documented():
+    "What the site's pages show of a class or a function; a failure there ends the whole build."
+    from nbdev.showdoc import show_doc
+
+    failed = []
+    for info in pkgutil.walk_packages([str(ROOT / PKG)], f"{PKG}."):
+        if info.ispkg or info.name.endswith(("_modidx", "__main__")):
+            continue
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                try:
+                    show_doc(thing)
+                except Exception as error:  # whatever a signature or an annotation raises
+                    failed.append(f"{info.name}.{name}: {error!r}")
+    assert not failed

@@ -33,7 +33,6 @@ __all__ = [
     "footer_tag",
     "figure_tag",
     "table_tag",
-    "Script",
     "script_tag",
     "html_page",
 ]
@@ -352,7 +351,7 @@ def table_tag(
 
 
 # %% ../../nbs/app/01_pages.ipynb #f366580d
-class Script(Markup):
+class _Script(Markup):
     "A script of this package, as it stands in a page."
 
     @property
@@ -365,14 +364,14 @@ class Script(Markup):
 
 def script_tag(
     code: str,  # JavaScript that holds no closing tag
-) -> Script:
+) -> Markup:
     "A script that the page may run."
-    return Script(f"<script>{code}</script>")
+    return _Script(f"<script>{code}</script>")
 
 
 def _policy(body: Sequence[str]) -> str:
     "What a browser may load and run."
-    sums = [piece.checksum for piece in body if isinstance(piece, Script)]
+    sums = [piece.checksum for piece in body if isinstance(piece, _Script)]
     scripts = " ".join(sums) if sums else "'none'"
     return (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
