@@ -125,7 +125,7 @@ def claimed(
             yield
     finally:
         for folder in made:
-            with contextlib.suppress(OSError):  # results are in it
+            with contextlib.suppress(OSError):  # results are in it, or another run is
                 folder.rmdir()
 
 
@@ -144,7 +144,11 @@ def _locked(path: Path) -> Iterator[None]:
     file = path / LOCK
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except FileNotFoundError:  # the run before ended just now and took its directory along
+            path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
             f"one run at a time writes to a directory. Another one is at work in {path}; "
