@@ -158,14 +158,14 @@ def of_study(file: Path, root: Path) -> dict:
 
 def judged(result, goal: Goal) -> dict:
     "The held-out objective of every method, and how sure its distance is."
-    labels = result.labels
+    labels, choice = result.labels, result.choice
     names = result.outcomes[0].held_out.names
     wrong = (labels + 1) % len(names)
     answers = torch.stack([torch.where(o.correct, labels, wrong) for o in result.outcomes])
     scoring = Scoring(goal, labels, answers[0], names)
     values = torch.tensor([scoring.of_answers(given)[0] for given in answers])
     draws = draws_of(scoring, answers, draws=400)
-    best, taken = int(values.argmax()), result.choice.chosen
+    best, taken = int(values.argmax()), choice.chosen
     to_best = (draws[:, taken] - draws[:, best]).std().item()
     alone = draws[:, best].std().item()
     to_none = (draws[:, taken] - draws[:, 0]).std().item()
@@ -181,6 +181,15 @@ def judged(result, goal: Goal) -> dict:
         global_fall=(lacking[0] + goal.max_global_drop).item(),
         confidence=result.advice.confidence,
         methods={o.name: value for o, value in zip(result.outcomes, values.tolist())},
+        out_of_fold=[
+            dict(method=name, objective=value, error=error, within=within)
+            for name, value, error, within in zip(
+                choice.names,
+                choice.values.tolist(),
+                choice.errors.tolist(),
+                choice.within,
+            )
+        ],
     )
 
 
