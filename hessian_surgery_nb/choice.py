@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from .fits import Method, Tuning, limit_confidence, limit_errors
+from hessian_surgery_nb.fits import (
+    Method,
+    Tuning,
+    Unseen,
+    limit_confidence,
+    limit_errors,
+    unseen_of,
+)
 from .goals import Scoring, draws_of
 
 # %% auto #0
@@ -25,19 +32,19 @@ def unseen_answers(
     *,
     folds: int = 5,  # of which each is left out once
     progress: bool = False,
-) -> torch.Tensor:  # (M, N): of each method, for images that it was not tuned on
+) -> list[Unseen]:  # M: of each method, for images that it was not tuned on
     "Nested cross-fitting."
     from tqdm.auto import tqdm
 
-    labels = tuning.scoring.labels
     outer = replace(tuning, folds=folds, seed=tuning.seed + 1)
-    parts = outer.parts(torch.arange(len(labels)))
-    answers = torch.empty(len(methods), len(labels), dtype=torch.int64)
-    work = [(place, *part) for place in range(len(methods)) for part in parts]
-    for place, learned, left_out in tqdm(work, "cross-fitting", leave=False, disable=not progress):
-        fit = methods[place].fit(learned)
-        answers[place, left_out] = fit.logits(left_out).argmax(1).cpu()
-    return answers
+    rows = torch.arange(len(tuning.scoring.labels))
+    fold = outer.fold_of(rows)
+    work = [(place, f) for place in range(len(methods)) for f in range(folds)]
+    answers = torch.empty(len(methods), folds, len(rows), dtype=torch.int64)
+    for place, f in tqdm(work, "cross-fitting", leave=False, disable=not progress):
+        fit = methods[place].fit(rows[fold != f])
+        answers[place, f] = fit.logits(rows).argmax(1).cpu()
+    return [unseen_of(tuning.scoring, fold, answered) for answered in answers]
 
 
 # %% ../nbs/05h_choice.ipynb #72bf005c
@@ -46,7 +53,7 @@ class Choice:
     "How the methods did on images that they were not tuned on, and which is taken."
 
     names: tuple[str, ...]  # M methods; the first is no change
-    values: torch.Tensor  # (M,) objective
+    values: torch.Tensor  # (M,) objective to be expected on as many new images
     errors: torch.Tensor  # (M,) standard error of the difference to the best
     gains: torch.Tensor  # (M,) objective less that of no change
     gain_errors: torch.Tensor  # (M,) standard errors of these
@@ -69,16 +76,19 @@ class Choice:
 def choose(
     methods: Sequence[Method],  # the first is no change
     scoring: Scoring,
-    answers: torch.Tensor,  # (M, N) to images that they were not tuned on
+    unseen: Sequence[Unseen],  # M: answers to images that they were not tuned on
     *,
     seed: int = 0,  # of the draws
 ) -> Choice:
     "The simplest method that is not worse than the best by more than one standard error."
-    values = torch.tensor([scoring.of_answers(given)[0] for given in answers], dtype=torch.float64)
+    answers = torch.stack([found.answers for found in unseen])
+    noise = torch.stack([found.noise for found in unseen])
+    expected = [scoring.expected(found.answers, found.noise) for found in unseen]
+    values = torch.tensor(expected, dtype=torch.float64)
     within = [_keeps_within(scoring, given) for given in answers]
     candidates = [place for place, keeps in enumerate(within) if keeps] or [0]
     best = max(candidates, key=lambda place: (values[place].item(), -methods[place].rank))
-    draws = draws_of(scoring, answers, seed=seed)
+    draws = draws_of(scoring, answers, noise=noise, seed=seed)
     errors = (draws - draws[:, [best]]).std(0)
     gain_errors = (draws - draws[:, [0]]).std(0)
     good = [place for place in candidates if values[best] - values[place] <= errors[place]]

@@ -14,6 +14,7 @@ import torch
 
 from .baselines import Head, logit_adjustment
 from .best_step import SHRINK, folds, margins
+from .foundations.tuning_noise import hidden_noise
 from .goals import Scoring
 from .shifts import Change, Parts, ScaleAndShift, Shift, solve_change
 
@@ -25,6 +26,8 @@ __all__ = [
     "holds_surely",
     "Fit",
     "Method",
+    "Unseen",
+    "unseen_of",
     "Tuning",
     "Tuned",
     "by_class",
@@ -110,6 +113,25 @@ class Method(Protocol):
         "Tune on these images; the others have no say."
 
 
+# %% ../nbs/05f_fits.ipynb #54b399d5
+@dataclass(frozen=True, kw_only=True)
+class Unseen:
+    "Answers to images that had no say in them."
+
+    answers: torch.Tensor  # (n,)
+    noise: torch.Tensor | None = None  # (U,) by which accuracies of new images vary more
+
+
+def unseen_of(
+    scoring: Scoring,  # of these n images
+    fold: torch.Tensor,  # (n,) the fold that each is in
+    answers: torch.Tensor,  # (k, n) of the fit without each fold, to all of them
+) -> Unseen:
+    "What k fits say, each of the fold that it has not seen."
+    noise = hidden_noise(answers == scoring.labels, fold, scoring.units, len(scoring.unit_names))
+    return Unseen(answers=answers.gather(0, fold[None])[0], noise=noise)
+
+
 # %% ../nbs/05f_fits.ipynb #477d3538
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -120,43 +142,47 @@ class Tuning:
     confidence: float = 0.5  # with which limits must hold on other images
     seed: int = 0
 
-    def parts(
+    def fold_of(
         self,
         rows: torch.Tensor,  # which images
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # rows that are learned from, rows left out
-        "Folds of them, every class spread evenly."
-        fold = folds(self.scoring.labels[rows], self.folds, self.seed)
-        return [(rows[fold != f], rows[fold == f]) for f in range(self.folds)]
+    ) -> torch.Tensor:  # (n,) the fold that each is in, every class spread evenly
+        "Parts of them."
+        return folds(self.scoring.labels[rows], self.folds, self.seed)
 
     def out_of_fold(
         self,
         rows: torch.Tensor,  # which images
         learned: Callable,  # rows -> what is learned from them
         answers: Callable,  # what was learned, length, rows -> (n,) answers
-    ) -> dict[float, torch.Tensor]:  # length -> (n,) answers to images that had no say
+    ) -> dict[float, Unseen]:  # length -> answers
         "What so much of the way gives on the folds."
-        place = torch.empty(len(self.scoring.labels), dtype=torch.int64)
-        place[rows] = torch.arange(len(rows))
-        found = {length: torch.empty(len(rows), dtype=torch.int64) for length in SHRINK}
-        for inside, left_out in self.parts(rows):
-            result = learned(inside)
-            for length, answered in found.items():
-                answered[place[left_out]] = answers(result, length, left_out)
+        fold = self.fold_of(rows)
+        results = [learned(rows[fold != f]) for f in range(self.folds)]
+        scoring = self.scoring.rows(rows)
+        found = {}
+        for length in SHRINK:
+            answered = torch.stack([answers(result, length, rows) for result in results])
+            found[length] = unseen_of(scoring, fold, answered)
         return found
 
     def best_length(
         self,
         rows: torch.Tensor,
-        answers: Mapping[float, torch.Tensor],  # length -> (n,) of these rows, out of fold
+        unseen: Mapping[float, Unseen],  # length -> answers of these rows
     ) -> float:
         "Of the way; 0 where none keeps to the limits."
         scoring = self.scoring.rows(rows)
         allowed = [
             length
-            for length, found in answers.items()
-            if length == 0 or holds_surely(scoring, found, self.confidence)
+            for length, found in unseen.items()
+            if length == 0 or holds_surely(scoring, found.answers, self.confidence)
         ]
-        return max(allowed, key=lambda length: (*scoring.standing(answers[length]), -length))
+
+        def standing(length: float) -> tuple[float, float, float]:
+            found = unseen[length]
+            return *scoring.standing(found.answers, found.noise), -length
+
+        return max(allowed, key=standing)
 
     def within_limits(
         self,
@@ -220,9 +246,9 @@ class Tuned:
         )
         return self.at(numbers, length)
 
-    def _out_of_fold(self, rows: torch.Tensor) -> dict[float, torch.Tensor]:
-        def answers(numbers: torch.Tensor, length: float, left_out: torch.Tensor) -> torch.Tensor:
-            return self._predicted(length * numbers, left_out).argmax(1).cpu()
+    def _out_of_fold(self, rows: torch.Tensor) -> dict[float, Unseen]:
+        def answers(numbers: torch.Tensor, length: float, rows: torch.Tensor) -> torch.Tensor:
+            return self._predicted(length * numbers, rows).argmax(1).cpu()
 
         return self.tuning.out_of_fold(rows, self._solve, answers)
 
@@ -251,12 +277,9 @@ def by_class(
     logits: torch.Tensor,  # (N, C) that are changed
 ) -> Callable[[torch.Tensor], Shift]:  # rows -> the change of these images
     "Numbers a class, in units of the median margin."
-
-    def change(rows: torch.Tensor) -> Shift:
-        margin, _ = margins(logits[rows], tuning.scoring.labels[rows])
-        return kind(logits.shape[1], margin.abs().median().item() or 1.0)
-
-    return change
+    margin, _ = margins(logits, tuning.scoring.labels)
+    change = kind(logits.shape[1], margin.abs().median().item() or 1.0)
+    return lambda rows: change
 
 
 # %% ../nbs/05f_fits.ipynb #14c01e64
@@ -287,7 +310,9 @@ class Sweep:
         strengths = [step / 20 for step in range(41)]
         answers = {tau: self.logits(tau, rows).argmax(1).cpu() for tau in strengths}
         scoring = self.tuning.scoring.rows(rows)
-        held = {tau: found for tau, found in answers.items() if scoring.holds(found)}
+        held = {
+            tau: Unseen(answers=found) for tau, found in answers.items() if scoring.holds(found)
+        }
         return self.at(self.tuning.best_length(rows, held))
 
     def at(

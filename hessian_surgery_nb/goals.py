@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -110,6 +111,7 @@ class Scoring:
         self.present = images > 0
         self._images = images.clamp(min=1)
         self._labelled = torch.bincount(labels, minlength=len(names)).double()
+        self._by_units = not (_is_matrix(goal.objective) or goal.objective == "f1")
         self._measure = _objective_of(goal, self.unit_names, groups is not None, len(names))
         self._set_limits((before == labels).double())
 
@@ -177,14 +179,29 @@ class Scoring:
         value, lacking = self.measure((answers == self.labels).double(), answers)
         return value.item(), lacking
 
+    def expected(
+        self,
+        answers: torch.Tensor,  # (N,)
+        noise: torch.Tensor | None = None,  # (U,) standard deviations of accuracies; None: none
+    ) -> float:
+        "The mean objective if the accuracies vary by so much more."
+        right = (answers == self.labels).double()
+        units = self.unit_accuracies(right)
+        if noise is None or not noise.any() or not self._by_units:
+            return self._measure(self, right, answers, units, 0.0).item()
+        varied = (units + noise * _normal_draws(len(units))).clamp(0, 1)
+        values = [self._measure(self, right, answers, row, 0.0) for row in varied]
+        return torch.stack(values).mean().item()
+
     def standing(
         self,
         answers: torch.Tensor,  # (N,)
+        noise: torch.Tensor | None = None,  # (U,) of accuracies, as for `expected`
     ) -> tuple[float, float]:  # objective; mean accuracy of classes, or groups
         "What answers are ranked by: where the objective is equal, the mean accuracy decides."
         right = (answers == self.labels).double()
         mean = self.unit_accuracies(right)[self.present].mean().item()
-        return round(self.of_answers(answers)[0], 12), mean
+        return round(self.expected(answers, noise), 12), mean
 
     def holds(
         self,
@@ -192,6 +209,13 @@ class Scoring:
     ) -> bool:
         "Whether no limit is crossed."
         return bool((self.of_answers(answers)[1] <= 1e-9).all())
+
+
+@cache
+def _normal_draws(units: int) -> torch.Tensor:  # (16, U), each with its opposite
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(8, units, generator=generator, dtype=torch.float64)
+    return torch.cat([draws, -draws])
 
 
 # %% ../nbs/05d_goals.ipynb #a50aa4ea
@@ -275,6 +299,7 @@ def draws_of(
     scoring: Scoring,
     answers: torch.Tensor,  # (M, N) of M methods
     *,
+    noise: torch.Tensor | None = None,  # (M, U) of accuracies; None: none
     draws: int = 200,
     seed: int = 0,
 ) -> torch.Tensor:  # (draws, M) objectives, each draw the same for all methods
@@ -290,5 +315,7 @@ def draws_of(
         places = torch.rand(len(labels), generator=generator) * sizes[labels]
         rows = order[starts[labels] + places.long().clamp(max=sizes[labels] - 1)]
         part = scoring.rows(rows)
-        found[draw] = torch.tensor([part.of_answers(given[rows])[0] for given in answers])
+        for method, given in enumerate(answers):
+            extra = None if noise is None else noise[method]
+            found[draw, method] = part.expected(given[rows], extra)
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .baselines import Head
-from .fits import Fit, Tuning
+from .fits import Fit, Tuning, Unseen
 
 # %% auto #0
 __all__ = ["LastLayer", "can_be_retrained"]
@@ -102,9 +102,9 @@ class LastLayer:
         scoring = self.tuning.scoring.rows(rows)
         best = None
         for strength in _STRENGTHS:
-            answers = self._out_of_fold(rows, strength)
-            length = self.tuning.best_length(rows, answers)
-            standing = scoring.standing(answers[length])
+            unseen = self._out_of_fold(rows, strength)
+            length = self.tuning.best_length(rows, unseen)
+            standing = scoring.standing(unseen[length].answers, unseen[length].noise)
             if best is None or standing > best[0]:
                 best = standing, strength, length
         _, strength, longest = best
@@ -126,7 +126,7 @@ class LastLayer:
     def _answers(self, new: _Layer, length: float, rows: torch.Tensor) -> torch.Tensor:  # (n,)
         return self.old.towards(new, length).logits(self.inputs[rows]).argmax(1)
 
-    def _out_of_fold(self, rows: torch.Tensor, strength: float) -> dict[float, torch.Tensor]:
+    def _out_of_fold(self, rows: torch.Tensor, strength: float) -> dict[float, Unseen]:
         def learned(inside: torch.Tensor) -> _Layer:
             return self._trained(inside, strength) or self.old
 
