@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .foundations.accuracy import class_means
+from .foundations.tuning_noise import hidden_noise
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
@@ -206,31 +207,45 @@ class Step:
     alpha: torch.Tensor  # (K,)
     predicted: torch.Tensor  # (C,) accuracies, on the images that it was tuned on
     out_of_fold: torch.Tensor  # (C,) accuracies of images that had no say
+    sigma: float  # to be expected on as many new images, a fraction
     shrink: float  # 1: all of it
 
 
 # %% ../nbs/04h_best_step.ipynb #3e3f90f8
-def _out_of_fold_accuracies(
+@dataclass(frozen=True, kw_only=True)
+class _Unseen:
+    accuracies: torch.Tensor  # (C,) of images that had no say
+    sigma: float  # to be expected on as many new images
+
+    @classmethod
+    def of(cls, right: torch.Tensor, fold: torch.Tensor, labels: torch.Tensor, classes: int):
+        "Of k fits (k, N), each without a fold."
+        left_out = right.gather(0, fold[None])[0]
+        accuracies = class_means(left_out, labels, classes)
+        noise = hidden_noise(right, fold, labels, classes)
+        variance = accuracies.double().var(correction=0) + noise.square().mean()
+        return cls(accuracies=accuracies, sigma=variance.sqrt().item())
+
+
+def _unseen(
     jacobian: LogitJacobian,
     allowed_fall: float,
     radius: float,
     count: int,
     seed: int,
-) -> dict[float, torch.Tensor]:  # factor -> (C,) accuracies
-    "What so much of a step gives on images that had no say in it."
-    fold = folds(jacobian.labels, count, seed)
-    logits = {factor: jacobian.logits.clone() for factor in SHRINK}
+) -> dict[float, _Unseen]:  # factor -> what images say that had no say in it
+    "What so much of a step gives."
+    labels = jacobian.labels.cpu()
+    fold = folds(labels, count, seed)
+    steps = []
     for f in range(count):
-        left_out = (fold == f).to(jacobian.labels.device)
-        alpha = best_step(jacobian[~left_out], allowed_fall, radius)
-        for factor in SHRINK:
-            logits[factor][left_out] = jacobian[left_out].at(factor * alpha)
-    labels = jacobian.labels
-    num_classes = jacobian.logits.shape[1]
-    return {
-        factor: class_means(z.argmax(1) == labels, labels, num_classes).cpu()
-        for factor, z in logits.items()
-    }
+        inside = (fold != f).to(jacobian.labels.device)
+        steps.append(best_step(jacobian[inside], allowed_fall, radius))
+    found = {}
+    for factor in SHRINK:
+        answers = torch.stack([jacobian.at(factor * step).argmax(1).cpu() for step in steps])
+        found[factor] = _Unseen.of(answers == labels, fold, labels, jacobian.logits.shape[1])
+    return found
 
 
 # %% ../nbs/04h_best_step.ipynb #b4b12c02
@@ -242,29 +257,36 @@ def cross_fitted(
     *,
     count: int = 5,  # folds; 1: no cross-fitting
     seed: int = 0,
+    one_of_many: bool = False,  # steps on the same images?
 ) -> Step:
     "The best step, as far along as images that had no say in it would go."
     if count == 1:
         predicted = jacobian.accuracy(whole)
-        return Step(alpha=whole, predicted=predicted, out_of_fold=predicted, shrink=1.0)
-    accuracies = _out_of_fold_accuracies(jacobian, allowed_fall, radius, count, seed)
+        sigma = predicted.std(correction=0).item()
+        return Step(
+            alpha=whole, predicted=predicted, out_of_fold=predicted, sigma=sigma, shrink=1.0
+        )
+    unseen = _unseen(jacobian, allowed_fall, radius, count, seed)
     counts = torch.bincount(jacobian.labels.cpu(), minlength=jacobian.logits.shape[1]).double()
 
     def overall(factor: float) -> float:
-        return (accuracies[factor] @ counts / counts.sum()).item()
+        return (unseen[factor].accuracies @ counts / counts.sum()).item()
 
     def keeps_to_the_price(factor: float) -> bool:
         return factor == 0 or overall(factor) >= overall(0.0) - allowed_fall - 1e-9
 
     def sigma(factor: float) -> float:
-        return accuracies[factor].std(correction=0).item()
+        if one_of_many:
+            return unseen[factor].accuracies.std(correction=0).item()
+        return unseen[factor].sigma
 
     allowed = filter(keeps_to_the_price, SHRINK)
     best = min(allowed, key=lambda factor: (sigma(factor), factor))
     return Step(
         alpha=best * whole,
         predicted=jacobian.accuracy(best * whole),
-        out_of_fold=accuracies[best],
+        out_of_fold=unseen[best].accuracies,
+        sigma=unseen[best].sigma,
         shrink=best,
     )
 

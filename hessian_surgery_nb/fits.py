@@ -277,9 +277,12 @@ def by_class(
     logits: torch.Tensor,  # (N, C) that are changed
 ) -> Callable[[torch.Tensor], Shift]:  # rows -> the change of these images
     "Numbers a class, in units of the median margin."
-    margin, _ = margins(logits, tuning.scoring.labels)
-    change = kind(logits.shape[1], margin.abs().median().item() or 1.0)
-    return lambda rows: change
+
+    def change(rows: torch.Tensor) -> Shift:
+        margin, _ = margins(logits[rows], tuning.scoring.labels[rows])
+        return kind(logits.shape[1], margin.abs().median().item() or 1.0)
+
+    return change
 
 
 # %% ../nbs/05f_fits.ipynb #14c01e64

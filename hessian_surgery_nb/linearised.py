@@ -71,7 +71,7 @@ class _Place:
 
     alpha: torch.Tensor  # (K,) from the start
     report: ClassReport  # true, on the sensitivity set
-    predicted_sigma: float  # out of fold, of the step that led there
+    predicted_sigma: float  # to be expected on new images, of the step that led there
     prediction_error: float  # of that step
 
 
@@ -225,7 +225,7 @@ def _within_price(
     trial: _Trial,
     allowed_fall: float,
     floor: float,  # smallest global accuracy
-) -> tuple[_Path, torch.Tensor, ClassReport, float]:  # step, what it does, out-of-fold sigma
+) -> tuple[_Path, torch.Tensor, ClassReport, float]:  # step, what it does, sigma to be expected
     "The part of a step that cross-fitting grants, cut until it keeps to the price."
     operation = search.operation
     fitted = cross_fitted(
@@ -235,9 +235,10 @@ def _within_price(
         path.radius,
         count=search.folds,
         seed=operation.config.seed,
+        one_of_many=True,
     )
     step = operation.team.broadcast(fitted.alpha)
-    predicted_sigma = operation.team.broadcast(fitted.out_of_fold).std(correction=0).item()
+    predicted_sigma = operation.team.broadcast(torch.tensor(fitted.sigma)).item()
     true = trial.report
     passes = path.passes
     if not torch.equal(step, trial.alpha):
