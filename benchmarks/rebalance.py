@@ -43,7 +43,16 @@ from hessian_surgery_nb.rebalancing import rebalance
 
 GOALS = (("spread", 0.005), ("worst", 0.01))
 TABLE_SHARES = (0.365, 0.488, 0.062, 0.015, 0.017, 0.03, 0.023)  # about those of covertype
-PACKAGES = ("numpy", "scipy", "sklearn", "torch", "pandas", "matplotlib", "email", "json")
+PACKAGES = (  # each with at least 200 docstrings
+    "numpy",
+    "scipy",
+    "sklearn",
+    "torch",
+    "pandas",
+    "matplotlib",
+    "networkx",
+    "fontTools",
+)
 
 
 def of_digits(seed: int) -> dict:
@@ -135,6 +144,9 @@ def of_texts(seed: int) -> dict:
     rows = np.sort(first)
     features = torch.tensor(x[rows], dtype=torch.float32)
     return trained_on_rows(features, torch.tensor(labels)[rows], seed)
+
+
+KINDS = {"digits, long tail": of_digits, "table": of_table, "texts": of_texts}
 
 
 def of_study(file: Path, root: Path) -> dict:
@@ -261,12 +273,12 @@ def earlier_rows(out: str, rows: list[dict]) -> list[dict]:
 def main():
     parser: argparse.ArgumentParser = arguments(__doc__, "nbs/runs/rebalance.json")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(5)))
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--networks", nargs="*", default=[], help="stored ones, safetensors")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kinds = {"digits, long tail": of_digits, "table": of_table, "texts": of_texts}
     root = Path(args.data or ".").parent
-    problems = [(name, seed, make, seed) for name, make in kinds.items() for seed in args.seeds]
+    problems = [(name, seed, KINDS[name], seed) for name in args.kinds for seed in args.seeds]
     for file in map(Path, args.networks):
         start = "constant" if "constant" in file.name else "annealed"
         seed = int(re.search(r"_s(\d+)_", file.name)[1])
