@@ -176,7 +176,23 @@ def _keeps_within(scoring: Scoring, answers: torch.Tensor) -> bool:
     return bool((lacking <= limit_errors(scoring, answers) + 1e-9).all())
 
 
-def judged(result, goal: Goal) -> dict:
+def labels_of(data) -> torch.Tensor:  # (N,)
+    if isinstance(data, tuple):
+        return data[1]
+    return torch.cat([labels for _, labels in data])
+
+
+def sure_to_hold(result, goal: Goal, labels: torch.Tensor, there: Scoring, answers) -> float:
+    "The confidence that the price holds on these held-out images, whose noise is counted as well."
+    choice = result.choice
+    here = Scoring(goal, labels, choice.answers[0], there.names)
+    out_of_fold = choice.answers[choice.chosen]
+    lacking = here.of_answers(out_of_fold)[1][0]
+    errors = torch.stack([limit_errors(here, out_of_fold)[0], limit_errors(there, answers)[0]])
+    return torch.special.ndtr(-lacking / errors.norm().clamp(min=1e-12)).item()
+
+
+def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
     "The held-out objective of every method, and how sure its distance is."
     labels, choice = result.labels, result.choice
     names = result.outcomes[0].held_out.names
@@ -201,6 +217,7 @@ def judged(result, goal: Goal) -> dict:
         gain_error=to_none,
         global_fall=(lacking[0] + goal.max_global_drop).item(),
         confidence=result.advice.confidence,
+        confidence_there=sure_to_hold(result, goal, tuning_labels, scoring, answers[taken]),
         methods={o.name: value for o, value in zip(result.outcomes, values.tolist())},
         keeps={o.name: _keeps_within(scoring, given) for o, given in zip(result.outcomes, answers)},
         out_of_fold=[
@@ -230,7 +247,7 @@ def run(name: str, seed: int, problem: dict) -> list[dict]:
         )
         goal = Goal(objective=objective, max_global_drop=price)
         row = dict(network=name, seed=seed, objective=objective, price=price)
-        row |= judged(result, goal)
+        row |= judged(result, goal, labels_of(problem["sensitivity_data"]))
         row["seconds"] = time.perf_counter() - started
         row["advice"] = list(result.advice.lines)
         rows.append(row)
