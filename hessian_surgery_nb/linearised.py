@@ -297,6 +297,16 @@ def _move_base(search: _Search, path: _Path, step: torch.Tensor) -> _Path:
 PRICES = (0.0, 0.0025, 0.005, 0.01, 0.02)
 
 
+def _refuse_limits(config: SurgeryConfig):
+    for name in ("protect", "floors", "max_global_drop"):
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"a front knows one limit, its prices. Got config.{name} = "
+                f"{getattr(config, name)!r}; leave it out, or ask hs.rebalance(..., "
+                f"methods=['linearised surgery']), which keeps to it."
+            )
+
+
 def _check_prices(prices: Iterable[float]) -> list[float]:
     "Prices as a list; refused where they are no ascending fractions."
     given = []
@@ -366,6 +376,7 @@ def linearised_operate(
     """
     config = with_reduction(config, reduction)
     check_config(config)
+    _refuse_limits(config)
     prices = _check_prices(prices)
     folds = whole("folds", folds)
     rounds = whole("rounds", rounds, 0)

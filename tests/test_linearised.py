@@ -217,3 +217,13 @@ def test_the_command(lay_out, tmp_path, capsys):
         main([*flags, "--force", "--prices", "-1"]) == 2
         and "percentage points, in 0..100" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "limit", [dict(protect={"0": 0.01}), dict(floors={"0": 0.5}), dict(max_global_drop=0.01)]
+)
+def test_a_front_refuses_limits_that_it_would_not_keep(digits, limit):
+    net, s = digits
+    sets = net, nn.CrossEntropyLoss(), s.hessian.pair, s.sensitivity.pair
+    with pytest.raises(InputError, match="one limit, its prices"):
+        linearised_operate(*sets, config=SurgeryConfig(**limit), progress=False)
