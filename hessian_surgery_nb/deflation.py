@@ -21,7 +21,8 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .matrices import as_operator
 
 # %% auto #0
-__all__ = ['DeflatedOperator', 'SpikeStore', 'deflated_eigenpairs', 'check_phases']
+__all__ = ["DeflatedOperator", "SpikeStore", "deflated_eigenpairs", "check_phases"]
+
 
 # %% ../nbs/06_deflation.ipynb #8ff787e2
 class DeflatedOperator:
@@ -75,6 +76,7 @@ class DeflatedOperator:
     def __repr__(self):
         return f"DeflatedOperator({self.shape[0]:,} parameters without {len(self.rows)} directions)"
 
+
 # %% ../nbs/06_deflation.ipynb #8d262f3e
 def _check_orthonormal(
     rows: torch.Tensor,  # (j, n)
@@ -93,6 +95,7 @@ def _check_orthonormal(
             f"a basis must have orthonormal columns. They differ by {off:.2g}; "
             "pass torch.linalg.qr(basis).Q."
         )
+
 
 # %% ../nbs/06_deflation.ipynb #ff8dbb1e
 class SpikeStore:
@@ -160,6 +163,7 @@ class SpikeStore:
         self.count += 1
         return cosines
 
+
 # %% ../nbs/06_deflation.ipynb #b0299f67
 @plainly()
 def deflated_eigenpairs(
@@ -194,6 +198,7 @@ def deflated_eigenpairs(
         converged=torch.cat([pairs.converged for pairs in found]),
     )
     return union, overlaps
+
 
 # %% ../nbs/06_deflation.ipynb #be166cf7
 def _is_count(value: object) -> bool:

@@ -28,7 +28,8 @@ from .lanczos import Eigenpairs, lanczos_tridiag
 from .matrices import UnchangedDuring, as_operator
 
 # %% auto #0
-__all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
+__all__ = ["probe_quadrature", "SpectralDensity", "spectral_density", "decades", "plot_density"]
+
 
 # %% ../nbs/02_slq.ipynb #52b5a859
 @plainly()
@@ -41,6 +42,7 @@ def probe_quadrature(
     "Gauss quadrature of the spectrum as one random vector sees it."
     theta, U = torch.linalg.eigh(lanczos_tridiag(op, num_matvecs, seed=seed).T)
     return theta, U[0] ** 2
+
 
 # %% ../nbs/02_slq.ipynb #ee8ab283
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class SpectralDensity:
             f"[{lowest:.3g}, {highest:.3g}], "
             f"trace {self.trace:.4g} +- {self.trace_stderr:.2g})"
         )
+
 
 # %% ../nbs/02_slq.ipynb #81513aca
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ def _joined(
         joined[i] /= distributed_norm(joined[i], op.team).to(joined)
     return _KnownPairs(values=torch.cat([known.values, values]), rows=joined)
 
+
 # %% ../nbs/02_slq.ipynb #bf7a1df1
 @dataclass(frozen=True, kw_only=True)
 class _ProbeRun:
@@ -115,6 +119,7 @@ class _ProbeRun:
     gauss_error: float
     ritz_values: torch.Tensor  # (j,) ascending, of its own Lanczos run
     edge_residuals: torch.Tensor  # (2,) of the lowest and the highest of these
+
 
 # %% ../nbs/02_slq.ipynb #4a7d4971
 def _probe(
@@ -163,6 +168,7 @@ def _probe(
     linear_combination(U[:, outermost].T, tri.basis, rows, op.team)
     return run, _joined(op, known, theta[outermost], rows)
 
+
 # %% ../nbs/02_slq.ipynb #5f169d42
 def _nothing_left(known: _KnownPairs, weights: torch.Tensor) -> _ProbeRun:
     "A probe that need not be sent: every eigenvalue is known."
@@ -187,6 +193,7 @@ def _outermost(
 def _rounding(op: Operator, theta: torch.Tensor) -> torch.Tensor:  # float64 scalar
     floor = rounding_floor(op.dtype, op.shape[0], theta.abs().max().item())
     return torch.tensor(floor, dtype=torch.float64)
+
 
 # %% ../nbs/02_slq.ipynb #817fae0b
 @plainly()
@@ -239,12 +246,14 @@ def spectral_density(
         )
     return _density_of(runs, op.shape[0])
 
+
 # %% ../nbs/02_slq.ipynb #dfc77630
 def _vectors_fit(op: Operator, count: int) -> bool:
     "Do so many vectors take less than half of the free memory, in every process?"
     size = count * op.team.local_size(op.shape[0]) * op.dtype.itemsize
     too_many = size >= max(free_memory(op.device) / 2, 2**28)
     return not op.team.any(too_many)
+
 
 # %% ../nbs/02_slq.ipynb #2df4dd94
 def _density_of(runs: list[_ProbeRun], n: int) -> SpectralDensity:
@@ -275,6 +284,7 @@ def _edge(run: _ProbeRun, value: torch.Tensor, at: int) -> tuple[float, float]:
         return value.item(), run.edge_residuals[at].item()
     return value.item(), 0.0  # one of those that were known
 
+
 # %% ../nbs/02_slq.ipynb #4fbaad6f
 @patch
 def estimate(
@@ -300,6 +310,7 @@ def trace_stderr(self: SpectralDensity) -> float:
     "Its standard error over probes."
     return self.estimate(lambda t: t)[1]
 
+
 # %% ../nbs/02_slq.ipynb #befe4052
 @patch
 def wasserstein_bound(
@@ -317,6 +328,7 @@ def wasserstein_bound(
     log_term = math.log(2 * self.size / (1 - confidence))
     probes = math.sqrt(log_term / (len(self.nodes) * (self.size + 2)))
     return self.gauss_error.mean().item(), width * probes
+
 
 # %% ../nbs/02_slq.ipynb #622ff9e6
 @patch
@@ -358,6 +370,7 @@ def decades(
         raise InputError(f"the logarithmic axis starts at a positive eigenvalue. Got {t0}.")
     return torch.asinh(torch.as_tensor(t, dtype=torch.float64) / (2 * t0)) / math.log(10)
 
+
 # %% ../nbs/02_slq.ipynb #025e5ee3
 @patch
 def count_above(
@@ -366,6 +379,7 @@ def count_above(
 ) -> tuple[float, float]:  # how many of the n eigenvalues, and the standard error
     "How many eigenvalues exceed t."
     return self.estimate(lambda nodes: (nodes > t).to(nodes))
+
 
 # %% ../nbs/02_slq.ipynb #bf62283a
 def plot_density(
@@ -406,6 +420,7 @@ def plot_density(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+
 # %% ../nbs/02_slq.ipynb #0be0a311
 def _on_axis(t: torch.Tensor | float, decades_from: float | None) -> torch.Tensor:
     "Where eigenvalues stand on the axis."
@@ -443,6 +458,7 @@ def _mark_spikes(ax: Axes, places: list[float], height: float):
     label = f"{len(places)} spike{plural} (Lanczos)"
     heights = [height] * len(places)
     ax.plot(places, heights, "v", color=COLOURS["red"], ms=6, label=label, clip_on=False)
+
 
 # %% ../nbs/02_slq.ipynb #526f9938
 def _decade_ticks(lowest: float, highest: float, decades_from: float) -> list[float]:
