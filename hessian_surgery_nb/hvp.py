@@ -37,6 +37,7 @@ from .foundations.plans import Plan, PlanRequest
 from .foundations.same_function import weights_fingerprint
 from .foundations.trials import Candidate, difference
 from .foundations.true_gradients import TrueGradients
+from .foundations.vocabulary import chunked_curvature
 from .foundations.watched import Observation, WatchedObjective
 from .foundations.weights import check_mode, flatten, unflatten
 
@@ -242,6 +243,24 @@ class _GaussNewton(_Mode):
         return parts, loss
 
 
+# %% ../nbs/00_hvp.ipynb #49c2d7a2
+class _ChunkedGaussNewton(_Mode):
+    "J' M J v, logits a few rows at a time."
+
+    def _batch_product(self, data_pass, batch, leaves, v):
+        objective = data_pass.objective
+        features, change = logits_and_change(
+            lambda weights: objective.features(weights, batch.inputs), leaves, v
+        )
+        rows = data_pass.rows_of_batch(features, leaves, batch)
+        if change is not None:
+            change = rows.as_rows(change)
+        f, head, labels, rule = rows.given
+        parts, seen = chunked_curvature(f, change, head, rows.head_change(v), labels, rule)
+        loss = data_pass.loss_of_rows(rows, seen, batch)
+        return rows.pull_back(leaves, parts), loss
+
+
 # %% ../nbs/00_hvp.ipynb #8ed78ca6
 class _Differences(_Mode):
     "Central differences of gradients."
@@ -358,8 +377,8 @@ class HessianOperator:
     written to; it must be in evaluation mode where that matters (dropout, batch norm).
 
     `mode` is one of "cached", "recomputed", "forward" and "difference", or "auto", which picks one
-    by network and memory: see `plan()`. `precision="bf16"` runs the network in bfloat16: see
-    `check()`.
+    by network and memory: see `plan()`. With `kind="gauss_newton"` there is "chunked" as well, for
+    a large vocabulary. `precision="bf16"` runs the network in bfloat16: see `check()`.
     """
 
     def __init__(
@@ -407,6 +426,7 @@ def _new_modes() -> dict[str, _Mode]:
         "forward": _Forward(),
         "difference": _Differences(),
         "gauss_newton": _GaussNewton(),
+        "chunked": _ChunkedGaussNewton(),
     }
 
 
@@ -459,7 +479,7 @@ def plan(self: HessianOperator) -> Plan:
 def _mode(self: HessianOperator) -> _Mode:
     "What the plan says."
     mode = self.plan().mode
-    if self.kind == "gauss_newton":
+    if self.kind == "gauss_newton" and mode != "chunked":
         mode = "gauss_newton"
     return self._modes[mode]
 

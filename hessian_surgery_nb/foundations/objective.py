@@ -27,12 +27,22 @@ from .checks import InputError
 from .distributed import current_team
 from .forward import Forward, ForwardFunction, functional_logits
 from .guards import checksum
+from .heads import HeadNames, WithoutHead, check_head, trace_head
 from hessian_surgery_nb.foundations.losses import (
     LossDivisor,
     LossFunction,
     as_loss_module,
     call_loss,
     is_cross_entropy,
+    loss_denominator,
+)
+from hessian_surgery_nb.foundations.vocabulary import (
+    EntropyRule,
+    HeadParts,
+    LinearHead,
+    RowsSeen,
+    chunked_gradient,
+    chunked_loss,
 )
 from .weights import select_params
 
@@ -47,6 +57,7 @@ __all__ = [
     "record_row",
     "DataPass",
     "loss_and_gradient",
+    "FeatureRows",
 ]
 
 
@@ -81,6 +92,7 @@ class Objective:
         self.precision = precision
         self.network = Forward(model, forward)
         self.divisor = LossDivisor(self.loss_fn, reduction, self.team)
+        self.head: HeadNames | None = None  # of logits in chunks; None: they are made whole
 
 
 def _check_loss(loss_fn):
@@ -294,7 +306,10 @@ def loss(
 
 @patch
 def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: LoadedBatch) -> BatchLoss:
-    "The loss of a batch at given weights."
+    "The loss of a batch at given weights; without derivatives where logits are made in chunks."
+    if self.objective.head is not None:
+        rows = self.rows_of_batch(self.objective.features(leaves, batch.inputs), leaves, batch)
+        return self.loss_of_rows(rows, chunked_loss(*rows.given), batch)
     return self.loss(self.objective.logits(leaves, batch.inputs), batch)
 
 
@@ -385,9 +400,166 @@ def loss_and_gradient(
     leaves: Sequence[torch.Tensor],  # weights
 ) -> tuple[BatchLoss, tuple[torch.Tensor, ...]]:  # gradient of the undivided loss, like leaves
     "The loss of a batch and its gradient."
+    if data_pass.objective.head is not None:
+        return _gradient_in_chunks(data_pass, batch, leaves)
     loss = data_pass.loss_at(leaves, batch)
     if not loss.undivided.requires_grad:
         return loss, tuple(torch.zeros_like(leaf) for leaf in leaves)
     return loss, torch.autograd.grad(
         loss.undivided, leaves, allow_unused=True, materialize_grads=True
     )
+
+
+# %% ../../nbs/foundations/09a_objective.ipynb #67c6ced0
+@patch
+def cut_head(
+    self: Objective,
+    batch: Batch,  # a few images
+):
+    "From now on make logits in chunks; refused where that would not be the same."
+    loss_fn = self.loss_fn
+    if not (isinstance(loss_fn, nn.CrossEntropyLoss) and is_cross_entropy(loss_fn)):
+        raise _no_chunks("PyTorch's own cross-entropy", type(loss_fn).__name__)
+    if self.precision is not None:
+        raise _no_chunks("the precision of the weights", f"precision={self.precision!r}")
+    X, y = self.load(batch)
+    if y.is_floating_point():
+        raise _no_chunks("class numbers as labels", "probabilities")
+    leaves = self.leaves()
+    head = trace_head(self.model, lambda: self.logits(leaves, X), self.names)
+    check_head(self.model, head, lambda: self.logits(self.weights(), X))
+    if self.network.writes:
+        raise _no_chunks("a network that leaves its weights alone", "one that writes them")
+    self.head = head
+
+
+def _no_chunks(rule: str, found: str) -> InputError:
+    return InputError(
+        f"logits in chunks need {rule}. Got {found}; use mode='recomputed', which makes them whole."
+    )
+
+
+@patch
+def features(
+    self: Objective,
+    leaves: Iterable[torch.Tensor],  # in place of the selected parameters
+    X: Inputs,  # of one batch
+) -> torch.Tensor:  # (N, d, ...), in the places of logits
+    "What the head is given."
+    with WithoutHead(self.model, self.head):
+        return self.logits(leaves, X)
+
+
+# %% ../../nbs/foundations/09a_objective.ipynb #5e0cfa62
+@dataclass(frozen=True, kw_only=True)
+class FeatureRows:
+    "A batch as rows of features, in place of logits."
+
+    features: torch.Tensor  # (N, d, ...), perhaps with a graph
+    head: LinearHead
+    labels: torch.Tensor  # (R,)
+    rule: EntropyRule
+    slots: tuple[int | None, int | None]  # places of weight and bias among the leaves
+
+    def as_rows(
+        self,
+        tensor: torch.Tensor,  # like the features
+    ) -> torch.Tensor:  # (R, d)
+        "The feature axis last, all others as one."
+        return tensor.detach().movedim(1, -1).reshape(-1, tensor.shape[1])
+
+    @property
+    def given(self) -> tuple:  # rows of features, head, labels, rule
+        "What chunked sums ask for."
+        return self.as_rows(self.features), self.head, self.labels, self.rule
+
+    def head_change(
+        self,
+        v: Sequence[torch.Tensor],  # direction, like the leaves
+    ) -> LinearHead | None:  # None: the head stays
+        "The part of a direction that belongs to the head."
+        weight, bias = (None if slot is None else v[slot] for slot in self.slots)
+        if weight is None and bias is None:
+            return None
+        return LinearHead(weight=weight, bias=bias)
+
+    def pull_back(
+        self,
+        leaves: Sequence[torch.Tensor],
+        parts: HeadParts,
+    ) -> tuple[torch.Tensor, ...]:  # like leaves
+        "Parts of features and head as parts of the weights: one backward pass from the features."
+        turned = self.features.movedim(1, -1)
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        if turned.requires_grad:
+            slope = parts.features.reshape(turned.shape)
+            total = list(
+                torch.autograd.grad(
+                    turned, leaves, slope, allow_unused=True, materialize_grads=True
+                )
+            )
+        for slot, part in zip(self.slots, (parts.weight, parts.bias)):
+            if slot is not None:
+                total[slot] = total[slot] + part
+        return tuple(total)
+
+
+# %% ../../nbs/foundations/09a_objective.ipynb #cacd18c9
+@patch
+def rows_of_batch(
+    self: DataPass,
+    features: torch.Tensor,  # (N, d, ...)
+    leaves: Iterable[torch.Tensor],  # in place of the selected parameters
+    batch: LoadedBatch,
+) -> FeatureRows:
+    "A batch as rows; what a first pass refuses of logits and labels, it refuses here."
+    objective = self.objective
+    head = objective.head
+    state = dict(zip(objective.names, leaves))
+
+    def tensor(name: str | None) -> torch.Tensor | None:
+        if name is None:
+            return None
+        return state.get(name, objective.model.get_parameter(name)).detach()
+
+    weight = tensor(head.weight)
+    if self.earlier is None:
+        # logits of the right shape that take no memory
+        shape = features.shape[:1] + weight.shape[:1] + features.shape[2:]
+        logits = features.new_zeros(()).expand(shape)
+        check_batch(batch.inputs, batch.labels, logits, objective.loss_fn)
+    places = {name: place for place, name in enumerate(objective.names)}
+    return FeatureRows(
+        features=features,
+        head=LinearHead(weight=weight, bias=tensor(head.bias)),
+        labels=batch.labels.reshape(-1),
+        rule=EntropyRule.of(objective.loss_fn),
+        slots=(places.get(head.weight), places.get(head.bias)),
+    )
+
+
+@patch
+def loss_of_rows(
+    self: DataPass, rows: FeatureRows, seen: RowsSeen, batch: LoadedBatch
+) -> BatchLoss:
+    "The loss of a batch from what was seen of its rows."
+    denominator = loss_denominator(self.objective.loss_fn, rows.features, batch.labels)
+    loss = seen.loss / denominator if denominator else torch.zeros_like(seen.loss)
+    if self.earlier is None and not torch.isfinite(loss):
+        raise InputError(
+            f"the loss must be finite. Got {loss.item()} on a batch of {len(batch.labels)}; check "
+            "weights, inputs and class weights."
+        )
+    labels = checksum(batch.labels)
+    divided_by = loss.new_tensor(denominator)
+    record = torch.stack([seen.checksum, seen.norm, labels, loss, divided_by])
+    return BatchLoss(undivided=loss * denominator, denominator=denominator, record=record)
+
+
+def _gradient_in_chunks(
+    data_pass: DataPass, batch: LoadedBatch, leaves: Sequence[torch.Tensor]
+) -> tuple[BatchLoss, tuple[torch.Tensor, ...]]:
+    features = data_pass.objective.features(leaves, batch.inputs)
+    rows = data_pass.rows_of_batch(features, leaves, batch)
+    parts, seen = chunked_gradient(*rows.given)
+    return data_pass.loss_of_rows(rows, seen, batch), rows.pull_back(leaves, parts)
