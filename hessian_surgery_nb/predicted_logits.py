@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .foundations.accuracy import class_means, predict
-from .foundations.batches import Data
+from .foundations.batches import Data, as_batches, split_batch
 from .foundations.checks import InputError
 from .foundations.distributed import Team
+from .foundations.file_tensors import FileColumns
 from .foundations.fingerprints import fingerprint
 from .foundations.forward import ForwardFunction, dual_level
 from .foundations.guards import plainly
@@ -56,6 +57,7 @@ class LogitJacobian:
     eps: float  # step of the differences; 0 with forward mode
     scheme: str  # "logits" or "jvp"
     num_passes: int  # over the data; a forward-mode pass counts as one, and takes longer
+    in_file: bool = False  # do slopes and curvature lie on the disk?
 
     def __len__(self):
         return self.jacobian.shape[-1]
@@ -63,9 +65,10 @@ class LogitJacobian:
     def __repr__(self):
         num_images, num_classes = self.logits.shape
         step = f", eps={self.eps:.3g}" if self.eps else ""
+        where = ", in a file" if self.in_file else ""
         return (
             f"LogitJacobian({num_images} images, {num_classes} classes, {len(self)} spikes, "
-            f"{self.scheme}{step}, {self.num_passes} passes)"
+            f"{self.scheme}{step}, {self.num_passes} passes{where})"
         )
 
     def __getitem__(self, rows: torch.Tensor) -> LogitJacobian:  # rows: which images
@@ -76,6 +79,7 @@ class LogitJacobian:
             jacobian=self.jacobian[rows],
             curvature=None if curvature is None else curvature[rows],
             labels=self.labels[rows],
+            in_file=False,
         )
 
     def first(self, k: int) -> LogitJacobian:
@@ -168,10 +172,13 @@ def logit_jacobian(
     params: str | Sequence[str] | None = None,
     forward: ForwardFunction | None = None,
     progress: bool = False,  # all three likewise
+    memory: float = 5e8,  # bytes that slopes and curvature may take; beyond, a file holds them
+    folder: str | Path | None = None,  # for that file; None: the one for temporary files
 ) -> LogitJacobian:
     """How the logits change along each spike. The model is left as it is.
 
-    The step that is taken without `eps` is a twelfth of the paper's amplitude.
+    The step that is taken without `eps` is a twelfth of the paper's amplitude. With several
+    processes, or on a GPU, all stays in memory.
     """
     chosen = select_params(model, params)
     vectors, team = directions_and_team(spikes)
@@ -182,6 +189,11 @@ def logit_jacobian(
         raise InputError(f"scheme must be 'logits' or 'jvp'. Got {scheme!r}.")
     logits, labels = predict(model, data, forward=forward)
     bar = progress and team.rank == 0
+    tables = 2 if scheme == "logits" else 1
+    size = tables * logits.nbytes * vectors.shape[1]
+    if size > memory and team.size == 1 and logits.device.type == "cpu":
+        request = _Request(model, data, chosen, vectors, forward, eps, bar)
+        return _jacobian_in_file(request, logits, labels, scheme, folder)
     if scheme == "jvp":
         jacobian = _forward_derivatives(model, data, chosen, vectors, team, forward, bar)
         if jacobian is not None:
@@ -249,14 +261,19 @@ def _forward_derivatives(
             for k in counted(vectors.shape[1], "logits along spikes", bar)
         ]
     except (NotImplementedError, InputError) as e:
-        if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e):
-            raise
-        warn_caller(
-            "scheme='jvp' needs layers with a forward derivative. "
-            f"PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.",
-        )
+        _say_why_differences(e)
         return None
     return torch.stack(tangents, -1)
+
+
+def _say_why_differences(e: Exception):
+    "A warning where a layer has no forward derivative; any other error is raised again."
+    if isinstance(e, InputError) and "forward AD" not in str(e) and "jvp" not in str(e):
+        raise e
+    warn_caller(
+        "scheme='jvp' needs layers with a forward derivative. "
+        f"PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.",
+    )
 
 
 # %% ../nbs/04a_predicted_logits.ipynb #d3da2f9c
@@ -277,6 +294,98 @@ def _tangent(
         dual, _ = predict(model, data, state=state, forward=forward)
         logits, tangent = fwAD.unpack_dual(dual)
     return torch.zeros_like(logits) if tangent is None else tangent
+
+
+# %% ../nbs/04a_predicted_logits.ipynb #d890a64f
+@dataclass(frozen=True)
+class _Request:
+    "What a Jacobian is taken of."
+
+    model: nn.Module
+    data: Data
+    chosen: dict[str, torch.Tensor]
+    vectors: torch.Tensor  # (n, K)
+    forward: ForwardFunction | None
+    eps: float
+    bar: bool
+
+    def batches(self) -> Iterator[tuple[int, list]]:  # first row, and a batch as data
+        "All data, a batch at a time."
+        row = 0
+        for batch in as_batches(self.data):
+            yield row, [batch]
+            row += len(split_batch(batch)[1])
+
+
+def _jacobian_in_file(
+    request: _Request,
+    logits: torch.Tensor,  # (N, C)
+    labels: torch.Tensor,
+    scheme: str,
+    folder: str | Path | None,
+) -> LogitJacobian:
+    "The same, written to a file batch by batch."
+    count = request.vectors.shape[1]
+    facts = dict(logits=logits, labels=labels, in_file=True)
+    if scheme == "jvp":
+        try:
+            (jacobian,) = _fill(request, logits, 1, _tangents_of_batch, folder)
+            how = dict(eps=0.0, scheme="jvp", num_passes=1 + count)
+            return LogitJacobian(jacobian=jacobian, curvature=None, **facts, **how)
+        except (NotImplementedError, InputError) as e:
+            _say_why_differences(e)
+    jacobian, curvature = _fill(request, logits, 2, _differences_of_batch, folder)
+    how = dict(eps=request.eps, scheme="logits", num_passes=1 + 2 * count)
+    return LogitJacobian(jacobian=jacobian, curvature=curvature, **facts, **how)
+
+
+# %% ../nbs/04a_predicted_logits.ipynb #e2f27d97
+def _fill(
+    request: _Request,
+    logits: torch.Tensor,  # (N, C)
+    tables: int,
+    of_batch: Callable,
+    folder: str | Path | None,
+) -> list[torch.Tensor]:  # (N, C, K) of each table
+    "One column after the other, batch by batch."
+    count = request.vectors.shape[1]
+    stores = [FileColumns((*logits.shape, count), logits.dtype, folder) for _ in range(tables)]
+    try:
+        for k in counted(count, "logits along spikes", request.bar):
+            along = of_batch(request, k)
+            for row, batch in request.batches():
+                for store, numbers in zip(stores, along(batch, logits[row:])):
+                    store.write(k, row, numbers)
+        return [store.finish() for store in stores]
+    finally:
+        for store in stores:
+            store.discard()
+
+
+def _differences_of_batch(request: _Request, k: int) -> Callable:
+    "Slopes and curvature along one direction."
+    eps, direction = request.eps, request.vectors[:, k]
+    states = [moved_state(request.chosen, sign * eps * direction) for sign in (1, -1)]
+
+    def along(batch, logits):
+        plus, minus = (
+            predict(request.model, batch, state=state, forward=request.forward)[0]
+            for state in states
+        )
+        here = logits[: len(plus)]
+        return (plus - minus) / (2 * eps), (plus - 2 * here + minus) / eps**2
+
+    return along
+
+
+def _tangents_of_batch(request: _Request, k: int) -> Callable:
+    "Slopes along one direction, by forward mode."
+    direction = request.vectors[:, k]
+
+    def along(batch, logits):
+        return (_tangent(request.model, batch, request.chosen, direction, request.forward),)
+
+    return along
 
 
 # %% ../nbs/04a_predicted_logits.ipynb #6edf3295
