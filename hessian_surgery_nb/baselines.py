@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from .foundations.bias_search import answers_with, row_blocks, trial_accuracies
 from hessian_surgery_nb.foundations.accuracy import (
     ClassReport,
     class_means,
@@ -54,8 +55,11 @@ def class_accuracies(
     return class_means(logits.argmax(1) == y, y, logits.shape[1]).cpu()
 
 
-def _sigma_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # (), in [0, 1] units
-    return class_accuracies(logits, y).std(correction=0)
+def _accuracies_with(
+    logits: torch.Tensor, y: torch.Tensor, biases: torch.Tensor
+) -> torch.Tensor:  # (C,)
+    "The same once biases are added, without another copy of the logits."
+    return class_means(answers_with(logits, biases) == y, y, len(biases))
 
 
 def best_of(
@@ -63,7 +67,10 @@ def best_of(
     y: torch.Tensor,  # (N,)
 ) -> int:
     "The candidate of smallest sigma whose balanced accuracy is not below that of the first."
-    accuracies = [class_accuracies(logits, y) for logits in candidates]
+    return _best([class_accuracies(logits, y) for logits in candidates])
+
+
+def _best(accuracies: Sequence[torch.Tensor]) -> int:  # (C,) of each
     least = accuracies[0].mean() - 1e-12
     allowed = [i for i, accuracy in enumerate(accuracies) if accuracy.mean() >= least]
     return min(allowed, key=lambda i: (accuracies[i].std(correction=0).item(), i))
@@ -270,13 +277,31 @@ class _BalancedCrossEntropy:
 
     def __call__(
         self,
-        logits: torch.Tensor,  # (N, C)
-    ) -> tuple[float, torch.Tensor]:  # loss, its gradient (N, C)
+        logits: torch.Tensor,  # (r, C)
+        rows: slice = slice(None),  # which images these are
+    ) -> tuple[float, torch.Tensor]:  # loss, its gradient (r, C)
+        labels, weights = self.labels[rows], self.weights[rows]
+        own = self.rows[: len(labels)], labels
         log_probabilities = logits.log_softmax(1)
-        gradient = log_probabilities.exp()
-        gradient[self.rows, self.labels] -= 1
-        gradient *= self.weights[:, None]
-        loss = -(self.weights * log_probabilities[self.rows, self.labels]).sum().item()
+        loss = -(weights * log_probabilities[own]).sum().item()
+        gradient = log_probabilities.exp_()
+        gradient[own] -= 1
+        gradient *= weights[:, None]
+        return loss, gradient
+
+    def of_biases(
+        self,
+        logits: torch.Tensor,  # (N, C)
+        biases: torch.Tensor,  # (C,)
+    ) -> tuple[float, torch.Tensor]:  # loss, its gradient (C,)
+        "With a bias a class, in pieces where logits are many."
+        entries = logits.numel() if logits.numel() <= _AT_ONCE else None
+        loss = 0.0
+        gradient = torch.zeros_like(biases)
+        for rows in row_blocks(logits, entries):
+            part, slope = self(logits[rows].double() + biases, rows)
+            loss += part
+            gradient += slope.sum(0)
         return loss, gradient
 
 
@@ -291,6 +316,7 @@ def _minimise(objective: Callable, size: int) -> torch.Tensor:  # (size,)
 # %% ../nbs/05a_baselines.ipynb #e694523c
 _RIDGE = 1e-3  # keeps biases and scales small where nothing asks for them
 _STRETCHES = np.linspace(0, 2, 41)  # of the convex solution, among which sigma chooses
+_AT_ONCE = 2**23  # logits that are not cut into pieces
 
 
 def tune_biases(
@@ -300,19 +326,19 @@ def tune_biases(
     rounds: int = 20,  # of coordinate search, at most
 ) -> torch.Tensor:  # (C,) float64, centred
     "Per-class biases that minimise sigma on these images at no loss of balanced accuracy."
-    logits = logits.double().cpu()
+    logits = logits.cpu()
     labels = y.cpu()
     classes = logits.shape[1]
     cross_entropy = _BalancedCrossEntropy(labels, classes)
 
     def objective(biases):
-        loss, gradient = cross_entropy(logits + torch.as_tensor(biases))
+        loss, gradient = cross_entropy.of_biases(logits, torch.as_tensor(biases))
         loss += _RIDGE / 2 * biases @ biases
-        return loss, gradient.sum(0).numpy() + _RIDGE * biases
+        return loss, gradient.numpy() + _RIDGE * biases
 
     smooth = _minimise(objective, classes)
     path = [stretch * smooth for stretch in _STRETCHES]
-    start = path[best_of([logits + biases for biases in path], labels)]
+    start = path[_best([_accuracies_with(logits, labels, biases) for biases in path])]
     return _coordinate_search(logits, labels, start, rounds)
 
 
@@ -327,17 +353,17 @@ def _coordinate_search(
     "Greedy descent on sigma itself, a bias at a time, with shrinking steps."
     if floor is None:
         floor = class_accuracies(logits, labels).mean()
-    sigma = _sigma_of(logits + biases, labels)
-    units = torch.eye(len(biases), dtype=biases.dtype)
+    sigma = _accuracies_with(logits, labels, biases).std(correction=0)
     for step in (1.0, 0.5, 0.25, 0.1):
         for _ in range(rounds):
-            trials = [biases + sign * step * unit for unit in units for sign in (1, -1)]
-            accuracies = torch.stack([class_accuracies(logits + trial, labels) for trial in trials])
+            accuracies = trial_accuracies(logits, labels, biases, step)
             allowed = accuracies.mean(1) >= floor - 1e-12
             sigmas = torch.where(allowed, accuracies.std(1, correction=0), torch.inf)
             if sigmas.min() >= sigma - 1e-12:
                 break
-            biases = trials[int(sigmas.argmin())]
+            place, lowered = divmod(int(sigmas.argmin()), 2)
+            biases = biases.clone()
+            biases[place] += -step if lowered else step
             sigma = sigmas.min()
     return biases - biases.mean()
 

@@ -5,13 +5,15 @@
 # %% ../nbs/04h_best_step.ipynb #0bf0d771
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .foundations.accuracy import class_means
+from .foundations.bias_search import answers_with
+from .foundations.fair_biases import fair_biases
 from .foundations.tuning_noise import hidden_noise
 from .predicted_logits import LogitJacobian
 
@@ -267,7 +269,19 @@ def cross_fitted(
             alpha=whole, predicted=predicted, out_of_fold=predicted, sigma=sigma, shrink=1.0
         )
     unseen = _unseen(jacobian, allowed_fall, radius, count, seed)
-    counts = torch.bincount(jacobian.labels.cpu(), minlength=jacobian.logits.shape[1]).double()
+    return _shrunk(whole, jacobian.labels, allowed_fall, unseen, jacobian.accuracy, one_of_many)
+
+
+def _shrunk(
+    whole: torch.Tensor,  # (K,)
+    labels: torch.Tensor,  # (N,)
+    allowed_fall: float,
+    unseen: dict[float, _Unseen],
+    predicted: Callable[[torch.Tensor], torch.Tensor],  # step (K,) -> accuracies (C,)
+    one_of_many: bool = False,
+) -> Step:
+    "As far along a step as images that had no say in it would go."
+    counts = torch.bincount(labels.cpu(), minlength=len(unseen[0.0].accuracies)).double()
 
     def overall(factor: float) -> float:
         return (unseen[factor].accuracies @ counts / counts.sum()).item()
@@ -284,7 +298,7 @@ def cross_fitted(
     best = min(allowed, key=lambda factor: (sigma(factor), factor))
     return Step(
         alpha=best * whole,
-        predicted=jacobian.accuracy(best * whole),
+        predicted=predicted(best * whole),
         out_of_fold=unseen[best].accuracies,
         sigma=unseen[best].sigma,
         shrink=best,
@@ -292,6 +306,9 @@ def cross_fitted(
 
 
 # %% ../nbs/04h_best_step.ipynb #3b4ff601
+_MANY = 128  # classes up to which biases are directions like others (choice)
+
+
 def bias_jacobian(
     logits: torch.Tensor,  # (N, C)
     labels: torch.Tensor,  # (N,)
@@ -319,8 +336,43 @@ def tuned_to_price(
     seed: int = 0,  # of the folds
 ) -> Step:  # alpha: (C,) biases
     "Biases with the smallest spread at a price."
-    jacobian = bias_jacobian(logits, labels)
     margin, _ = margins(logits, labels)
     radius = 4 * margin.abs().median().item() + 1e-6
+    if logits.shape[1] > _MANY:
+        return _many_to_price(logits.cpu(), labels.cpu(), allowed_fall, radius, count, seed)
+    jacobian = bias_jacobian(logits, labels)
     whole = best_step(jacobian, allowed_fall, radius)
     return cross_fitted(jacobian, whole, allowed_fall, radius, count=count, seed=seed)
+
+
+# %% ../nbs/04h_best_step.ipynb #cc3e8fca
+def _many_to_price(
+    logits: torch.Tensor,  # (N, C)
+    labels: torch.Tensor,  # (N,)
+    allowed_fall: float,
+    radius: float,
+    count: int,
+    seed: int,
+) -> Step:
+    "Biases at a price by the solver for many classes, cross-fitted like any step."
+    num_classes = logits.shape[1]
+    radius = radius * max(1.0, num_classes / _MANY) ** 0.5
+
+    def predicted(biases: torch.Tensor) -> torch.Tensor:
+        return class_means(answers_with(logits, biases) == labels, labels, num_classes)
+
+    whole = fair_biases(logits, labels, allowed_fall, radius)
+    if count == 1:
+        there = predicted(whole)
+        sigma = there.std(correction=0).item()
+        return Step(alpha=whole, predicted=there, out_of_fold=there, sigma=sigma, shrink=1.0)
+    fold = folds(labels, count, seed)
+    steps = []
+    for f in range(count):
+        inside = fold != f
+        steps.append(fair_biases(logits[inside], labels[inside], allowed_fall, radius))
+    unseen = {}
+    for factor in SHRINK:
+        right = [answers_with(logits, factor * step) == labels for step in steps]
+        unseen[factor] = _Unseen.of(torch.stack(right), fold, labels, num_classes)
+    return _shrunk(whole, labels, allowed_fall, unseen, predicted)

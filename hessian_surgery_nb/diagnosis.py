@@ -18,7 +18,7 @@ from .rest_trial import RestTrial, fit_few, relative_gain
 from .settling import class_bias
 
 # %% auto #0
-__all__ = ["confusion_counts", "Diagnosis", "diagnose"]
+__all__ = ["confusion_counts", "confused_pairs", "Diagnosis", "diagnose"]
 
 # %% ../nbs/03g_diagnosis.ipynb #d2eb8379
 _LEVEL = 0.01  # of each test
@@ -159,19 +159,28 @@ def _pairs_test(table: torch.Tensor) -> float:  # (C, C) -> p
     return _tail(deviation * (num_classes - 1) / (num_classes - 2), num_classes - 1)
 
 
+def confused_pairs(
+    answers: torch.Tensor,  # (N,)
+    labels: torch.Tensor,  # (N,)
+    most: int = 3,  # pairs
+) -> list[tuple[int, int, int]]:  # two classes, the smaller number first, and errors between them
+    "The pairs with most errors, both ways counted: a look at the errors, not at all pairs."
+    answers, labels = answers.cpu().long(), labels.cpu().long()
+    wrong = answers != labels
+    ends = torch.stack([answers[wrong], labels[wrong]]).sort(0).values
+    pairs, counts = ends.unique(dim=1, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:most]
+    rows = torch.cat([pairs[:, order], counts[None, order]])
+    return [tuple(row) for row in rows.T.tolist()]
+
+
 def _most_confused(
-    table: torch.Tensor, names: Sequence[str], most: int = 3
+    answers: torch.Tensor, labels: torch.Tensor, names: Sequence[str]
 ) -> tuple[tuple[str, str, float], ...]:
-    "Pairs with the largest share of all errors, both ways counted."
-    errors = (table + table.T).triu(1)
-    total = errors.sum().clamp(min=1)
-    places = errors.flatten().argsort(descending=True, stable=True)[:most].tolist()
-    found = []
-    for place in places:
-        one, other = divmod(place, len(table))
-        if errors[one, other] > 0:
-            found.append((names[one], names[other], (errors[one, other] / total).item()))
-    return tuple(found)
+    "Pairs by name, and their share of all errors."
+    errors = max(int((answers.cpu() != labels.cpu()).sum()), 1)
+    pairs = confused_pairs(answers, labels)
+    return tuple((names[one], names[other], count / errors) for one, other, count in pairs)
 
 
 # %% ../nbs/03g_diagnosis.ipynb #0b05e7f1
@@ -390,7 +399,7 @@ def diagnose(
         **_spread_of(table),
         sigma_chance=sigma_chance,
         pairs_chance=pairs_chance,
-        most_confused=_most_confused(table, bias.names),
+        most_confused=_most_confused(logits.argmax(1), labels, bias.names),
     )
 
 
