@@ -31,8 +31,17 @@ from .rest_trial import RestTrial, try_rest
 from .sensitivity import Sensitivity, sensitivity_matrix
 
 # %% auto #0
-__all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'predicted_change', 'Screening', 'screening_of', 'screen',
-           'plot_screening']
+__all__ = [
+    "effective_rank",
+    "rank_interval",
+    "rank_noise_floor",
+    "predicted_change",
+    "Screening",
+    "screening_of",
+    "screen",
+    "plot_screening",
+]
+
 
 # %% ../nbs/08_effective_rank.ipynb #a9158cd6
 def effective_rank(
@@ -59,6 +68,7 @@ def effective_rank(
         return 1.0
     p = (s / s.max()) ** (2 if weights == "energy" else 1)
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
+
 
 # %% ../nbs/08_effective_rank.ipynb #6ebb1641
 def _bootstrapped(s: Sensitivity, draws: int, seed: int) -> Iterator[torch.Tensor]:  # (C, K) each
@@ -96,6 +106,7 @@ def rank_interval(
     ranks = [effective_rank(S, weights=weights) for S in _bootstrapped(s, draws, seed)]
     return _middle(ranks, level)
 
+
 # %% ../nbs/08_effective_rank.ipynb #dbb436f6
 def rank_noise_floor(
     s: Sensitivity,
@@ -117,6 +128,7 @@ def rank_noise_floor(
         S = class_means(responses, shuffled, num_classes)
         ranks.append(effective_rank(S, weights=weights))
     return sum(ranks) / len(ranks)
+
 
 # %% ../nbs/08_effective_rank.ipynb #098b8a4b
 def predicted_change(
@@ -140,6 +152,7 @@ def predicted_change(
     predicted = sigma_after(s.matrix.double())
     low, high = _middle([sigma_after(S) for S in _bootstrapped(s, draws, seed)], level)
     return predicted, low, high
+
 
 # %% ../nbs/08_effective_rank.ipynb #f9e0a426
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +195,7 @@ class Screening:
             found["diagnosis"] = self.diagnosis.to_dict()
         return found
 
+
 # %% ../nbs/08_effective_rank.ipynb #b6a18480
 @plainly()
 def screening_of(
@@ -219,12 +233,14 @@ def _flatness(singular_values: torch.Tensor) -> float:
         return 0.0
     return (singular_values[1] / singular_values[0]).item()
 
+
 # %% ../nbs/08_effective_rank.ipynb #9a42963a
 def _cumulative_energy(singular_values: torch.Tensor) -> tuple[float, ...]:
     squares = singular_values**2
     if not singular_values.max() > 0:
         return tuple(torch.ones_like(squares).tolist())
     return tuple((squares.cumsum(0) / squares.sum()).tolist())
+
 
 # %% ../nbs/08_effective_rank.ipynb #364f2f37
 def _class_counts(data: Data, num_classes: int) -> torch.Tensor | None:  # (C,); None: no counts
@@ -247,6 +263,7 @@ def _tried(
     if gradient_data is None or current_team().size > 1:
         return None
     return try_rest(model, loss_fn, gradient_data, sensitivity_data, **options)
+
 
 # %% ../nbs/08_effective_rank.ipynb #164ce5e3
 @plainly()
@@ -315,6 +332,7 @@ def screen(
         diagnosis=diagnose(*centre, counts=counts, trial=trial, names=names),
         seed=seed,
     )
+
 
 # %% ../nbs/08_effective_rank.ipynb #aaf8ad20
 def plot_screening(
