@@ -228,45 +228,44 @@ def spectral_density(
     num_matvecs: int = 80,  # per probe
     spikes: Eigenpairs | None = None,  # certified pairs that are known already
     max_known: int = 32,  # certified pairs kept for later probes; 0: plain quadrature
-    reorthogonalise: bool | None = None,  # None: if the vectors fit into half of the free memory
+    # None: if the vectors fit into half of the free memory; False: nothing is learnt from probes
+    reorthogonalise: bool | None = None,
     seed: int = 0,
     progress: bool = False,  # a bar
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature, eq. (3).
-
-    Without reorthogonalisation nothing is learnt from probes; with max_known=0 all are alike.
-    """
+    "Stochastic Lanczos quadrature, eq. (3). Later probes leave out what earlier ones certified."
     op = as_operator(op)
     num_matvecs = whole("num_matvecs", num_matvecs, 1)
     max_known = whole("max_known", max_known, 0)
-    if reorthogonalise is None:
-        reorthogonalise = _vectors_fit(op, num_matvecs + 3 * max_known)
     seeds = _seeds_of_probes(seed, whole("num_probes", num_probes, 1))
-    how = dict(num_matvecs=num_matvecs, reorthogonalise=reorthogonalise)
-    runs = _all_probes(op, seeds, spikes, max_known=max_known, progress=progress, **how)
+    how = dict(num_matvecs=num_matvecs, max_known=max_known, reorthogonalise=reorthogonalise)
+    runs = _all_probes(op, seeds, spikes, progress=progress, **how)
     return _density_of(runs, op.shape[0])
 
 
-# %% ../nbs/02_slq.ipynb #bb19e258
+# %% ../nbs/02_slq.ipynb #ec1e3065
 def _all_probes(
     op: Operator,
     seeds: list[int],
     spikes: Eigenpairs | None,
     *,
+    num_matvecs: int,
     max_known: int,
+    reorthogonalise: bool | None,
     progress: bool,
-    **how: int,  # num_matvecs, reorthogonalise
 ) -> list[_ProbeRun]:
     "One after another, each with what those before it certified."
     from tqdm.auto import tqdm
 
+    if reorthogonalise is None:
+        reorthogonalise = _vectors_fit(op, num_matvecs + 3 * max_known)
+    how = dict(num_matvecs=num_matvecs, reorthogonalise=reorthogonalise)
     known = _known_pairs(op, spikes)
     runs = []
     with UnchangedDuring(op) as watch:
         for seed in tqdm(seeds, desc="spectral density", leave=False, disable=not progress):
             is_last = len(runs) == len(seeds) - 1  # nobody learns from the last
-            room = 0 if is_last else max_known
-            run, known = _probe(op, seed, known, max_known=room, **how)
+            run, known = _probe(op, seed, known, max_known=0 if is_last else max_known, **how)
             runs.append(run)
     if not watch.unchanged:
         warn_caller(_TWO_MATRICES, ChangingFunction)
