@@ -52,7 +52,7 @@ class DeflatedOperator:
         return f"DeflatedOperator({self.shape[0]:,} parameters without {len(self.rows)} directions)"
 
 
-# %% ../nbs/06_deflation.ipynb #5a776ce2
+# %% ../nbs/06_deflation.ipynb #13b8a4ad
 @patch
 def project(
     self: DeflatedOperator,
@@ -74,7 +74,7 @@ def __matmul__(self: DeflatedOperator, vector: torch.Tensor) -> torch.Tensor:  #
     return self.project(self.op @ inside)
 
 
-# %% ../nbs/06_deflation.ipynb #168c60e8
+# %% ../nbs/06_deflation.ipynb #356ef576
 def _check_basis(vectors: torch.Tensor, deflated: DeflatedOperator):
     "One process, the right size, orthonormal."
     if deflated.team.size > 1:
@@ -135,7 +135,7 @@ class SpikeStore:
             self.all[:count] = self.file[:count].to(device)
 
 
-# %% ../nbs/06_deflation.ipynb #36f6e2cc
+# %% ../nbs/06_deflation.ipynb #7822e3a2
 @patch(as_prop=True)
 def vectors(self: SpikeStore) -> torch.Tensor:  # (n, count)
     "The directions so far."
@@ -161,7 +161,7 @@ def add(
     return largest
 
 
-# %% ../nbs/06_deflation.ipynb #863bb1a3
+# %% ../nbs/06_deflation.ipynb #f0c75e2d
 @patch
 def _append(self: SpikeStore, vector: torch.Tensor) -> torch.Tensor:
     "One direction more; (count,) cosines with those before."
@@ -208,7 +208,7 @@ def deflated_eigenpairs(
     return _union(found, store.vectors), overlaps
 
 
-# %% ../nbs/06_deflation.ipynb #58e68a69
+# %% ../nbs/06_deflation.ipynb #0568db46
 def _union(found: list[Eigenpairs], vectors: torch.Tensor) -> Eigenpairs:
     "The pairs of all phases, with the vectors as they are kept."
     return Eigenpairs(

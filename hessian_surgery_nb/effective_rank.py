@@ -60,7 +60,7 @@ def effective_rank(
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
 
 
-# %% ../nbs/08_effective_rank.ipynb #9aa01862
+# %% ../nbs/08_effective_rank.ipynb #01fab838
 def _check_rank(S: torch.Tensor, weights: str):
     if weights not in ("energy", "amplitude"):
         raise InputError(f"weights must be 'energy' or 'amplitude'. Got {weights!r}.")
@@ -97,7 +97,7 @@ def _middle(values: list[float], level: float) -> tuple[float, float]:
     return low, high
 
 
-# %% ../nbs/08_effective_rank.ipynb #b163d741
+# %% ../nbs/08_effective_rank.ipynb #ac1e65f2
 def rank_interval(
     s: Sensitivity,
     *,
@@ -182,7 +182,7 @@ class Screening:
     diagnosis: Diagnosis | None = None  # None: not asked for
 
 
-# %% ../nbs/08_effective_rank.ipynb #8388c0cf
+# %% ../nbs/08_effective_rank.ipynb #fc063757
 @patch
 def __repr__(self: Screening) -> str:
     low_rank, high_rank = self.rank_interval
@@ -310,7 +310,7 @@ def _tried(
     return try_rest(model, loss_fn, gradient_data, sensitivity_data, **options)
 
 
-# %% ../nbs/08_effective_rank.ipynb #2fa44d48
+# %% ../nbs/08_effective_rank.ipynb #06764fc6
 def _measured(
     model: nn.Module,
     pairs: Any,  # directions, as for sensitivity_matrix

@@ -94,7 +94,7 @@ def _known_pairs(op: Operator, spikes: Eigenpairs | None) -> _KnownPairs:
     return _joined(op, nothing, spikes.values[spikes.converged], rows)
 
 
-# %% ../nbs/02_slq.ipynb #a1087b9b
+# %% ../nbs/02_slq.ipynb #3190eb37
 def _joined(
     op: Operator, known: _KnownPairs, values: torch.Tensor, rows: torch.Tensor
 ) -> _KnownPairs:
@@ -148,7 +148,7 @@ def _probe(
     return run, _with_certified(op, known, tri, theta, U, max_known)
 
 
-# %% ../nbs/02_slq.ipynb #f730356b
+# %% ../nbs/02_slq.ipynb #69c88842
 def _run_of(
     op: Operator, known: _KnownPairs, theta: torch.Tensor, U: torch.Tensor, last_beta: torch.Tensor
 ) -> _ProbeRun:
@@ -173,7 +173,7 @@ def _rounding(op: Operator, theta: torch.Tensor) -> torch.Tensor:  # float64 sca
     return torch.tensor(floor, dtype=torch.float64)
 
 
-# %% ../nbs/02_slq.ipynb #b2540cf7
+# %% ../nbs/02_slq.ipynb #88388ba0
 def _with_certified(
     op: Operator,
     known: _KnownPairs,
@@ -243,7 +243,7 @@ def spectral_density(
     return _density_of(runs, op.shape[0])
 
 
-# %% ../nbs/02_slq.ipynb #ec1e3065
+# %% ../nbs/02_slq.ipynb #989d67a7
 def _all_probes(
     op: Operator,
     seeds: list[int],
@@ -309,7 +309,7 @@ def _density_of(runs: list[_ProbeRun], n: int) -> SpectralDensity:
     )
 
 
-# %% ../nbs/02_slq.ipynb #d174e0ae
+# %% ../nbs/02_slq.ipynb #773df2fc
 def _padded(numbers: torch.Tensor, length: int, fill: float) -> torch.Tensor:  # (length,)
     padding = torch.full((length - len(numbers),), fill, dtype=numbers.dtype)
     return torch.cat([numbers, padding])
@@ -391,7 +391,7 @@ def density(
     return per_probe.mean(1), per_probe.std(1) / math.sqrt(per_probe.shape[1])
 
 
-# %% ../nbs/02_slq.ipynb #dfd6142d
+# %% ../nbs/02_slq.ipynb #509e4346
 def _bandwidth(given: float | None, default: float) -> float:
     "The width of a bell; 1 where all nodes are one."
     if given is not None:
@@ -446,7 +446,7 @@ def plot_density(
     return ax
 
 
-# %% ../nbs/02_slq.ipynb #995fcb8c
+# %% ../nbs/02_slq.ipynb #92f9b0e8
 def _density_axes(ax: Axes | None, sd: SpectralDensity, decades_from: float | None) -> Axes:
     return new_axes(
         ax,
@@ -488,7 +488,7 @@ def _draw_truth(ax: Axes, u: torch.Tensor, places: torch.Tensor, s: float, floor
     ax.plot(u, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
 
 
-# %% ../nbs/02_slq.ipynb #ca8bff8c
+# %% ../nbs/02_slq.ipynb #197dcdaf
 def _draw_estimate(
     ax: Axes,
     u: torch.Tensor,
