@@ -164,7 +164,7 @@ def predicted_change(
 # %% ../nbs/08_effective_rank.ipynb #f9e0a426
 @dataclass(frozen=True, kw_only=True)
 class Screening:
-    "What the spikes could do for this network, before they do it."
+    "What surgery could do for this network, before it does."
 
     effective_rank: float  # energy weights
     rank_interval: tuple[float, float]  # 2.5 and 97.5 % of a bootstrap over images

@@ -429,7 +429,7 @@ def plot_density(
     decades_from: float | None = None,  # t_0: a logarithmic axis both sides of zero, linear within
     ax: Axes | None = None,
 ) -> Axes:
-    "The density, a band of two standard errors, spikes marked, the edges of the spectrum below."
+    "The density, a band of two standard errors, given eigenvalues marked, the edges below."
     ax = _density_axes(ax, sd, decades_from)
     lowest = _on_axis(sd.nodes.min(), decades_from).item()
     highest = _on_axis(sd.nodes.max(), decades_from).item()
