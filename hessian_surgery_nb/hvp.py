@@ -41,15 +41,7 @@ from .foundations.watched import Observation, WatchedObjective
 from .foundations.weights import check_mode, flatten, unflatten
 
 # %% auto #0
-__all__ = [
-    "backward_through",
-    "gradient_graph",
-    "forward_over_reverse",
-    "gauss_newton",
-    "HessianOperator",
-    "OperatorCheck",
-]
-
+__all__ = ['backward_through', 'gradient_graph', 'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'OperatorCheck']
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 @plainly()
@@ -81,7 +73,6 @@ def backward_through(
 def _zeros_like(leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros_like(leaf) for leaf in leaves)
 
-
 # %% ../nbs/00_hvp.ipynb #5ed800cd
 @plainly()
 def gradient_graph(
@@ -111,7 +102,6 @@ def _lean_gradient(
             "mode='auto' find a way."
         )
     return gradient
-
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
 @plainly()
@@ -147,7 +137,6 @@ def _change_of_gradient(
         changes.append(change)
     return tuple(changes)
 
-
 # %% ../nbs/00_hvp.ipynb #e4b49286
 @plainly()
 def gauss_newton(
@@ -178,7 +167,6 @@ def _explain_loss_derivative():
     rule = "a Gauss-Newton product needs the second derivative of the loss"
     return explain_missing_derivative(rule, "use another loss")
 
-
 # %% ../nbs/00_hvp.ipynb #db02389e
 class _Mode:
     "A way to multiply with the Hessian of all data."
@@ -201,7 +189,6 @@ class _Mode:
     ) -> tuple[Sequence[torch.Tensor], BatchLoss]:
         "The product for one batch, undivided, and its loss."
         raise NotImplementedError
-
 
 # %% ../nbs/00_hvp.ipynb #54591df8
 class _Recomputed(_Mode):
@@ -241,7 +228,6 @@ class _GaussNewton(_Mode):
         parts = torch.autograd.grad(logits, leaves, Mu, allow_unused=True, materialize_grads=True)
         return parts, loss
 
-
 # %% ../nbs/00_hvp.ipynb #8ed78ca6
 class _Differences(_Mode):
     "Central differences of gradients."
@@ -253,7 +239,6 @@ class _Differences(_Mode):
         theta = flatten(objective.weights())
         return difference(objective.gradient_at, theta, v, self.scale)
 
-
 # %% ../nbs/00_hvp.ipynb #91d29c87
 @dataclass(frozen=True, kw_only=True)
 class _Graphs:
@@ -263,7 +248,6 @@ class _Graphs:
     gradients: list[tuple[torch.Tensor, ...]]  # of each batch, like leaves
     probes: list[tuple[torch.Tensor, torch.Tensor]]  # logits and labels of each batch
     fingerprint: list
-
 
 # %% ../nbs/00_hvp.ipynb #29fa7642
 class _Cached(_Mode):
@@ -309,7 +293,6 @@ class _Cached(_Mode):
             return objective.mean(products[0])
         return objective.mean([sum(parts) for parts in zip(*products)])
 
-
 # %% ../nbs/00_hvp.ipynb #079841d8
 def _build_graphs(objective: WatchedObjective) -> _Graphs:
     "One pass over the data; it also finds out whether this is another function by now."
@@ -347,7 +330,6 @@ def _fingerprint(objective: WatchedObjective, probes: list) -> list:
     numbers = [checksum(t) for t in (*tensors, logits)]
     seen = torch.stack([number.cpu() for number in (*numbers, *losses)])
     return [*weights_fingerprint(objective.model), *torch.nan_to_num(seen).tolist()]
-
 
 # %% ../nbs/00_hvp.ipynb #5e931f72
 class HessianOperator:
@@ -397,7 +379,6 @@ class HessianOperator:
         self.num_matvecs = 0
         self._modes = _new_modes()
 
-
 # %% ../nbs/00_hvp.ipynb #e6f3e5ab
 def _new_modes() -> dict[str, _Mode]:
     "One of each; nothing is kept yet."
@@ -419,7 +400,6 @@ _CANDIDATES = [
     ),
     Candidate(modes=("forward",), product=forward_over_reverse, proven=False),
 ]
-
 
 # %% ../nbs/00_hvp.ipynb #6d28fe14
 @patch(as_prop=True)
@@ -447,7 +427,6 @@ def __repr__(self: HessianOperator):
         f"{self.device}, {self.num_matvecs} products)"
     )
 
-
 # %% ../nbs/00_hvp.ipynb #3b14d938
 @patch
 def plan(self: HessianOperator) -> Plan:
@@ -462,7 +441,6 @@ def _mode(self: HessianOperator) -> _Mode:
     if self.kind == "gauss_newton":
         mode = "gauss_newton"
     return self._modes[mode]
-
 
 # %% ../nbs/00_hvp.ipynb #6b3e85ad
 @patch
@@ -484,7 +462,6 @@ def unchanged(
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
     return self.objective.gradient()
-
 
 # %% ../nbs/00_hvp.ipynb #cabe4061
 @patch
@@ -520,7 +497,6 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
         return v
     return torch.stack([op @ column for column in v.T], 1)
 
-
 # %% ../nbs/00_hvp.ipynb #40460ea6
 @dataclass(frozen=True, kw_only=True)
 class OperatorCheck:
@@ -530,7 +506,6 @@ class OperatorCheck:
     # |Hv - difference of gradients| over |Hv|; normal is 1e-2 in float32, 1e-6 in float64
     finite_difference: float
     precision: float  # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
-
 
 # %% ../nbs/00_hvp.ipynb #75872576
 @patch
@@ -565,7 +540,6 @@ def check(
     symmetry = abs((u @ Hv - v @ Hu).item()) / norm
     return OperatorCheck(symmetry=symmetry, finite_difference=off, precision=short)
 
-
 # %% ../nbs/00_hvp.ipynb #203fac9e
 def _random_unit(op: HessianOperator, generator: torch.Generator) -> torch.Tensor:  # (n,)
     v = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
@@ -580,7 +554,6 @@ def _in_full_precision(self: HessianOperator) -> HessianOperator:
     full.objective = self.objective.in_full_precision()
     full._modes = _new_modes()
     return full
-
 
 # %% ../nbs/00_hvp.ipynb #260c47d4
 @patch

@@ -30,18 +30,8 @@ from hessian_surgery_nb.foundations.weights import (
 from .lanczos import Eigenpairs
 
 # %% auto #0
-__all__ = [
-    "Sensitivity",
-    "image_scores",
-    "paired_noise",
-    "sensitivity_from_changes",
-    "sensitivity_matrix",
-    "directions_and_team",
-    "counted",
-    "check_directions",
-    "plot_sensitivity",
-]
-
+__all__ = ['Sensitivity', 'image_scores', 'paired_noise', 'sensitivity_from_changes', 'sensitivity_matrix', 'directions_and_team',
+           'counted', 'check_directions', 'plot_sensitivity']
 
 # %% ../nbs/04_sensitivity.ipynb #64df8ed5
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +62,6 @@ class Sensitivity:
             f"signal/noise {self.signal_to_noise:.1f})"
         )
 
-
 # %% ../nbs/04_sensitivity.ipynb #cd690a32
 def image_scores(
     logits: torch.Tensor,  # (N, C)
@@ -97,7 +86,6 @@ def paired_noise(
     variance = (mean_of_squares - square_of_mean).clamp(min=0)
     one_image = (variance == 0) / counts**2
     return torch.maximum(variance / (counts - 1).clamp(min=1), one_image).sqrt()
-
 
 # %% ../nbs/04_sensitivity.ipynb #8c91630d
 def sensitivity_from_changes(
@@ -125,7 +113,6 @@ def sensitivity_from_changes(
         per_image=(changes / width).float().cpu(),
         labels=labels.cpu(),
     )
-
 
 # %% ../nbs/04_sensitivity.ipynb #58d1d92b
 @plainly()
@@ -180,7 +167,6 @@ def sensitivity_matrix(
         changes, labels, accuracy, eps=eps, scheme=scheme, metric=metric, num_passes=num_passes
     )
 
-
 # %% ../nbs/04_sensitivity.ipynb #12da09c4
 def directions_and_team(
     spikes: Eigenpairs | torch.Tensor,  # or directions (n, K)
@@ -200,7 +186,6 @@ def counted(
     from tqdm.auto import tqdm
 
     return tqdm(range(count), desc=label, leave=False, disable=not shown)
-
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def check_directions(
@@ -239,7 +224,6 @@ def _column_norms(vectors: torch.Tensor, n: int, team: Team) -> torch.Tensor:  #
     if len(vectors) == n:
         return torch.stack([vector_norm(column) for column in vectors.T])
     return torch.stack([distributed_norm(column, team) for column in vectors.T])
-
 
 # %% ../nbs/04_sensitivity.ipynb #c76014db
 def plot_sensitivity(

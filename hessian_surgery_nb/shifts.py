@@ -17,8 +17,7 @@ from .goals import Scoring
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
-__all__ = ["Parts", "Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
-
+__all__ = ['Parts', 'Change', 'Shift', 'ScaleAndShift', 'Steps', 'solve_change']
 
 # %% ../nbs/05e_shifts.ipynb #0bfc8143
 class Parts(NamedTuple):
@@ -40,7 +39,6 @@ class Parts(NamedTuple):
             said.append(f"biases within +-{self.shift.abs().max():.2f}")
         return ", ".join(said)
 
-
 # %% ../nbs/05e_shifts.ipynb #3f7d1d06
 class Change(Protocol):
     "Numbers, and what they make of logits."
@@ -59,7 +57,6 @@ class Change(Protocol):
         self, numbers: torch.Tensor, logits: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
         "The logits (N, M) of a few classes of every image, changed."
-
 
 # %% ../nbs/05e_shifts.ipynb #1f5e82d3
 class Shift:
@@ -120,7 +117,6 @@ class ScaleAndShift(Shift):
         logarithms, shift = numbers.chunk(2)
         return Parts(scale=(logarithms - logarithms.mean()).exp(), shift=shift)
 
-
 # %% ../nbs/05e_shifts.ipynb #12b6b8c4
 class Steps:
     "A step along directions in weight space, as their Jacobian predicts it; perhaps shifts on top."
@@ -180,7 +176,6 @@ class Steps:
         part.jacobian = self.jacobian[rows]
         return part
 
-
 # %% ../nbs/05e_shifts.ipynb #eb4a8be4
 _CANDIDATES = 32  # of other classes, for each image
 
@@ -229,7 +224,6 @@ class _Images:
         with torch.no_grad():
             margin, strongest = self.among_candidates(numbers)
         return torch.where(margin > 0, self.labels, strongest)
-
 
 # %% ../nbs/05e_shifts.ipynb #69da8068
 _RIDGE = 1e-3
@@ -293,7 +287,6 @@ class _Climb:
                 break
             rho *= 3
         return torch.tensor(point) * units
-
 
 # %% ../nbs/05e_shifts.ipynb #d34b3abf
 def solve_change(

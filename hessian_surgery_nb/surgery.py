@@ -39,20 +39,8 @@ from .foundations.weights import select_params
 from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = [
-    "LOG",
-    "measure_effects",
-    "decide_step",
-    "Proposal",
-    "propose_step",
-    "advance",
-    "return_to_best",
-    "report_on",
-    "first_report",
-    "operate",
-    "HeldOutHarm",
-    "warn_of_harm",
-]
+__all__ = ['LOG', 'measure_effects', 'decide_step', 'Proposal', 'propose_step', 'advance', 'return_to_best', 'report_on',
+           'first_report', 'operate', 'HeldOutHarm', 'warn_of_harm']
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
 from .surgery_records import StepRecord, SurgeryResult
@@ -72,7 +60,6 @@ from hessian_surgery_nb.surgery_state import (
     snapshot,
     write_state,
 )
-
 
 # %% ../nbs/05_surgery.ipynb #9ca34187
 def _with_directions(
@@ -114,7 +101,6 @@ def _first_amplitude(
     )
     return sensitivity.eps, sensitivity, passes
 
-
 # %% ../nbs/05_surgery.ipynb #f39d3722
 def _measure_sensitivity(
     operation: SurgeryOperation,
@@ -141,7 +127,6 @@ def _measure_sensitivity(
     what = ("sensitivity", eps, config.scheme, config.metric)
     return cached(operation, state, measured, *what)
 
-
 # %% ../nbs/05_surgery.ipynb #72dbec55
 def measure_effects(
     operation: SurgeryOperation,
@@ -167,7 +152,6 @@ def measure_effects(
     if state.first is None:
         state = replace(state, first=(state.directions, sensitivity))
     return state, sensitivity, passes
-
 
 # %% ../nbs/05_surgery.ipynb #6d5a1172
 def decide_step(
@@ -197,7 +181,6 @@ def decide_step(
 
     return operation.team.broadcast(operation.decide(sensitivity, solve))
 
-
 # %% ../nbs/05_surgery.ipynb #28d202ac
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
@@ -225,7 +208,6 @@ def propose_step(
         passes=passes,
     )
 
-
 # %% ../nbs/05_surgery.ipynb #ef734e11
 def _take_step(
     operation: SurgeryOperation,
@@ -252,7 +234,6 @@ def _outcome(
         errors,
         operation.bounds,
     )
-
 
 # %% ../nbs/05_surgery.ipynb #6c15ee03
 def _record(
@@ -288,7 +269,6 @@ def _record(
         seconds=seconds,
     )
 
-
 # %% ../nbs/05_surgery.ipynb #1f9142c0
 def _keep_step(
     operation: SurgeryOperation,
@@ -310,7 +290,6 @@ def _keep_step(
         logits=after.logits,
     )
     return replace(state, best=best)
-
 
 # %% ../nbs/05_surgery.ipynb #876f51ab
 def advance(
@@ -336,7 +315,6 @@ def advance(
     # rejected: the state keeps the old weights. At the smallest amplitude, the same step would be
     # rejected again
     return replace(state, finished=control.eps == eps)
-
 
 # %% ../nbs/05_surgery.ipynb #cbe24d9b
 def _same_logits(then: torch.Tensor, now: torch.Tensor) -> bool:  # (N, C) each
@@ -372,7 +350,6 @@ def _uncertified(state: SurgeryState) -> SurgeryState:
     pairs, sensitivity = state.first
     pairs = replace(pairs, converged=torch.zeros_like(pairs.converged))
     return replace(state, history=history, first=(pairs, sensitivity))
-
 
 # %% ../nbs/05_surgery.ipynb #4c298b9d
 LOG = logging.getLogger("hessian_surgery_nb")
@@ -410,7 +387,6 @@ def _checkpoints(
     if operation.team.size > 1:
         more["processes"] = operation.team.size
     return checkpoint_directory(operation, run_dir, held_out, **more)
-
 
 # %% ../nbs/05_surgery.ipynb #c6cc2dfd
 @plainly()
@@ -470,7 +446,6 @@ def operate(
     warn_of_harm(result)
     return result
 
-
 # %% ../nbs/05_surgery.ipynb #f37a9380
 def _progress_bar(operation: SurgeryOperation, state: SurgeryState, progress: bool) -> Any:
     from tqdm.auto import tqdm
@@ -491,7 +466,6 @@ def _tell(state: SurgeryState, bar: Any):
     best = 100 * state.best.sigma
     bar.set_postfix_str(f"sigma {sigma:.2f} pp, best {best:.2f}, eps {state.control.eps:.2g}")
     bar.update()
-
 
 # %% ../nbs/05_surgery.ipynb #2b07b1c1
 def _result(
@@ -515,7 +489,6 @@ def _result(
         labels=before.labels.cpu(),
         correct=(before.correct, after.correct),
     )
-
 
 # %% ../nbs/05_surgery.ipynb #0b4e7c7b
 class HeldOutHarm(UserWarning):

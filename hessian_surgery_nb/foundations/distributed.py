@@ -19,16 +19,7 @@ from fastcore.basics import patch
 from .checks import InputError
 
 # %% auto #0
-__all__ = [
-    "LostRank",
-    "share",
-    "Team",
-    "current_team",
-    "check_one_process",
-    "Heartbeat",
-    "distributed",
-]
-
+__all__ = ['LostRank', 'share', 'Team', 'current_team', 'check_one_process', 'Heartbeat', 'distributed']
 
 # %% ../../nbs/foundations/03_distributed.ipynb #daff1cd8
 class LostRank(RuntimeError):
@@ -42,7 +33,6 @@ def share(
 ) -> slice:
     "The part of them that one rank holds."
     return slice(rank * n // size, (rank + 1) * n // size)
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #db2272b3
 class Team:
@@ -65,7 +55,6 @@ class Team:
     def neighbours(self) -> int:
         "How many of them, this one included, share this machine and its memory."
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #1f0429aa
 @patch
@@ -94,7 +83,6 @@ def shard(
     if self.size == 1:
         return v
     return v[share(len(v), self.rank, self.size)].clone()
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #2aa320a5
 @contextmanager
@@ -125,7 +113,6 @@ def all_reduce(
             dist.all_reduce(t, group=self.group)
     return t
 
-
 # %% ../../nbs/foundations/03_distributed.ipynb #c04e3a62
 @patch
 def gather(
@@ -139,7 +126,6 @@ def gather(
     full = torch.zeros(n, *piece.shape[1:], dtype=piece.dtype, device=piece.device)
     full[share(n, self.rank, self.size)] = piece
     return self.all_reduce(full)
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #b544090c
 @patch
@@ -178,7 +164,6 @@ def wait(self: Team):
     "Until all are here."
     self.all_reduce(torch.zeros(1))
 
-
 # %% ../../nbs/foundations/03_distributed.ipynb #3883d394
 _TEAMS = [Team()]
 
@@ -195,7 +180,6 @@ def check_one_process(
     size = current_team().size
     if size > 1:
         raise InputError(f"{what} runs in one process. Got {size}; start it without torchrun.")
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #47a6711a
 _KEEPER = "The one that keeps the signs of life (rank 0, or torchrun)"
@@ -234,12 +218,10 @@ class Heartbeat(threading.Thread):
             "start all of them again, with --resume where something is kept."
         )
 
-
 # %% ../../nbs/foundations/03_distributed.ipynb #1b226d16
 def _end_process(message: str):
     print(f"hessian-surgery: {message}", file=sys.stderr, flush=True)
     os._exit(3)
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #92201fe5
 @patch
@@ -274,7 +256,6 @@ def _signs_of(ranks: list[int], store: torch.distributed.Store) -> dict[int, byt
     given = [rank for rank in ranks if store.check([f"alive{rank}"])]
     return {rank: store.get(f"alive{rank}") for rank in given}
 
-
 # %% ../../nbs/foundations/03_distributed.ipynb #dc140f35
 @patch
 def start(self: Heartbeat):
@@ -304,7 +285,6 @@ def leave(self: Heartbeat):
         self.store.set(f"alive{self.rank}", word)
     except RuntimeError:
         pass  # whoever kept it has left before
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #fa108f82
 def _nothing_to_join() -> bool:
@@ -341,7 +321,6 @@ def _start_group(backend: str, patience: float) -> Heartbeat:
     watch = Heartbeat(dist.PrefixStore("watch", store), rank, size, patience)
     watch.start()
     return watch
-
 
 # %% ../../nbs/foundations/03_distributed.ipynb #b869d973
 @contextmanager

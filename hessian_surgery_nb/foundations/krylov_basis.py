@@ -16,25 +16,9 @@ from .distributed import Team, share
 from .weights import vector_norm
 
 # %% auto #0
-__all__ = [
-    "Operator",
-    "as_real",
-    "chunks",
-    "distributed_norm",
-    "finite_norm",
-    "matvec",
-    "project_out",
-    "orthogonalise",
-    "linear_combination",
-    "tridiagonal_matrix",
-    "random_unit",
-    "random_direction",
-    "sum_columns",
-    "start_vector",
-    "fix_signs",
-    "rounding_floor",
-]
-
+__all__ = ['Operator', 'as_real', 'chunks', 'distributed_norm', 'finite_norm', 'matvec', 'project_out', 'orthogonalise',
+           'linear_combination', 'tridiagonal_matrix', 'random_unit', 'random_direction', 'sum_columns', 'start_vector',
+           'fix_signs', 'rounding_floor']
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #2fd27614
 class Operator(Protocol):
@@ -48,7 +32,6 @@ class Operator(Protocol):
     )
 
     def __matmul__(self, vector: torch.Tensor) -> torch.Tensor: ...
-
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #8d67b4e2
 def as_real(
@@ -70,7 +53,6 @@ def _tensor_of(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
-
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #a0214adc
 def chunks(
@@ -109,7 +91,6 @@ def finite_norm(
         "check the weights, or use float32 instead of a shorter type."
     )
 
-
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #5e458cef
 def matvec(
     op: Operator,
@@ -118,7 +99,6 @@ def matvec(
     "The operator times a vector that may be cut among processes."
     vector = op.team.gather(piece, op.shape[0])
     return op.team.shard((op @ vector).detach())
-
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #bc5b33af
 def project_out(
@@ -154,7 +134,6 @@ def orthogonalise(
     overlaps[first] = project_out(vector, basis[first], team)
     return overlaps + project_out(vector, basis, team)
 
-
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #a7faee8f
 def linear_combination(
     coefficients: torch.Tensor,  # (k, m)
@@ -183,7 +162,6 @@ def tridiagonal_matrix(
     upper = torch.diag(off_diagonal, 1)
     lower = torch.diag(off_diagonal, -1)
     return torch.diag(diagonal) + upper + lower
-
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #06b5e6d2
 def random_unit(
@@ -217,7 +195,6 @@ def sum_columns(
     linear_combination(ones, vectors.T, total)
     return total[0]
 
-
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #fc901162
 def start_vector(
     v0: object,  # (n,) or this process's part of it; (n, j) or Eigenpairs; None: random
@@ -242,7 +219,6 @@ def start_vector(
     unit = vector / vector_norm(vector).to(vector)
     return op.team.shard(unit.to(op.device, op.dtype))
 
-
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #8b5eff9a
 def fix_signs(
     vectors: torch.Tensor,  # (k, n), or this process's coordinates of them; changed in place
@@ -260,7 +236,6 @@ def fix_signs(
         along += vectors[:, part].double() @ torch.sin(angles)
     signs = torch.where(team.all_reduce(along) < 0, -1.0, 1.0)
     vectors.mul_(signs.to(vectors.dtype)[:, None])
-
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #5c8bf1be
 def rounding_floor(
