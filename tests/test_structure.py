@@ -22,11 +22,12 @@ PKG = "hessian_surgery_nb"
 # Within a door reading order is sort order. Chapter 9 shows the evidence, so it stands behind it.
 NBS = ROOT / "nbs"
 FOUNDATIONS = sorted((NBS / "foundations").glob("[!._]*.ipynb"))
-METHOD = sorted(p for p in NBS.glob("[!._]*.ipynb") if p.stem not in ("index", "09_paper"))
+PAGES = [NBS / "index.ipynb", NBS / "notation.ipynb"]  # without a module
+METHOD = sorted(p for p in NBS.glob("[!._]*.ipynb") if p not in PAGES and p.stem != "09_paper")
 EVIDENCE = sorted((NBS / "evidence").glob("[!._]*.ipynb"))
 APP = sorted((NBS / "app").glob("[!._]*.ipynb"))
 CHAPTERS = [*FOUNDATIONS, *METHOD, *EVIDENCE, NBS / "09_paper.ipynb", *APP]
-NOTEBOOKS = [*CHAPTERS, NBS / "index.ipynb"]
+NOTEBOOKS = [*CHAPTERS, *PAGES]
 HEAVY = (
     "torchvision",
     "matplotlib",
@@ -237,7 +238,7 @@ def test_the_number_in_the_title_is_that_of_the_file(path):
 
 def test_the_sidebar_has_every_notebook_in_reading_order():
     listed = re.findall(r"([\w/]+\.ipynb)", (NBS / "sidebar.yml").read_text(encoding="utf-8"))
-    doors = [NBS / "index.ipynb", *METHOD, NBS / "09_paper.ipynb", *FOUNDATIONS, *EVIDENCE, *APP]
+    doors = [*PAGES, *METHOD, NBS / "09_paper.ipynb", *FOUNDATIONS, *EVIDENCE, *APP]
     assert listed == [p.relative_to(NBS).as_posix() for p in doors]
 
 
