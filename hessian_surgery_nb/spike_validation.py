@@ -177,7 +177,7 @@ class Agreement:
         )
 
 
-# %% ../nbs/03_spike_validation.ipynb #7800ea87
+# %% ../nbs/03_spike_validation.ipynb #41f4264a
 def spike_agreement(
     vectors: torch.Tensor,  # (n, k) orthonormal columns
     reference: torch.Tensor,  # (n, k) orthonormal columns
