@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ class SpikeCount:
         )
 
 
+# %% ../nbs/03_spike_validation.ipynb #a9245b29
 def vote(
     values: torch.Tensor,  # (resamples, m), rows descending
 ) -> SpikeCount:
@@ -81,6 +82,34 @@ def vote(
     count = max(sorted(set(votes)), key=votes.count)
     share = votes.count(count) / len(votes)
     return SpikeCount(count=count, share=share, votes=tuple(votes), values=values)
+
+
+# %% ../nbs/03_spike_validation.ipynb #a0b87385
+def _resampled(
+    data: Iterable,  # a pair of tensors or batches of them
+    resamples: int,
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    "Batches of as many images, drawn with replacement."
+    from tqdm.auto import trange
+
+    inputs, labels = _joined_batches(data)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
+        drawn = torch.randint(len(labels), (len(labels),), generator=generator)
+        yield inputs[drawn], labels[drawn]
+
+
+def _joined_batches(data: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [split_batch(batch) for batch in as_batches(data)]
+    if not batches or not all(torch.is_tensor(inputs) for inputs, _ in batches):
+        raise InputError(
+            "resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; "
+            "pass a pair of tensors."
+        )
+    inputs, labels = zip(*batches)
+    return torch.cat(inputs), torch.cat(labels)
 
 
 # %% ../nbs/03_spike_validation.ipynb #38e4fa08
@@ -99,32 +128,14 @@ def count_spikes(
     progress: bool = False,
 ) -> SpikeCount:
     "The spike count with its uncertainty over batches (a bootstrap over images)."
-    from tqdm.auto import trange
-
-    inputs, labels = _joined_batches(data)
     candidates = whole("candidates", candidates, 2)
     resamples = whole("resamples", resamples, 1)
     seed = seed_of(seed)
-    generator = torch.Generator().manual_seed(seed)
     values = []
-    for _ in trange(resamples, desc="counting spikes", leave=False, disable=not progress):
-        drawn = torch.randint(len(labels), (len(labels),), generator=generator)
-        batch = inputs[drawn], labels[drawn]
+    for batch in _resampled(data, resamples, seed, progress):
         op = HessianOperator(model, loss_fn, batch, params=params, forward=forward)
         values.append(top_eigenpairs(op, candidates, tol=tol, seed=seed).values)
     return vote(torch.stack(values))
-
-
-# %% ../nbs/03_spike_validation.ipynb #a0b87385
-def _joined_batches(data: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = [split_batch(batch) for batch in as_batches(data)]
-    if not batches or not all(torch.is_tensor(inputs) for inputs, _ in batches):
-        raise InputError(
-            "resampling needs inputs that are one tensor a batch. Got none, or dicts or tuples; "
-            "pass a pair of tensors."
-        )
-    inputs, labels = zip(*batches)
-    return torch.cat(inputs), torch.cat(labels)
 
 
 # %% ../nbs/03_spike_validation.ipynb #5a66bfa8
@@ -166,6 +177,7 @@ class Agreement:
         )
 
 
+# %% ../nbs/03_spike_validation.ipynb #41f4264a
 def spike_agreement(
     vectors: torch.Tensor,  # (n, k) orthonormal columns
     reference: torch.Tensor,  # (n, k) orthonormal columns
