@@ -12,9 +12,12 @@ import pytest
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 LESSONS = (
+    "02_slq",
     "03_spike_validation",
     "04_sensitivity",
     "05_surgery",
+    "06_deflation",
+    "08_effective_rank",
 )
 PARTS = (
     "By hand",
