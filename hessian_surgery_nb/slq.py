@@ -19,7 +19,7 @@ from hessian_surgery_nb.foundations.krylov_basis import (
     distributed_norm,
     linear_combination,
     orthogonalise,
-    rounding_floor,
+    operator_floor,
 )
 from .foundations.plans import free_memory
 from .foundations.same_function import warn_caller
@@ -191,7 +191,7 @@ def _outermost(
 
 
 def _rounding(op: Operator, theta: torch.Tensor) -> torch.Tensor:  # float64 scalar
-    floor = rounding_floor(op.dtype, op.shape[0], theta.abs().max().item())
+    floor = operator_floor(op, theta.abs().max().item())
     return torch.tensor(floor, dtype=torch.float64)
 
 
