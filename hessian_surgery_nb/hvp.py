@@ -30,16 +30,19 @@ from hessian_surgery_nb.foundations.forward import (
     python_functions,
 )
 from .foundations.guards import checksum, plainly
+from .foundations.krylov_basis import random_direction
 from .foundations.layers import LeanLayers
 from .foundations.losses import LossFunction, call_loss
 from .foundations.objective import BatchLoss, DataPass, LoadedBatch, cut_batch
+from .foundations.pieces import is_sharded
 from .foundations.plans import Plan, PlanRequest
 from .foundations.same_function import weights_fingerprint
-from .foundations.trials import Candidate, difference
+from .foundations.sharded import ShardedObjective
+from .foundations.trials import Candidate
 from .foundations.true_gradients import TrueGradients
 from .foundations.vocabulary import chunked_curvature
 from .foundations.watched import Observation, WatchedObjective
-from .foundations.weights import check_mode, flatten, unflatten
+from .foundations.weights import check_mode, unflatten
 
 # %% auto #0
 __all__ = [
@@ -212,6 +215,7 @@ class _Recomputed(_Mode):
         with LeanLayers() as lean:
             loss = data_pass.loss_at(leaves, batch)
             graph = _lean_gradient(loss.undivided, leaves, lean)
+        data_pass.objective.agree(graph)
         return backward_through(graph, leaves, v, False), loss
 
 
@@ -269,8 +273,7 @@ class _Differences(_Mode):
         self.scale = scale
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
-        theta = flatten(objective.weights())
-        return difference(objective.gradient_at, theta, v, self.scale)
+        return objective.by_difference(v, self.scale)
 
 
 # %% ../nbs/00_hvp.ipynb #91d29c87
@@ -396,7 +399,8 @@ class HessianOperator:
         micro_batch: int | None = None,  # images at a time; None: whole batches, cut if need be
         precision: str | None = None,  # "bf16", or None: as the weights are
     ):
-        self.objective = WatchedObjective(
+        make = ShardedObjective if is_sharded(model) else WatchedObjective
+        self.objective = make(
             model,
             loss_fn,
             data,
@@ -452,6 +456,20 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def reduction(self: HessianOperator) -> str | None:
     "Whether the loss is a mean or a sum; None where that is not known yet."
     return self.objective.divisor.reduction
+
+
+@patch(as_prop=True)
+def product_error(self: HessianOperator) -> float:
+    "What products with vectors of norm 1 are off by, beside rounding; 0 where they are exact."
+    return self.objective.product_error
+
+
+@patch
+def second_opinion(self: HessianOperator) -> HessianOperator:
+    "The same by differences of twice the step, whose truncation is four times as large."
+    other = copy.copy(self)
+    other._modes = {**self._modes, "difference": _Differences(2.0)}
+    return other
 
 
 @patch(as_prop=True)
@@ -527,9 +545,10 @@ def __matmul__(
 
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
-    if v.ndim not in (1, 2) or v.shape[0] != op.shape[0]:
+    length = op.objective.num_local
+    if v.ndim not in (1, 2) or v.shape[0] != length:
         raise InputError(
-            f"a vector must have {op.shape[0]} entries, or be a matrix with so many rows. Got "
+            f"a vector must have {length} entries, or be a matrix with so many rows. Got "
             f"shape {tuple(v.shape)}."
         )
     return v.detach().to(op.device, op.dtype).contiguous()
@@ -568,7 +587,8 @@ def check(
     generator = torch.Generator().manual_seed(seed_of(seed))
     u, v = _random_unit(self, generator), _random_unit(self, generator)
     Hu, Hv = self @ u, self @ v
-    norm = Hv.norm().item()
+    norm_of = self.objective.norm
+    norm = norm_of(Hv)
     if norm == 0:
         norm = 1.0
     full = self._in_full_precision()
@@ -578,16 +598,18 @@ def check(
     change = _Differences(scale).multiply(full.objective, v)
     off = math.nan
     if self.kind == "hessian":
-        off = (change - Hv).norm().item() / norm
+        off = norm_of(change - Hv) / norm
     short = 0.0
     if self.objective.precision is not None:
-        short = (full @ v - Hv).norm().item() / norm
-    symmetry = abs((u @ Hv - v @ Hu).item()) / norm
+        short = norm_of(full @ v - Hv) / norm
+    symmetry = abs(self.objective.inner(u, Hv) - self.objective.inner(v, Hu)) / norm
     return OperatorCheck(symmetry=symmetry, finite_difference=off, precision=short)
 
 
 # %% ../nbs/00_hvp.ipynb #203fac9e
 def _random_unit(op: HessianOperator, generator: torch.Generator) -> torch.Tensor:  # (n,)
+    if op.team.multiplies_pieces:
+        return random_direction(op, generator)
     v = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
     v = v.to(op.device, op.dtype)
     return v / v.norm()
@@ -608,6 +630,11 @@ def to_scipy(self: HessianOperator) -> Any:  # scipy.sparse.linalg.LinearOperato
     "This operator for SciPy, NumPy in and out."
     from scipy.sparse.linalg import LinearOperator
 
+    if self.team.multiplies_pieces and self.team.size > 1:
+        raise InputError(
+            "SciPy wants whole vectors. Weights are cut among processes here; use top_eigenpairs "
+            "and spectral_density, which take pieces."
+        )
     dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
     def matvec(v):

@@ -22,8 +22,8 @@ from hessian_surgery_nb.foundations.krylov_basis import (
     fix_signs,
     linear_combination,
     matvec,
+    operator_floor,
     orthogonalise,
-    rounding_floor,
     start_vector,
     tridiagonal_matrix,
 )
@@ -316,7 +316,7 @@ def _certify(
     state = outcome.state
     ritz = state.ritz
     largest = ritz.values.abs().max().item()
-    floor = rounding_floor(search.op.dtype, search.n, largest, state.asymmetry)
+    floor = operator_floor(search.op, largest, state.asymmetry)
     certain = torch.ones(k, dtype=torch.bool)
     if outcome.looked_outside:
         _, certain = check_missed_pairs(search, state, outcome.wanted, all_ranks=True)
@@ -325,13 +325,18 @@ def _certify(
     lost = linear_combination(ritz.coefficients[:, :k].T, rows, vectors, search.team)
     fix_signs(vectors, search.n, search.team)
     in_basis = ritz.residuals[:k] + lost * largest
+    num_matvecs = state.num_matvecs
+    if getattr(search.op, "product_error", 0.0):  # what is read off the basis says too little
+        other = search.op.second_opinion()
+        in_basis = torch.maximum(in_basis, _measured_residuals(other, ritz.values, vectors.T))
+        num_matvecs += k
     residuals = torch.hypot(in_basis, torch.tensor(floor, dtype=torch.float64))
     good = outcome.accepted & (residuals <= tol * largest)
     pairs = Eigenpairs(
         values=ritz.values[:k].clone(),
         vectors=vectors.T,
         residuals=residuals,
-        num_matvecs=state.num_matvecs,
+        num_matvecs=num_matvecs,
         converged=good & certain,
         team=search.team,
     )
@@ -361,10 +366,14 @@ def _complaint(
     way_out = "raise max_matvecs or tol"
     if floor > tol * largest:
         share = floor / largest
-        dtype = str(search.op.dtype).split(".")[-1]
+        kind = f"products in {str(search.op.dtype).split('.')[-1]}"
+        remedy = "float64 (model.double())"
+        if getattr(search.op, "product_error", 0.0) == floor:
+            kind = "differences of gradients"
+            remedy = "mode='recomputed'"
         way_out = (
-            f"a tolerance must exceed what products in {dtype} carry, about {share:.1g} of the "
-            "largest; use float64 (model.double()), or raise tol"
+            f"a tolerance must exceed what {kind} carry, about {share:.1g} of the "
+            f"largest; use {remedy}, or raise tol"
         )
     elif good.all():
         way_out = "whether larger ones hide is not settled; raise max_matvecs, max_basis or tol"
@@ -424,11 +433,11 @@ def _basis_size(
 ) -> int:
     "How many vectors to keep: more of them save matvecs, as long as memory is no matter."
     n = op.shape[0]
-    local = -(-n // op.team.size)  # rounded up
+    local = -op.team.least(-op.team.local_size(n))  # the largest part
     row_bytes = local * (op.dtype if basis_dtype is None else basis_dtype).itemsize
     size = max_basis
     if max_basis is None:
-        size = max(2 * k + 20, min(4 * k + 60, _SMALL // row_bytes))
+        size = max(2 * k + 20, min(4 * k + 60, int(_SMALL // row_bytes)))
     size = min(n, size)
     if not in_memory or size * row_bytes <= _SMALL:
         return size
@@ -481,9 +490,14 @@ def eigen_residuals(
     pairs: Eigenpairs,
 ) -> torch.Tensor:  # (k,) float64
     "|H v - lambda v| by fresh matvecs: k of them. Trusts nothing that Lanczos said."
-    op = as_operator(op)
+    return _measured_residuals(as_operator(op), pairs.values, pairs.vectors)
+
+
+def _measured_residuals(
+    op: Operator, values: torch.Tensor, vectors: torch.Tensor
+) -> torch.Tensor:  # values (k, ...), vectors (n, k); (k,) float64
     residuals = []
-    for value, vector in zip(pairs.values.double(), pairs.vectors.T):
+    for value, vector in zip(values.double(), vectors.T):
         vector = vector.to(op.device, op.dtype)
         product = matvec(op, vector).double()
         off = product - value.to(vector.device) * vector.double()

@@ -48,6 +48,8 @@ def share(
 class Team:
     "The processes that share a run. Of one, all methods give back what they get."
 
+    multiplies_pieces = False  # operators take whole vectors, unless weights are cut, too
+
     def __init__(
         self,
         rank: int = 0,
@@ -96,6 +98,16 @@ def shard(
     return v[share(len(v), self.rank, self.size)].clone()
 
 
+@patch
+def coordinates(self: Team, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    "Which those are: parts of the piece, and their places in the whole, which increase."
+    mine = share(n, self.rank, self.size)
+    for start in range(mine.start, mine.stop, 1 << 20):
+        places = torch.arange(start, min(start + (1 << 20), mine.stop))
+        first = start - mine.start
+        yield slice(first, first + len(places)), places
+
+
 # %% ../../nbs/foundations/03_distributed.ipynb #2aa320a5
 @contextmanager
 def _all_present(team: Team) -> Iterator:  # the module torch.distributed
@@ -139,6 +151,37 @@ def gather(
     full = torch.zeros(n, *piece.shape[1:], dtype=piece.dtype, device=piece.device)
     full[share(n, self.rank, self.size)] = piece
     return self.all_reduce(full)
+
+
+@patch
+def all_gather(
+    self: Team,
+    row: torch.Tensor,  # (width,), equally long on each
+) -> torch.Tensor:  # (ranks, width)
+    "What all ranks have, a row each."
+    if self.size == 1:
+        return row[None].clone()
+    rows = row.new_empty(self.size * len(row))
+    with _all_present(self) as dist:
+        # the same by its new name, since PyTorch 2.13
+        send = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        send(rows, row.contiguous(), group=self.group)
+    return rows.view(self.size, len(row))
+
+
+@patch
+def reduce_scatter(
+    self: Team,
+    rows: torch.Tensor,  # (ranks, width), a row for each rank
+) -> torch.Tensor:  # (width,)
+    "This rank's row, added up over all ranks."
+    if self.size == 1:
+        return rows[0].clone()
+    total = rows.new_empty(rows.shape[1])
+    with _all_present(self) as dist:
+        send = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        send(total, rows.reshape(-1), group=self.group)
+    return total
 
 
 # %% ../../nbs/foundations/03_distributed.ipynb #b544090c

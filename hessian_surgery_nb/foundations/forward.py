@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -16,14 +17,17 @@ from torch.func import functional_call
 
 from .batches import Inputs, map_tensors, tensors_in
 from .checks import InputError
+from .distributed import LostRank
 from .guards import plainly, undisturbed
 from .layers import LeanLayers
+from .pieces import is_sharded
 from .true_gradients import TrueGradients
 
 # %% auto #0
 __all__ = [
     "ForwardFunction",
     "Forward",
+    "call_network",
     "functional_logits",
     "explain_missing_derivative",
     "nodes_of",
@@ -115,7 +119,14 @@ _REFUSALS = (
 )
 
 
-def _call(net: Forward, state: dict[str, torch.Tensor], X, short: bool) -> torch.Tensor:
+def call_network(
+    net: Forward,
+    state: dict[str, torch.Tensor],  # name -> tensor, in place of parameters and buffers
+    X: Inputs,  # of one batch
+    *,
+    short: bool = False,  # run the network in bfloat16
+    around: AbstractContextManager = contextlib.nullcontext(),  # that the call stands in
+) -> torch.Tensor:  # logits
     "The network with this state; where it cannot take its inputs, its own words are passed on."
     precision = contextlib.nullcontext()
     if short:
@@ -123,9 +134,9 @@ def _call(net: Forward, state: dict[str, torch.Tensor], X, short: bool) -> torch
         precision = torch.autocast(device, torch.bfloat16, cache_enabled=False)
     named = {f"model.{name}": t for name, t in state.items()}
     try:
-        with undisturbed(net.model), TrueGradients(), precision:
+        with undisturbed(net.model), TrueGradients(), precision, around:
             return functional_call(net, named, (X,))
-    except (InputError, NotImplementedError, torch.OutOfMemoryError):
+    except (InputError, LostRank, NotImplementedError, torch.OutOfMemoryError):
         raise
     except _REFUSALS as e:
         shapes = [f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors_in(X)]
@@ -150,6 +161,12 @@ def functional_logits(
 
     Parameters, buffers, attributes and inputs stay as they are, whatever the network writes.
     """
+    if is_sharded(net.model):
+        raise InputError(
+            "this needs a network whose weights are whole in every process. Those of "
+            f"{type(net.model).__name__} are cut among processes; HessianOperator, with "
+            "top_eigenpairs and spectral_density, takes it as it is."
+        )
     buffers = dict(net.model.named_buffers())
     weights = {name: t for name, t in state.items() if name not in buffers}
     lent = _lent_weights(net, weights)
@@ -158,7 +175,7 @@ def functional_logits(
     if net.writes is False:
         watched += net.model.parameters()
     before = _versions(watched)
-    out = _call(net, lent_buffers | lent, map_tensors(torch.clone, X), short)
+    out = call_network(net, lent_buffers | lent, map_tensors(torch.clone, X), short=short)
     _check_writes(net, before != _versions(watched), lent, weights)
     return out
 

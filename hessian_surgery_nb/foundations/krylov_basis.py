@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from .checks import InputError
-from .distributed import Team, share
+from .distributed import Team
 from .weights import vector_norm
 
 # %% auto #0
@@ -29,10 +30,12 @@ __all__ = [
     "tridiagonal_matrix",
     "random_unit",
     "random_direction",
+    "random_piece",
     "sum_columns",
     "start_vector",
     "fix_signs",
     "rounding_floor",
+    "operator_floor",
 ]
 
 
@@ -43,9 +46,9 @@ class Operator(Protocol):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    team: (
-        Team  # each of them holds some coordinates of every vector, and multiplies with whole ones
-    )
+    # each of them holds some coordinates of every vector, and multiplies with whole ones;
+    # where weights are cut among processes, with its own
+    team: Team
 
     def __matmul__(self, vector: torch.Tensor) -> torch.Tensor: ...
 
@@ -116,6 +119,8 @@ def matvec(
     piece: torch.Tensor,  # this process's coordinates of a vector
 ) -> torch.Tensor:  # this process's coordinates of the product
     "The operator times a vector that may be cut among processes."
+    if op.team.multiplies_pieces:
+        return (op @ piece).detach()
     vector = op.team.gather(piece, op.shape[0])
     return op.team.shard((op @ vector).detach())
 
@@ -203,9 +208,55 @@ def random_direction(
     generator: torch.Generator,
 ) -> torch.Tensor:  # this process's coordinates
     "A random direction in the operator's space."
-    return op.team.shard(random_unit(op.shape[0], generator, op))
+    if not op.team.multiplies_pieces:
+        return op.team.shard(random_unit(op.shape[0], generator, op))
+    piece = random_piece(op, generator)
+    return piece / distributed_norm(piece, op.team).to(piece)
 
 
+# %% ../../nbs/foundations/18_krylov_basis.ipynb #ac6832cc
+_DRAWN = 1 << 20  # numbers at a time
+
+
+def _normal_numbers(
+    n: int, generator: torch.Generator, dtype: torch.dtype
+) -> Iterator[tuple[int, torch.Tensor]]:  # where they begin, and numbers
+    "The n numbers that one call would draw, some at a time."
+    start = 0
+    while start < n:
+        stop = start + _DRAWN
+        if n - stop < 16:
+            stop = n
+        yield start, torch.randn(stop - start, generator=generator, dtype=dtype)
+        start = stop
+
+
+def random_piece(
+    op: Operator,
+    generator: torch.Generator,  # at the same place on each process
+) -> torch.Tensor:  # this process's coordinates of n normal numbers
+    "A random vector of which each process keeps its part: the same vector, however it is cut."
+    n = op.shape[0]
+    dtype = torch.float64 if op.dtype == torch.float64 else torch.float32
+    piece = torch.empty(op.team.local_size(n), dtype=dtype)
+    drawn = _normal_numbers(n, generator, dtype)
+    start, numbers = next(drawn)
+    for part, places in op.team.coordinates(n):
+        filled = 0
+        while filled < len(places):
+            stop = start + len(numbers)
+            there = int(torch.searchsorted(places, stop))
+            mine = slice(part.start + filled, part.start + there)
+            piece[mine] = numbers[places[filled:there] - start]
+            filled = there
+            if filled < len(places):
+                start, numbers = next(drawn)
+    for _ in drawn:
+        pass  # what is left, so that the generator stands at the same place everywhere
+    return piece.to(op.device, op.dtype)
+
+
+# %% ../../nbs/foundations/18_krylov_basis.ipynb #e9d69d5a
 def sum_columns(
     subspace: torch.Tensor | object,  # (n, j), or Eigenpairs
 ) -> torch.Tensor:  # (n,)
@@ -231,16 +282,22 @@ def start_vector(
     if hasattr(v0, "vectors") or as_real(v0).ndim == 2:
         v0 = sum_columns(v0)
     vector = as_real(v0)
+    shape = tuple(vector.shape)
+    if shape == (n,):
+        vector = op.team.shard(vector)
+    largest = norm = math.nan
     if vector.shape == (op.team.local_size(n),):
-        vector = op.team.gather(vector, n)
-    if vector.shape != (n,) or not torch.isfinite(vector).all() or not vector_norm(vector) > 0:
+        highest = vector.abs().max().item() if len(vector) else 0.0
+        largest = -op.team.least(-highest)
+        norm = distributed_norm(vector, op.team).item()
+    if not 0 < largest < math.inf or not 0 < norm < math.inf:
         raise InputError(
             f"a start vector must be finite, not zero, and have {n} entries. "
-            f"Got shape {tuple(vector.shape)}, norm {vector.norm().item():.3g}."
+            f"Got shape {shape}, norm {norm:.3g}."
         )
-    vector = vector / vector.abs().max()  # so that its norm is a number of its type
-    unit = vector / vector_norm(vector).to(vector)
-    return op.team.shard(unit.to(op.device, op.dtype))
+    vector = vector / largest  # so that its norm is a number of its type
+    unit = vector / distributed_norm(vector, op.team).to(vector)
+    return unit.to(op.device, op.dtype)
 
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #8b5eff9a
@@ -250,14 +307,11 @@ def fix_signs(
     team: Team = Team(),
 ):
     "Turn each row so that its inner product with (sin 1, sin 2, ...) is not negative."
-    first = share(n, team.rank, team.size).start + 1
     along = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
-    for part in chunks(vectors):
-        stop = min(part.stop, vectors.shape[1])
-        angles = torch.arange(
-            first + part.start, first + stop, dtype=torch.float64, device=vectors.device
-        )
-        along += vectors[:, part].double() @ torch.sin(angles)
+    for part, places in team.coordinates(n):
+        sines = torch.sin(places.double() + 1).to(vectors.device)
+        for some in chunks(vectors[:, part]):
+            along += vectors[:, part][:, some].double() @ sines[some]
     signs = torch.where(team.all_reduce(along) < 0, -1.0, 1.0)
     vectors.mul_(signs.to(vectors.dtype)[:, None])
 
@@ -277,3 +331,13 @@ def rounding_floor(
         return 0.0
     limits = torch.finfo(dtype)
     return max(32 * limits.eps * scale, 16 * asymmetry, math.sqrt(n) * limits.tiny)
+
+
+def operator_floor(
+    op: Operator,
+    scale: float,  # its largest |Ritz value|
+    asymmetry: float = 0.0,  # as above
+) -> float:
+    "The same for an operator, which may state itself what its products are off by."
+    stated = getattr(op, "product_error", 0.0)  # absolute, of a vector of norm 1
+    return max(rounding_floor(op.dtype, op.shape[0], scale, asymmetry), stated)

@@ -192,6 +192,7 @@ class LoadedBatch:
     position: int  # in the pass
     inputs: Inputs
     labels: torch.Tensor  # (N, ...)
+    counts: bool = True  # False: it only keeps other processes company
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +294,7 @@ def loss(
     loss = call_loss(loss_fn, logits, batch.labels)
     denominator = self._denominator(logits, batch)
     if denominator == 0:  # nothing but ignored labels: 0 / 0
-        loss = logits.sum() * 0.0
+        loss = logits.square().sum() * 0.0  # with as many derivatives as others have
     if first_time and not torch.isfinite(loss):
         images = len(batch.labels) if batch.labels.ndim else 1
         raise InputError(
@@ -317,6 +318,8 @@ def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: LoadedBatch) 
 @patch
 def _denominator(self: DataPass, logits: torch.Tensor, batch: LoadedBatch) -> float:  # 1 for a sum
     divisor = self.objective.divisor
+    if not batch.counts:
+        return 0.0
     if not divisor.known:
         if self.in_one_piece:
             return 1.0

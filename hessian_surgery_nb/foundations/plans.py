@@ -33,6 +33,7 @@ __all__ = [
     "PlanRequest",
     "MemoryLine",
     "choose_plan",
+    "is_separable",
     "make_plan",
 ]
 
@@ -189,7 +190,11 @@ def _is_sound(objective: Objective, batch: Batch) -> bool:
     return True
 
 
-def _is_separable(objective: Objective, small: Batch, large: Batch) -> bool:
+def is_separable(
+    objective: Objective,
+    small: Batch,  # a few images
+    large: Batch,  # these and some more
+) -> bool:
     "Are the logits of a few images the same among more?"
     weights = objective.weights()
     with torch.no_grad():
@@ -294,7 +299,7 @@ def _automatic_plan(
     line = _memory_line(objective, small, large, request.kind, gradient_graph)
     how = dict(micro_batch=request.micro_batch, all_known=all_known)
     plan = choose_plan(mode, line, images, allowed, **how)
-    if plan.micro_batch == request.micro_batch or _is_separable(objective, small, large):
+    if plan.micro_batch == request.micro_batch or is_separable(objective, small, large):
         return plan
     return choose_plan(mode, line, images, allowed, **how, may_cut=False)
 
@@ -310,7 +315,7 @@ def _check_plan(
         return
     if request.mode != "auto" and request.kind == "hessian":
         check_chosen_mode(objective, small, request.mode, candidates)
-    if plan.micro_batch and not _is_separable(objective, small, large):
+    if plan.micro_batch and not is_separable(objective, small, large):
         raise InputError(
             "a batch can only be cut where images do not see each other. Logits of two images are "
             f"others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a "
@@ -324,7 +329,7 @@ def _most_cautious(plan: Plan, objective: Objective) -> Plan:
     if team.size == 1:
         return plan
     one, two = (next(cut_batch(objective.first_batch(), size)) for size in (1, 2))
-    if _is_sound(objective, one) and not _is_separable(objective, one, two):
+    if _is_sound(objective, one) and not is_separable(objective, one, two):
         raise InputError(
             "a batch can only be shared where images do not see each other. Logits of this "
             "network depend on what else is in the batch; use one process."

@@ -13,7 +13,7 @@ from hessian_surgery_nb.foundations.krylov_basis import (
     distributed_norm,
     orthogonalise,
     random_direction,
-    rounding_floor,
+    operator_floor,
 )
 from hessian_surgery_nb.foundations.krylov_state import (
     KrylovState,
@@ -62,7 +62,7 @@ def assess(
     tolerance = tol * scale
     state = handle_breakdown(search, state, tolerance)
     state = with_ritz_pairs(state, values, coefficients)
-    floor = rounding_floor(search.op.dtype, search.n, scale, state.asymmetry)
+    floor = operator_floor(search.op, scale, state.asymmetry)
     wanted = _wanted(search, state, max(tolerance, floor))
     state = _with_recent_merits(search, state)
     counted = floor if tolerance > 2 * floor else 0.0  # below rounding nothing can be reached

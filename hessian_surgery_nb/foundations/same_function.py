@@ -17,6 +17,7 @@ from .checks import ChangingFunction
 from .distributed import Team, current_team
 from .guards import checksum
 from .objective import PassRecord
+from .pieces import as_local
 
 # %% auto #0
 __all__ = ["same_pass", "weights_fingerprint", "warn_caller", "ModelWatch"]
@@ -47,7 +48,7 @@ def weights_fingerprint(
     model: nn.Module,
 ) -> list[tuple[int, float]]:  # address and checksum of each tensor
     "What changes when any parameter or buffer does."
-    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    tensors = [as_local(t) for t in (*model.parameters(), *model.buffers())]
     numbers = torch.stack([checksum(t).cpu() for t in tensors]).tolist()
     return [(t.data_ptr(), number) for t, number in zip(tensors, numbers)]
 

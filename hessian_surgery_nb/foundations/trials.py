@@ -39,13 +39,14 @@ def difference(
     theta: torch.Tensor,  # (n,) where
     v: torch.Tensor,  # (n,) along what
     scale: float = 1.0,  # of the step, in cube roots of the rounding unit
+    norm_of: Callable[[torch.Tensor], float] = lambda t: t.norm().item(),
 ) -> torch.Tensor:  # (n,), about H v
     "Central difference of gradients."
-    norm = v.norm().item()
+    norm = norm_of(v)
     if norm == 0:
         return torch.zeros_like(v)
     step = scale * torch.finfo(v.dtype).eps ** (1 / 3)
-    h = step * max(theta.norm().item(), 1.0) / norm
+    h = step * max(norm_of(theta), 1.0) / norm
     return (gradient_at(theta + h * v) - gradient_at(theta - h * v)) / (2 * h)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .checks import InputError
 from .distributed import Team, current_team
+from .pieces import as_local
 
 # %% auto #0
 __all__ = [
@@ -145,9 +146,10 @@ def _check_params(chosen: dict[str, nn.Parameter]):
             "call model.float() first."
         )
     for name, parameter in chosen.items():
-        if not torch.isfinite(parameter).all():
+        finite = torch.isfinite(as_local(parameter))
+        if not finite.all():
             raise InputError(
-                f"weights must be finite. {name} has {int((~torch.isfinite(parameter)).sum())} "
+                f"weights must be finite. {name} has {int((~finite).sum())} "
                 "NaN or infinite entries; load another checkpoint."
             )
 
