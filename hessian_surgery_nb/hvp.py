@@ -33,7 +33,8 @@ from .foundations.guards import checksum, plainly
 from .foundations.layers import LeanLayers
 from .foundations.losses import LossFunction, call_loss
 from .foundations.objective import BatchLoss, DataPass, LoadedBatch, cut_batch
-from .foundations.plans import Plan, PlanRequest
+from .foundations.plans import Plan, PlanRequest, free_memory
+from .foundations.recorded_products import KeptProduct, changed_meanwhile
 from .foundations.same_function import weights_fingerprint
 from .foundations.trials import Candidate, difference
 from .foundations.true_gradients import TrueGradients
@@ -260,7 +261,7 @@ class _Graphs:
     "The graphs of the gradients of all batches, and what they were built from."
 
     leaves: list[torch.Tensor]
-    gradients: list[tuple[torch.Tensor, ...]]  # of each batch, like leaves
+    products: list[KeptProduct]  # of each batch
     probes: list[tuple[torch.Tensor, torch.Tensor]]  # logits and labels of each batch
     fingerprint: list
 
@@ -292,19 +293,16 @@ class _Cached(_Mode):
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
         leaves = self.graphs.leaves
         direction = unflatten(v, leaves)
+
+        def room():
+            return _allowed_bytes(objective) / len(self.graphs.products)
+
         try:
-            products = [
-                backward_through(gradient, leaves, direction, True)
-                for gradient in self.graphs.gradients
-            ]
+            products = [product(direction, room) for product in self.graphs.products]
         except RuntimeError as e:
             if "inplace operation" not in str(e):
                 raise
-            raise InputError(
-                "what products are computed from must stay as it is meanwhile. Weights, labels or "
-                "the loss were changed in place during a search, or by the network itself; change "
-                "them before or after."
-            ) from e
+            raise changed_meanwhile() from e
         if len(products) == 1:
             return objective.mean(products[0])
         return objective.mean([sum(parts) for parts in zip(*products)])
@@ -314,23 +312,39 @@ class _Cached(_Mode):
 def _build_graphs(objective: WatchedObjective) -> _Graphs:
     "One pass over the data; it also finds out whether this is another function by now."
     leaves = objective.leaves()
-    gradients, probes = [], []
+    products, probes = [], []
 
     def each(data_pass, batch):
         with LeanLayers() as lean:
             logits = objective.logits(leaves, batch.inputs)
             loss = data_pass.loss(logits, batch)
-            gradients.append(_lean_gradient(loss.undivided, leaves, lean))
+            gradient = _lean_gradient(loss.undivided, leaves, lean)
+        products.append(KeptProduct(_multiply_with(gradient, leaves), leaves))
         probes.append((logits.detach(), batch.labels))
         return (), loss
 
     objective.sum_batches(each)
     return _Graphs(
         leaves=leaves,
-        gradients=gradients,
+        products=products,
         probes=probes,
         fingerprint=_fingerprint(objective, probes),
     )
+
+
+def _multiply_with(gradient: Sequence[torch.Tensor], leaves: list[torch.Tensor]) -> Callable:
+    "The product as a function of the direction alone."
+    return lambda v: backward_through(gradient, leaves, v, True)
+
+
+def _allowed_bytes(objective: WatchedObjective) -> float:
+    "What may be kept: as the plan says; where the mode was chosen by hand, half of what is free."
+    allowed = objective.plan().allowed
+    if not math.isnan(allowed):
+        return allowed
+    if objective.request.memory is not None:
+        return objective.request.memory
+    return free_memory(objective.device, objective.team) / 2
 
 
 def _fingerprint(objective: WatchedObjective, probes: list) -> list:
