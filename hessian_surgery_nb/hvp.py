@@ -20,6 +20,7 @@ from torch import nn
 
 from .foundations.batches import Data, tensors_in
 from .foundations.checks import InputError, seed_of
+from .foundations.compiled_products import CompiledProduct, Compiler
 from hessian_surgery_nb.foundations.forward import (
     ForwardFunction,
     dual_level,
@@ -276,6 +277,8 @@ class _Cached(_Mode):
 
     def __init__(self):
         self.graphs: _Graphs | None = None
+        self.compiler: Compiler | None = None  # made where products are to be compiled
+        self.has_built = False  # then recordings are not compared with the product again
 
     def refresh(self, objective: WatchedObjective):
         check_mode(objective.model)
@@ -286,9 +289,25 @@ class _Cached(_Mode):
         if not objective.team.any(moved):
             return
         self.graphs = graphs = None  # the old ones go before new ones take as much memory
-        graphs = _build_graphs(objective)
-        if objective.plan().mode == "cached":
+        graphs = _build_graphs(objective, self._kept_product)
+        self.has_built = True
+        if objective.plan().mode in ("cached", "compiled"):
             self.graphs = graphs
+
+    def _kept_product(
+        self, objective: WatchedObjective, gradient: Sequence[torch.Tensor], leaves: list
+    ) -> KeptProduct:
+        "Of one batch: the product as a function of the direction alone."
+
+        def multiply(v):
+            return backward_through(gradient, leaves, v, True)
+
+        if objective.plan().mode != "compiled":
+            return KeptProduct(multiply, leaves, check=not self.has_built)
+        if self.compiler is None:
+            short = objective.precision is not None
+            self.compiler = Compiler(short=short, quiet=objective.team.rank > 0)
+        return CompiledProduct(multiply, leaves, self.compiler, objective.leave_uncompiled)
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
         leaves = self.graphs.leaves
@@ -309,7 +328,7 @@ class _Cached(_Mode):
 
 
 # %% ../nbs/00_hvp.ipynb #079841d8
-def _build_graphs(objective: WatchedObjective) -> _Graphs:
+def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graphs:
     "One pass over the data; it also finds out whether this is another function by now."
     leaves = objective.leaves()
     products, probes = [], []
@@ -319,7 +338,7 @@ def _build_graphs(objective: WatchedObjective) -> _Graphs:
             logits = objective.logits(leaves, batch.inputs)
             loss = data_pass.loss(logits, batch)
             gradient = _lean_gradient(loss.undivided, leaves, lean)
-        products.append(KeptProduct(_multiply_with(gradient, leaves), leaves))
+        products.append(kept_product(objective, gradient, leaves))
         probes.append((logits.detach(), batch.labels))
         return (), loss
 
@@ -330,11 +349,6 @@ def _build_graphs(objective: WatchedObjective) -> _Graphs:
         probes=probes,
         fingerprint=_fingerprint(objective, probes),
     )
-
-
-def _multiply_with(gradient: Sequence[torch.Tensor], leaves: list[torch.Tensor]) -> Callable:
-    "The product as a function of the direction alone."
-    return lambda v: backward_through(gradient, leaves, v, True)
 
 
 def _allowed_bytes(objective: WatchedObjective) -> float:
@@ -372,8 +386,8 @@ class HessianOperator:
     written to; it must be in evaluation mode where that matters (dropout, batch norm).
 
     `mode` is one of "cached", "recomputed", "forward" and "difference", or "auto", which picks one
-    by network and memory: see `plan()`. `precision="bf16"` runs the network in bfloat16: see
-    `check()`.
+    by network and memory: see `plan()`. "compiled" takes minutes at first, and is for
+    thousands of products. `precision="bf16"` runs the network in bfloat16: see `check()`.
     """
 
     def __init__(
@@ -415,8 +429,10 @@ class HessianOperator:
 # %% ../nbs/00_hvp.ipynb #e6f3e5ab
 def _new_modes() -> dict[str, _Mode]:
     "One of each; nothing is kept yet."
+    cached = _Cached()
     return {
-        "cached": _Cached(),
+        "cached": cached,
+        "compiled": cached,
         "recomputed": _Recomputed(),
         "forward": _Forward(),
         "difference": _Differences(),
@@ -426,7 +442,7 @@ def _new_modes() -> dict[str, _Mode]:
 
 _CANDIDATES = [
     Candidate(
-        modes=("cached", "recomputed"),
+        modes=("cached", "recomputed", "compiled"),
         product=lambda value, leaves, v: backward_through(
             gradient_graph(lambda: value(leaves), leaves), leaves, v, False
         ),
@@ -513,9 +529,9 @@ def __matmul__(
         return _by_columns(self, v)
     self.num_matvecs += 1
     self.objective.ensure_reference()  # one forward pass, to compare all others with
-    self._mode().refresh(self.objective)  # cached graphs: built anew where anything has moved
+    self._mode().refresh(self.objective)  # what is kept: built anew where anything has moved
     # asked again: while graphs are built, the model may turn out to allow less
-    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or cached graphs
+    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or what is kept
     return Hv.detach()
 
 

@@ -67,6 +67,7 @@ def free_memory(
 # %% ../../nbs/foundations/09d_plans.ipynb #60e234a2
 MODES = {
     "auto": "decided at the first HVP, see plan()",
+    "compiled": "as cached, and compiled, which takes minutes: for thousands of products",
     "cached": "double backward, the gradient's graph stays in memory: fastest",
     "recomputed": "double backward, a batch at a time",
     "forward": "forward over reverse: least memory",
@@ -78,7 +79,7 @@ MODES = {
 class Plan:
     "How Hessian-vector products are computed, and what that takes."
 
-    mode: str  # "cached", "recomputed", "forward" or "difference"
+    mode: str  # "compiled", "cached", "recomputed", "forward" or "difference"
     micro_batch: int | None = None  # images at a time; None: whole batches
     # bytes that graphs and the pass through them take, estimated; nan: chosen by hand
     needed: float = math.nan
@@ -114,9 +115,15 @@ class PlanRequest:
             raise InputError(
                 f"micro_batch must be a whole number of images, at least 1. Got {micro_batch!r}."
             )
-        if micro_batch is not None and self.mode == "cached":
+        if micro_batch is not None and self.mode in ("cached", "compiled"):
             raise InputError(
-                "mode='cached' keeps whole batches, micro_batch cuts them. Got both; leave one out."
+                f"mode={self.mode!r} keeps whole batches, micro_batch cuts them. Got both; leave "
+                "one out."
+            )
+        if self.kind == "gauss_newton" and self.mode == "compiled":
+            raise InputError(
+                "mode='compiled' multiplies with kind='hessian'. Got kind='gauss_newton'; leave "
+                "the mode out."
             )
         if self.memory is not None and not self.memory > 0:
             raise InputError(f"memory must be a positive number of bytes. Got {self.memory!r}.")

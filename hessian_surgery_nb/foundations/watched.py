@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
@@ -28,7 +28,7 @@ from hessian_surgery_nb.foundations.objective import (
     loss_and_gradient,
 )
 from .plans import GradientGraph, Plan, PlanRequest, make_plan
-from .same_function import ModelWatch
+from .same_function import ModelWatch, warn_caller
 from .trials import Candidate
 from .weights import check_mode, flatten, unflatten
 
@@ -71,6 +71,12 @@ class WatchedObjective(Objective):
         if self._plan is None:
             self._plan = make_plan(self, self.request, self.candidates, self.gradient_graph)
         return self._plan
+
+    def leave_uncompiled(self, reason: str):
+        "From now on graphs are kept as they are; a warning says why."
+        if self.plan().mode == "compiled":
+            self._plan = replace(self.plan(), mode="cached")
+            warn_caller(f"products are not compiled: {reason}. They are those of mode='cached'.")
 
     def in_full_precision(self) -> WatchedObjective:
         "The same without bfloat16; it has seen nothing yet."
@@ -126,12 +132,15 @@ def mean(
 
 
 # %% ../../nbs/foundations/09e_watched.ipynb #28944529
+_LEAN_MODES = "compiled", "cached", "recomputed"
+
+
 @patch
 def _look(self: WatchedObjective) -> PassRecord:
     "One forward pass: what it sees."
     weights = self.weights()
     layers = contextlib.nullcontext()
-    if self.request.kind == "hessian" and self.plan().mode in ("cached", "recomputed"):
+    if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
         layers = LeanLayers()
 
     def each(data_pass, batch):
