@@ -35,6 +35,9 @@ __all__ = [
 class Name(str):
     "Stands for a tensor in a recorded step."
 
+    def __new__(cls, text: str):
+        return super().__new__(cls, text)
+
 
 class Step(NamedTuple):
     "One operation."
