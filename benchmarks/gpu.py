@@ -66,6 +66,7 @@ class Notebook:
 
     def __init__(self, file: Path, device: str):
         self.file, self.device = file, device
+        self.script = "benchmarks/gpu.py"
         card = torch.cuda.get_device_name() if device == "cuda" else None
         self.about = dict(
             date=str(date.today()),
@@ -97,7 +98,7 @@ class Notebook:
         row["took"] = time.perf_counter() - start
         print(row, flush=True)
         self.rows.append(row)
-        command = f"python benchmarks/gpu.py {self.device} {self.file}"
+        command = f"python {self.script} {self.device} {self.file}"
         found = dict(command=command, about=self.about, rows=self.rows)
         self.file.write_text(json.dumps(found, indent=1) + "\n")
 

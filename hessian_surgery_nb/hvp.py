@@ -20,6 +20,7 @@ from torch import nn
 
 from .foundations.batches import Data, tensors_in
 from .foundations.checks import InputError, seed_of
+from .foundations.compiled_products import CompiledProduct, Compiler
 from hessian_surgery_nb.foundations.forward import (
     ForwardFunction,
     dual_level,
@@ -30,19 +31,16 @@ from hessian_surgery_nb.foundations.forward import (
     python_functions,
 )
 from .foundations.guards import checksum, plainly
-from .foundations.krylov_basis import random_direction
 from .foundations.layers import LeanLayers
 from .foundations.losses import LossFunction, call_loss
 from .foundations.objective import BatchLoss, DataPass, LoadedBatch, cut_batch
-from .foundations.pieces import is_sharded
-from .foundations.plans import Plan, PlanRequest
+from .foundations.plans import Plan, PlanRequest, free_memory
+from .foundations.recorded_products import KeptProduct, changed_meanwhile
 from .foundations.same_function import weights_fingerprint
-from .foundations.sharded import ShardedObjective
-from .foundations.trials import Candidate
+from .foundations.trials import Candidate, difference
 from .foundations.true_gradients import TrueGradients
-from .foundations.vocabulary import chunked_curvature
 from .foundations.watched import Observation, WatchedObjective
-from .foundations.weights import check_mode, unflatten
+from .foundations.weights import check_mode, flatten, unflatten
 
 # %% auto #0
 __all__ = [
@@ -215,7 +213,6 @@ class _Recomputed(_Mode):
         with LeanLayers() as lean:
             loss = data_pass.loss_at(leaves, batch)
             graph = _lean_gradient(loss.undivided, leaves, lean)
-        data_pass.objective.agree(graph)
         return backward_through(graph, leaves, v, False), loss
 
 
@@ -247,24 +244,6 @@ class _GaussNewton(_Mode):
         return parts, loss
 
 
-# %% ../nbs/00_hvp.ipynb #49c2d7a2
-class _ChunkedGaussNewton(_Mode):
-    "J' M J v, logits a few rows at a time."
-
-    def _batch_product(self, data_pass, batch, leaves, v):
-        objective = data_pass.objective
-        features, change = logits_and_change(
-            lambda weights: objective.features(weights, batch.inputs), leaves, v
-        )
-        rows = data_pass.rows_of_batch(features, leaves, batch)
-        if change is not None:
-            change = rows.as_rows(change)
-        f, head, labels, rule = rows.given
-        parts, seen = chunked_curvature(f, change, head, rows.head_change(v), labels, rule)
-        loss = data_pass.loss_of_rows(rows, seen, batch)
-        return rows.pull_back(leaves, parts), loss
-
-
 # %% ../nbs/00_hvp.ipynb #8ed78ca6
 class _Differences(_Mode):
     "Central differences of gradients."
@@ -273,7 +252,8 @@ class _Differences(_Mode):
         self.scale = scale
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
-        return objective.by_difference(v, self.scale)
+        theta = flatten(objective.weights())
+        return difference(objective.gradient_at, theta, v, self.scale)
 
 
 # %% ../nbs/00_hvp.ipynb #91d29c87
@@ -282,7 +262,7 @@ class _Graphs:
     "The graphs of the gradients of all batches, and what they were built from."
 
     leaves: list[torch.Tensor]
-    gradients: list[tuple[torch.Tensor, ...]]  # of each batch, like leaves
+    products: list[KeptProduct]  # of each batch
     probes: list[tuple[torch.Tensor, torch.Tensor]]  # logits and labels of each batch
     fingerprint: list
 
@@ -297,6 +277,8 @@ class _Cached(_Mode):
 
     def __init__(self):
         self.graphs: _Graphs | None = None
+        self.compiler: Compiler | None = None  # made where products are to be compiled
+        self.has_built = False  # then recordings are not compared with the product again
 
     def refresh(self, objective: WatchedObjective):
         check_mode(objective.model)
@@ -307,52 +289,76 @@ class _Cached(_Mode):
         if not objective.team.any(moved):
             return
         self.graphs = graphs = None  # the old ones go before new ones take as much memory
-        graphs = _build_graphs(objective)
-        if objective.plan().mode == "cached":
+        graphs = _build_graphs(objective, self._kept_product)
+        self.has_built = True
+        if objective.plan().mode in ("cached", "compiled"):
             self.graphs = graphs
+
+    def _kept_product(
+        self, objective: WatchedObjective, gradient: Sequence[torch.Tensor], leaves: list
+    ) -> KeptProduct:
+        "Of one batch: the product as a function of the direction alone."
+
+        def multiply(v):
+            return backward_through(gradient, leaves, v, True)
+
+        if objective.plan().mode != "compiled":
+            return KeptProduct(multiply, leaves, check=not self.has_built)
+        if self.compiler is None:
+            short = objective.precision is not None
+            self.compiler = Compiler(short=short, quiet=objective.team.rank > 0)
+        return CompiledProduct(multiply, leaves, self.compiler, objective.leave_uncompiled)
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
         leaves = self.graphs.leaves
         direction = unflatten(v, leaves)
+
+        def room():
+            return _allowed_bytes(objective) / len(self.graphs.products)
+
         try:
-            products = [
-                backward_through(gradient, leaves, direction, True)
-                for gradient in self.graphs.gradients
-            ]
+            products = [product(direction, room) for product in self.graphs.products]
         except RuntimeError as e:
             if "inplace operation" not in str(e):
                 raise
-            raise InputError(
-                "what products are computed from must stay as it is meanwhile. Weights, labels or "
-                "the loss were changed in place during a search, or by the network itself; change "
-                "them before or after."
-            ) from e
+            raise changed_meanwhile() from e
         if len(products) == 1:
             return objective.mean(products[0])
         return objective.mean([sum(parts) for parts in zip(*products)])
 
 
 # %% ../nbs/00_hvp.ipynb #079841d8
-def _build_graphs(objective: WatchedObjective) -> _Graphs:
+def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graphs:
     "One pass over the data; it also finds out whether this is another function by now."
     leaves = objective.leaves()
-    gradients, probes = [], []
+    products, probes = [], []
 
     def each(data_pass, batch):
         with LeanLayers() as lean:
             logits = objective.logits(leaves, batch.inputs)
             loss = data_pass.loss(logits, batch)
-            gradients.append(_lean_gradient(loss.undivided, leaves, lean))
+            gradient = _lean_gradient(loss.undivided, leaves, lean)
+        products.append(kept_product(objective, gradient, leaves))
         probes.append((logits.detach(), batch.labels))
         return (), loss
 
     objective.sum_batches(each)
     return _Graphs(
         leaves=leaves,
-        gradients=gradients,
+        products=products,
         probes=probes,
         fingerprint=_fingerprint(objective, probes),
     )
+
+
+def _allowed_bytes(objective: WatchedObjective) -> float:
+    "What may be kept: as the plan says; where the mode was chosen by hand, half of what is free."
+    allowed = objective.plan().allowed
+    if not math.isnan(allowed):
+        return allowed
+    if objective.request.memory is not None:
+        return objective.request.memory
+    return free_memory(objective.device, objective.team) / 2
 
 
 def _fingerprint(objective: WatchedObjective, probes: list) -> list:
@@ -380,8 +386,8 @@ class HessianOperator:
     written to; it must be in evaluation mode where that matters (dropout, batch norm).
 
     `mode` is one of "cached", "recomputed", "forward" and "difference", or "auto", which picks one
-    by network and memory: see `plan()`. With `kind="gauss_newton"` there is "chunked" as well, for
-    a large vocabulary. `precision="bf16"` runs the network in bfloat16: see `check()`.
+    by network and memory: see `plan()`. "compiled" takes minutes at first, and is for
+    thousands of products. `precision="bf16"` runs the network in bfloat16: see `check()`.
     """
 
     def __init__(
@@ -399,8 +405,7 @@ class HessianOperator:
         micro_batch: int | None = None,  # images at a time; None: whole batches, cut if need be
         precision: str | None = None,  # "bf16", or None: as the weights are
     ):
-        make = ShardedObjective if is_sharded(model) else WatchedObjective
-        self.objective = make(
+        self.objective = WatchedObjective(
             model,
             loss_fn,
             data,
@@ -424,19 +429,20 @@ class HessianOperator:
 # %% ../nbs/00_hvp.ipynb #e6f3e5ab
 def _new_modes() -> dict[str, _Mode]:
     "One of each; nothing is kept yet."
+    cached = _Cached()
     return {
-        "cached": _Cached(),
+        "cached": cached,
+        "compiled": cached,
         "recomputed": _Recomputed(),
         "forward": _Forward(),
         "difference": _Differences(),
         "gauss_newton": _GaussNewton(),
-        "chunked": _ChunkedGaussNewton(),
     }
 
 
 _CANDIDATES = [
     Candidate(
-        modes=("cached", "recomputed"),
+        modes=("cached", "recomputed", "compiled"),
         product=lambda value, leaves, v: backward_through(
             gradient_graph(lambda: value(leaves), leaves), leaves, v, False
         ),
@@ -456,20 +462,6 @@ def params(self: HessianOperator) -> dict[str, nn.Parameter]:
 def reduction(self: HessianOperator) -> str | None:
     "Whether the loss is a mean or a sum; None where that is not known yet."
     return self.objective.divisor.reduction
-
-
-@patch(as_prop=True)
-def product_error(self: HessianOperator) -> float:
-    "What products with vectors of norm 1 are off by, beside rounding; 0 where they are exact."
-    return self.objective.product_error
-
-
-@patch
-def second_opinion(self: HessianOperator) -> HessianOperator:
-    "The same by differences of twice the step, whose truncation is four times as large."
-    other = copy.copy(self)
-    other._modes = {**self._modes, "difference": _Differences(2.0)}
-    return other
 
 
 @patch(as_prop=True)
@@ -497,7 +489,7 @@ def plan(self: HessianOperator) -> Plan:
 def _mode(self: HessianOperator) -> _Mode:
     "What the plan says."
     mode = self.plan().mode
-    if self.kind == "gauss_newton" and mode != "chunked":
+    if self.kind == "gauss_newton":
         mode = "gauss_newton"
     return self._modes[mode]
 
@@ -537,18 +529,17 @@ def __matmul__(
         return _by_columns(self, v)
     self.num_matvecs += 1
     self.objective.ensure_reference()  # one forward pass, to compare all others with
-    self._mode().refresh(self.objective)  # cached graphs: built anew where anything has moved
+    self._mode().refresh(self.objective)  # what is kept: built anew where anything has moved
     # asked again: while graphs are built, the model may turn out to allow less
-    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or cached graphs
+    Hv = self._mode().multiply(self.objective, v)  # a pass over the data, or what is kept
     return Hv.detach()
 
 
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
-    length = op.objective.num_local
-    if v.ndim not in (1, 2) or v.shape[0] != length:
+    if v.ndim not in (1, 2) or v.shape[0] != op.shape[0]:
         raise InputError(
-            f"a vector must have {length} entries, or be a matrix with so many rows. Got "
+            f"a vector must have {op.shape[0]} entries, or be a matrix with so many rows. Got "
             f"shape {tuple(v.shape)}."
         )
     return v.detach().to(op.device, op.dtype).contiguous()
@@ -587,8 +578,7 @@ def check(
     generator = torch.Generator().manual_seed(seed_of(seed))
     u, v = _random_unit(self, generator), _random_unit(self, generator)
     Hu, Hv = self @ u, self @ v
-    norm_of = self.objective.norm
-    norm = norm_of(Hv)
+    norm = Hv.norm().item()
     if norm == 0:
         norm = 1.0
     full = self._in_full_precision()
@@ -598,18 +588,16 @@ def check(
     change = _Differences(scale).multiply(full.objective, v)
     off = math.nan
     if self.kind == "hessian":
-        off = norm_of(change - Hv) / norm
+        off = (change - Hv).norm().item() / norm
     short = 0.0
     if self.objective.precision is not None:
-        short = norm_of(full @ v - Hv) / norm
-    symmetry = abs(self.objective.inner(u, Hv) - self.objective.inner(v, Hu)) / norm
+        short = (full @ v - Hv).norm().item() / norm
+    symmetry = abs((u @ Hv - v @ Hu).item()) / norm
     return OperatorCheck(symmetry=symmetry, finite_difference=off, precision=short)
 
 
 # %% ../nbs/00_hvp.ipynb #203fac9e
 def _random_unit(op: HessianOperator, generator: torch.Generator) -> torch.Tensor:  # (n,)
-    if op.team.multiplies_pieces:
-        return random_direction(op, generator)
     v = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
     v = v.to(op.device, op.dtype)
     return v / v.norm()
@@ -630,11 +618,6 @@ def to_scipy(self: HessianOperator) -> Any:  # scipy.sparse.linalg.LinearOperato
     "This operator for SciPy, NumPy in and out."
     from scipy.sparse.linalg import LinearOperator
 
-    if self.team.multiplies_pieces and self.team.size > 1:
-        raise InputError(
-            "SciPy wants whole vectors. Weights are cut among processes here; use top_eigenpairs "
-            "and spectral_density, which take pieces."
-        )
     dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
     def matvec(v):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_paper.sh"
+ENGINE_SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 FEW = {
     "network",
     "surgery_gamma_p2",
@@ -24,9 +25,9 @@ FEW = {
 }
 
 
-def run(out, size, **variables):
+def run(out, size, script=SCRIPT, **variables):
     env = os.environ | dict(PYTHON=sys.executable, OMP_NUM_THREADS="1", JOBS="1") | variables
-    command = ["bash", str(SCRIPT), "cpu", str(out), size]
+    command = ["bash", str(script), "cpu", str(out), size]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
@@ -53,3 +54,29 @@ def test_another_size_is_refused(tmp_path):
     done = run(tmp_path / "out", "tiny")
     assert done.returncode == 2 and "benchmarks/gpu_paper.sh cuda OUT" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_engine_at_small_size(tmp_path):
+    "Every part runs, and what other libraries are not here for is said."
+    out = tmp_path / "out"
+    done = run(out, "small", ENGINE_SCRIPT, BUDGET="800")
+    logs = "".join(file.read_text() for file in out.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert "passed" in done.stdout and "failed: nothing" in done.stdout
+    for name in ("scale", "engine"):
+        found = json.loads((out / f"{name}.json").read_text())
+        assert found["about"]["device"] == "cpu" and not any("failed" in r for r in found["rows"])
+    rows = json.loads((out / "scale.json").read_text())["rows"]
+    checks = {row["check"]: row for row in rows}
+    assert checks["digits, 16 images, 8 px: ours, cached"]["off"] < 1e-4
+    assert checks["top 3 eigenpairs, ours"]["worst_residual"] < 0.011
+    assert checks["a process group of one rank"]["off"] < 1e-6
+    assert "precision" in checks["bf16, its error"]
+    told = {"seconds", "skipped", "plan", "precision", "off"}
+    assert all(told & set(row) for row in rows)
+
+
+def test_the_engine_without_time_does_nothing_and_says_so(tmp_path):
+    done = run(tmp_path / "out", "small", ENGINE_SCRIPT, BUDGET="20")
+    assert done.returncode == 0 and done.stdout.count("no time left") == 3
+    assert run(tmp_path / "out", "tiny", ENGINE_SCRIPT).returncode == 2

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
@@ -28,8 +28,8 @@ from hessian_surgery_nb.foundations.objective import (
     loss_and_gradient,
 )
 from .plans import GradientGraph, Plan, PlanRequest, make_plan
-from .same_function import ModelWatch
-from .trials import Candidate, difference
+from .same_function import ModelWatch, warn_caller
+from .trials import Candidate
 from .weights import check_mode, flatten, unflatten
 
 # %% auto #0
@@ -61,13 +61,6 @@ class WatchedObjective(Objective):
         self.watch = self._new_watch()
         check_mode(model)
 
-    product_error = 0.0  # absolute, of a vector of norm 1, beside the rounding of the type
-
-    @property
-    def num_local(self) -> int:
-        "Entries of the vectors that it is multiplied with."
-        return self.num_weights
-
     def _new_watch(self, changing: bool = False) -> ModelWatch:
         of_logits = self.dtype if self.precision is None else torch.bfloat16
         return ModelWatch(self.model, torch.finfo(of_logits).eps, self.team, changing)
@@ -78,6 +71,12 @@ class WatchedObjective(Objective):
         if self._plan is None:
             self._plan = make_plan(self, self.request, self.candidates, self.gradient_graph)
         return self._plan
+
+    def leave_uncompiled(self, reason: str):
+        "From now on graphs are kept as they are; a warning says why."
+        if self.plan().mode == "compiled":
+            self._plan = replace(self.plan(), mode="cached")
+            warn_caller(f"products are not compiled: {reason}. They are those of mode='cached'.")
 
     def in_full_precision(self) -> WatchedObjective:
         "The same without bfloat16; it has seen nothing yet."
@@ -133,25 +132,23 @@ def mean(
 
 
 # %% ../../nbs/foundations/09e_watched.ipynb #28944529
+_LEAN_MODES = "compiled", "cached", "recomputed"
+
+
 @patch
 def _look(self: WatchedObjective) -> PassRecord:
     "One forward pass: what it sees."
     weights = self.weights()
+    layers = contextlib.nullcontext()
+    if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
+        layers = LeanLayers()
 
     def each(data_pass, batch):
         return (), data_pass.loss_at(weights, batch)
 
-    with torch.no_grad(), self._layers():
+    with torch.no_grad(), layers:
         _, record = self._next_pass().sum_batches(each)
     return record
-
-
-@patch
-def _layers(self: WatchedObjective):
-    "Those that products come from."
-    if self.request.kind == "hessian" and self.plan().mode in ("cached", "recomputed"):
-        return LeanLayers()
-    return contextlib.nullcontext()
 
 
 @patch
@@ -231,7 +228,7 @@ def gradient_at(
 ) -> torch.Tensor:  # (n,)
     "The gradient at other weights than the model's own."
     self.ensure_reference()
-    parts = unflatten(theta, self.weights())
+    parts = unflatten(theta, self.params.values())
     leaves = [part.detach().requires_grad_() for part in parts]
 
     def each(data_pass, batch):
@@ -239,33 +236,3 @@ def gradient_at(
         return gradient, loss
 
     return self.mean(self.sum_batches(each, moved=True))
-
-
-@patch
-def by_difference(
-    self: WatchedObjective,
-    v: torch.Tensor,  # (n,)
-    scale: float = 1.0,  # of the step
-) -> torch.Tensor:  # (n,), about H v
-    "Central difference of gradients."
-    return difference(self.gradient_at, flatten(self.weights()), v, scale, self.norm)
-
-
-@patch
-def norm(self: WatchedObjective, v: torch.Tensor) -> float:
-    "Of a vector that this operator multiplies with."
-    return v.norm().item()
-
-
-@patch
-def inner(self: WatchedObjective, a: torch.Tensor, b: torch.Tensor) -> float:
-    "Likewise of two."
-    return (a @ b).item()
-
-
-@patch
-def agree(
-    self: WatchedObjective,
-    gradient: Sequence[torch.Tensor],  # with its graph
-):
-    "Refuse a graph that other processes do not have; where each works alone, there is none."
