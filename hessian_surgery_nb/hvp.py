@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as fwAD
 from fastcore.basics import patch
 from torch import nn
 
-from .foundations.batches import Data, tensors_in
+from .foundations.batches import Data
 from .foundations.checks import InputError, seed_of
 from .foundations.compiled_products import CompiledProduct, Compiler
 from hessian_surgery_nb.foundations.forward import (
@@ -30,17 +30,25 @@ from hessian_surgery_nb.foundations.forward import (
     nodes_of,
     python_functions,
 )
-from .foundations.guards import checksum, plainly
+from .foundations.guards import plainly
+from .foundations.krylov_basis import random_argument
 from .foundations.layers import LeanLayers
-from .foundations.losses import LossFunction, call_loss
-from .foundations.objective import BatchLoss, DataPass, LoadedBatch, cut_batch
-from .foundations.plans import Plan, PlanRequest, free_memory
-from .foundations.recorded_products import KeptProduct, changed_meanwhile
-from .foundations.same_function import weights_fingerprint
-from .foundations.trials import Candidate, difference
+from .foundations.losses import LossFunction
+from .foundations.objective import BatchLoss, DataPass, LoadedBatch
+from .foundations.pieces import is_sharded
+from .foundations.plans import Plan, PlanRequest
+from hessian_surgery_nb.foundations.recorded_products import (
+    KeptProduct,
+    allowed_bytes,
+    changed_meanwhile,
+    function_fingerprint,
+)
+from .foundations.sharded import ShardedObjective
+from .foundations.trials import Candidate
 from .foundations.true_gradients import TrueGradients
+from .foundations.vocabulary import chunked_curvature
 from .foundations.watched import Observation, WatchedObjective
-from .foundations.weights import check_mode, flatten, unflatten
+from .foundations.weights import check_mode, unflatten
 
 # %% auto #0
 __all__ = [
@@ -213,6 +221,7 @@ class _Recomputed(_Mode):
         with LeanLayers() as lean:
             loss = data_pass.loss_at(leaves, batch)
             graph = _lean_gradient(loss.undivided, leaves, lean)
+        data_pass.objective.agree(graph)
         return backward_through(graph, leaves, v, False), loss
 
 
@@ -244,6 +253,24 @@ class _GaussNewton(_Mode):
         return parts, loss
 
 
+# %% ../nbs/00_hvp.ipynb #49c2d7a2
+class _ChunkedGaussNewton(_Mode):
+    "J' M J v, logits a few rows at a time."
+
+    def _batch_product(self, data_pass, batch, leaves, v):
+        objective = data_pass.objective
+        features, change = logits_and_change(
+            lambda weights: objective.features(weights, batch.inputs), leaves, v
+        )
+        rows = data_pass.rows_of_batch(features, leaves, batch)
+        if change is not None:
+            change = rows.as_rows(change)
+        f, head, labels, rule = rows.given
+        parts, seen = chunked_curvature(f, change, head, rows.head_change(v), labels, rule)
+        loss = data_pass.loss_of_rows(rows, seen, batch)
+        return rows.pull_back(leaves, parts), loss
+
+
 # %% ../nbs/00_hvp.ipynb #8ed78ca6
 class _Differences(_Mode):
     "Central differences of gradients."
@@ -252,8 +279,7 @@ class _Differences(_Mode):
         self.scale = scale
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
-        theta = flatten(objective.weights())
-        return difference(objective.gradient_at, theta, v, self.scale)
+        return objective.by_difference(v, self.scale)
 
 
 # %% ../nbs/00_hvp.ipynb #91d29c87
@@ -285,7 +311,9 @@ class _Cached(_Mode):
         graphs = self.graphs
         if graphs is not None and objective.num_holds:
             return
-        moved = graphs is None or graphs.fingerprint != _fingerprint(objective, graphs.probes)
+        moved = graphs is None or graphs.fingerprint != function_fingerprint(
+            objective, graphs.probes
+        )
         if not objective.team.any(moved):
             return
         self.graphs = graphs = None  # the old ones go before new ones take as much memory
@@ -314,7 +342,7 @@ class _Cached(_Mode):
         direction = unflatten(v, leaves)
 
         def room():
-            return _allowed_bytes(objective) / len(self.graphs.products)
+            return allowed_bytes(objective) / len(self.graphs.products)
 
         try:
             products = [product(direction, room) for product in self.graphs.products]
@@ -347,34 +375,8 @@ def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graph
         leaves=leaves,
         products=products,
         probes=probes,
-        fingerprint=_fingerprint(objective, probes),
+        fingerprint=function_fingerprint(objective, probes),
     )
-
-
-def _allowed_bytes(objective: WatchedObjective) -> float:
-    "What may be kept: as the plan says; where the mode was chosen by hand, half of what is free."
-    allowed = objective.plan().allowed
-    if not math.isnan(allowed):
-        return allowed
-    if objective.request.memory is not None:
-        return objective.request.memory
-    return free_memory(objective.device, objective.team) / 2
-
-
-def _fingerprint(objective: WatchedObjective, probes: list) -> list:
-    "What changes when weights, data, network or loss do."
-    first = objective.first_batch()
-    batches = [first]  # a loader's other images are not made again for this
-    if isinstance(objective.data, list):
-        batches = objective.data
-    tensors = [t for inputs, labels in batches for t in (*tensors_in(inputs), labels)]
-    X, _ = objective.load(next(cut_batch(first, 2)))
-    with torch.no_grad():
-        logits = objective.logits(objective.weights(), X)
-        losses = [call_loss(objective.loss_fn, *probe).double() for probe in probes]
-    numbers = [checksum(t) for t in (*tensors, logits)]
-    seen = torch.stack([number.cpu() for number in (*numbers, *losses)])
-    return [*weights_fingerprint(objective.model), *torch.nan_to_num(seen).tolist()]
 
 
 # %% ../nbs/00_hvp.ipynb #5e931f72
@@ -387,7 +389,8 @@ class HessianOperator:
 
     `mode` is one of "cached", "recomputed", "forward" and "difference", or "auto", which picks one
     by network and memory: see `plan()`. "compiled" takes minutes at first, and is for
-    thousands of products. `precision="bf16"` runs the network in bfloat16: see `check()`.
+    thousands of products. With `kind="gauss_newton"` there is "chunked" as well, for a large
+    vocabulary. `precision="bf16"` runs the network in bfloat16: see `check()`.
     """
 
     def __init__(
@@ -405,7 +408,8 @@ class HessianOperator:
         micro_batch: int | None = None,  # images at a time; None: whole batches, cut if need be
         precision: str | None = None,  # "bf16", or None: as the weights are
     ):
-        self.objective = WatchedObjective(
+        make = ShardedObjective if is_sharded(model) else WatchedObjective
+        self.objective = make(
             model,
             loss_fn,
             data,
@@ -437,6 +441,7 @@ def _new_modes() -> dict[str, _Mode]:
         "forward": _Forward(),
         "difference": _Differences(),
         "gauss_newton": _GaussNewton(),
+        "chunked": _ChunkedGaussNewton(),
     }
 
 
@@ -465,6 +470,20 @@ def reduction(self: HessianOperator) -> str | None:
 
 
 @patch(as_prop=True)
+def product_error(self: HessianOperator) -> float:
+    "What products with vectors of norm 1 are off by, beside rounding; 0 where they are exact."
+    return self.objective.product_error
+
+
+@patch
+def second_opinion(self: HessianOperator) -> HessianOperator:
+    "The same by differences of twice the step, whose truncation is four times as large."
+    other = copy.copy(self)
+    other._modes = {**self._modes, "difference": _Differences(2.0)}
+    return other
+
+
+@patch(as_prop=True)
 def changing(self: HessianOperator) -> bool:
     "Did two passes disagree, though the weights had not moved? Then nothing is certified."
     return self.objective.watch.changing
@@ -489,7 +508,7 @@ def plan(self: HessianOperator) -> Plan:
 def _mode(self: HessianOperator) -> _Mode:
     "What the plan says."
     mode = self.plan().mode
-    if self.kind == "gauss_newton":
+    if self.kind == "gauss_newton" and mode != "chunked":
         mode = "gauss_newton"
     return self._modes[mode]
 
@@ -537,9 +556,10 @@ def __matmul__(
 
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
-    if v.ndim not in (1, 2) or v.shape[0] != op.shape[0]:
+    length = op.objective.num_local
+    if v.ndim not in (1, 2) or v.shape[0] != length:
         raise InputError(
-            f"a vector must have {op.shape[0]} entries, or be a matrix with so many rows. Got "
+            f"a vector must have {length} entries, or be a matrix with so many rows. Got "
             f"shape {tuple(v.shape)}."
         )
     return v.detach().to(op.device, op.dtype).contiguous()
@@ -576,9 +596,10 @@ def check(
     The model is not moved.
     """
     generator = torch.Generator().manual_seed(seed_of(seed))
-    u, v = _random_unit(self, generator), _random_unit(self, generator)
+    u, v = random_argument(self, generator), random_argument(self, generator)
     Hu, Hv = self @ u, self @ v
-    norm = Hv.norm().item()
+    norm_of = self.objective.norm
+    norm = norm_of(Hv)
     if norm == 0:
         norm = 1.0
     full = self._in_full_precision()
@@ -588,21 +609,15 @@ def check(
     change = _Differences(scale).multiply(full.objective, v)
     off = math.nan
     if self.kind == "hessian":
-        off = (change - Hv).norm().item() / norm
+        off = norm_of(change - Hv) / norm
     short = 0.0
     if self.objective.precision is not None:
-        short = (full @ v - Hv).norm().item() / norm
-    symmetry = abs((u @ Hv - v @ Hu).item()) / norm
+        short = norm_of(full @ v - Hv) / norm
+    symmetry = abs(self.objective.inner(u, Hv) - self.objective.inner(v, Hu)) / norm
     return OperatorCheck(symmetry=symmetry, finite_difference=off, precision=short)
 
 
 # %% ../nbs/00_hvp.ipynb #203fac9e
-def _random_unit(op: HessianOperator, generator: torch.Generator) -> torch.Tensor:  # (n,)
-    v = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
-    v = v.to(op.device, op.dtype)
-    return v / v.norm()
-
-
 @patch
 def _in_full_precision(self: HessianOperator) -> HessianOperator:
     "An operator of its own, without bfloat16, that has seen nothing yet."
@@ -618,6 +633,11 @@ def to_scipy(self: HessianOperator) -> Any:  # scipy.sparse.linalg.LinearOperato
     "This operator for SciPy, NumPy in and out."
     from scipy.sparse.linalg import LinearOperator
 
+    if self.team.multiplies_pieces and self.team.size > 1:
+        raise InputError(
+            "SciPy wants whole vectors. Weights are cut among processes here; use top_eigenpairs "
+            "and spectral_density, which take pieces."
+        )
     dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
     def matvec(v):

@@ -30,6 +30,7 @@ __all__ = [
     "tridiagonal_matrix",
     "random_unit",
     "random_direction",
+    "random_argument",
     "random_piece",
     "sum_columns",
     "start_vector",
@@ -212,6 +213,18 @@ def random_direction(
         return op.team.shard(random_unit(op.shape[0], generator, op))
     piece = random_piece(op, generator)
     return piece / distributed_norm(piece, op.team).to(piece)
+
+
+def random_argument(
+    op: Operator,
+    generator: torch.Generator,
+) -> torch.Tensor:  # (n,), or this process's piece where the operator multiplies pieces
+    "A random direction as the operator takes it."
+    if op.team.multiplies_pieces:
+        return random_direction(op, generator)
+    vector = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
+    vector = vector.to(op.device, op.dtype)
+    return vector / vector.norm()
 
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #ac6832cc

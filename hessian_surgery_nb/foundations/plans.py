@@ -18,7 +18,9 @@ from .checks import InputError
 from .distributed import Team, current_team
 from .losses import call_loss
 from .objective import Objective, cut_batch
+from .same_function import warn_caller
 from .trials import Candidate, best_mode, check_chosen_mode
+from .vocabulary import CHUNK
 from .weights import check_mode
 
 # %% auto #0
@@ -31,6 +33,7 @@ __all__ = [
     "PlanRequest",
     "MemoryLine",
     "choose_plan",
+    "is_separable",
     "make_plan",
 ]
 
@@ -69,6 +72,7 @@ MODES = {
     "auto": "decided at the first HVP, see plan()",
     "compiled": "as cached, and compiled, which takes minutes: for thousands of products",
     "cached": "double backward, the gradient's graph stays in memory: fastest",
+    "chunked": "Gauss-Newton of cross-entropy, logits made a few rows at a time",
     "recomputed": "double backward, a batch at a time",
     "forward": "forward over reverse: least memory",
     "difference": "central differences of gradients, for layers without a second derivative",
@@ -79,7 +83,7 @@ MODES = {
 class Plan:
     "How Hessian-vector products are computed, and what that takes."
 
-    mode: str  # "compiled", "cached", "recomputed", "forward" or "difference"
+    mode: str  # one of MODES but "auto"
     micro_batch: int | None = None  # images at a time; None: whole batches
     # bytes that graphs and the pass through them take, estimated; nan: chosen by hand
     needed: float = math.nan
@@ -111,6 +115,11 @@ class PlanRequest:
             raise InputError(f"kind must be 'hessian' or 'gauss_newton'. Got {self.kind!r}.")
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}. Got {self.mode!r}.")
+        if self.mode == "chunked" and self.kind != "gauss_newton":
+            raise InputError(
+                "mode='chunked' makes the logits of a Gauss-Newton product a few at a time. Got "
+                f"kind={self.kind!r}; use kind='gauss_newton', or mode='recomputed'."
+            )
         if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
             raise InputError(
                 f"micro_batch must be a whole number of images, at least 1. Got {micro_batch!r}."
@@ -188,7 +197,11 @@ def _is_sound(objective: Objective, batch: Batch) -> bool:
     return True
 
 
-def _is_separable(objective: Objective, small: Batch, large: Batch) -> bool:
+def is_separable(
+    objective: Objective,
+    small: Batch,  # a few images
+    large: Batch,  # these and some more
+) -> bool:
     "Are the logits of a few images the same among more?"
     weights = objective.weights()
     with torch.no_grad():
@@ -221,6 +234,8 @@ def _graph_size(
         return call_loss(objective.loss_fn, objective.logits(leaves, X), y)
 
     def build():
+        if objective.head is not None:
+            return objective.features(leaves, X)
         if kind == "gauss_newton":
             return objective.logits(leaves, X)
         return gradient_graph(loss, leaves)
@@ -247,6 +262,24 @@ def _memory_line(
     return MemoryLine(more, size_of_more, slope)
 
 
+# %% ../../nbs/foundations/09d_plans.ipynb #6d7495fb
+def _chunks_or_whole(objective: Objective, small: Batch, images: int) -> str:
+    "The mode of Gauss-Newton products: chunked where a batch has more logits than a chunk."
+    X, y = objective.load(small)
+    with torch.no_grad():
+        logits = objective.logits(objective.weights(), X)
+    entries = logits.numel() / _count(y) * images
+    if entries <= CHUNK:
+        return "recomputed"
+    try:
+        objective.cut_head(small)
+    except InputError as error:
+        size = entries * logits.element_size() / 1e9
+        warn_caller(f"Logits of a batch, {size:.1g} GB, are made whole: {error}")
+        return "recomputed"
+    return "chunked"
+
+
 # %% ../../nbs/foundations/09d_plans.ipynb #9072bf99
 def _automatic_plan(
     objective: Objective,
@@ -265,13 +298,15 @@ def _automatic_plan(
     mode = best_mode(objective, small, candidates, request.kind)
     if mode == "difference":
         return Plan(mode, request.micro_batch)
-    line = _memory_line(objective, small, large, request.kind, gradient_graph)
     all_known = isinstance(objective.data, list)
     batches = objective.data if all_known else [first]
     images = [_count(split_batch(batch)[1]) for batch in batches]
+    if request.kind == "gauss_newton":
+        mode = _chunks_or_whole(objective, small, max(images))
+    line = _memory_line(objective, small, large, request.kind, gradient_graph)
     how = dict(micro_batch=request.micro_batch, all_known=all_known)
     plan = choose_plan(mode, line, images, allowed, **how)
-    if plan.micro_batch == request.micro_batch or _is_separable(objective, small, large):
+    if plan.micro_batch == request.micro_batch or is_separable(objective, small, large):
         return plan
     return choose_plan(mode, line, images, allowed, **how, may_cut=False)
 
@@ -287,7 +322,7 @@ def _check_plan(
         return
     if request.mode != "auto" and request.kind == "hessian":
         check_chosen_mode(objective, small, request.mode, candidates)
-    if plan.micro_batch and not _is_separable(objective, small, large):
+    if plan.micro_batch and not is_separable(objective, small, large):
         raise InputError(
             "a batch can only be cut where images do not see each other. Logits of two images are "
             f"others among four; leave micro_batch (now {plan.micro_batch}) out, or give inputs a "
@@ -301,7 +336,7 @@ def _most_cautious(plan: Plan, objective: Objective) -> Plan:
     if team.size == 1:
         return plan
     one, two = (next(cut_batch(objective.first_batch(), size)) for size in (1, 2))
-    if _is_sound(objective, one) and not _is_separable(objective, one, two):
+    if _is_sound(objective, one) and not is_separable(objective, one, two):
         raise InputError(
             "a batch can only be shared where images do not see each other. Logits of this "
             "network depend on what else is in the batch; use one process."
@@ -326,9 +361,17 @@ def make_plan(
             f"every process needs an image. Rank {team.rank} of {team.size} has none; use fewer "
             "processes, or larger batches."
         )
+    objective.head = None
     if request.mode == "auto":
         plan = _automatic_plan(objective, request, candidates, gradient_graph)
     else:
         plan = Plan(request.mode, request.micro_batch)
+    if request.mode == "chunked":
+        objective.cut_head(next(cut_batch(objective.first_batch(), 2)))
+    head = objective.head
+    objective.head = None  # checks look at whole logits of a few images
     _check_plan(plan, objective, request, candidates)
-    return _most_cautious(plan, objective)
+    plan = _most_cautious(plan, objective)
+    if plan.mode == "chunked":
+        objective.head = head
+    return plan

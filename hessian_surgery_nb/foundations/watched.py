@@ -29,7 +29,7 @@ from hessian_surgery_nb.foundations.objective import (
 )
 from .plans import GradientGraph, Plan, PlanRequest, make_plan
 from .same_function import ModelWatch, warn_caller
-from .trials import Candidate
+from .trials import Candidate, difference
 from .weights import check_mode, flatten, unflatten
 
 # %% auto #0
@@ -60,6 +60,13 @@ class WatchedObjective(Objective):
         self._plan: Plan | None = None  # None: not made yet
         self.watch = self._new_watch()
         check_mode(model)
+
+    product_error = 0.0  # absolute, of a vector of norm 1, beside the rounding of the type
+
+    @property
+    def num_local(self) -> int:
+        "Entries of the vectors that it is multiplied with."
+        return self.num_weights
 
     def _new_watch(self, changing: bool = False) -> ModelWatch:
         of_logits = self.dtype if self.precision is None else torch.bfloat16
@@ -139,16 +146,21 @@ _LEAN_MODES = "compiled", "cached", "recomputed"
 def _look(self: WatchedObjective) -> PassRecord:
     "One forward pass: what it sees."
     weights = self.weights()
-    layers = contextlib.nullcontext()
-    if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
-        layers = LeanLayers()
 
     def each(data_pass, batch):
         return (), data_pass.loss_at(weights, batch)
 
-    with torch.no_grad(), layers:
+    with torch.no_grad(), self._layers():
         _, record = self._next_pass().sum_batches(each)
     return record
+
+
+@patch
+def _layers(self: WatchedObjective):
+    "Those that products come from."
+    if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
+        return LeanLayers()
+    return contextlib.nullcontext()
 
 
 @patch
@@ -228,7 +240,7 @@ def gradient_at(
 ) -> torch.Tensor:  # (n,)
     "The gradient at other weights than the model's own."
     self.ensure_reference()
-    parts = unflatten(theta, self.params.values())
+    parts = unflatten(theta, self.weights())
     leaves = [part.detach().requires_grad_() for part in parts]
 
     def each(data_pass, batch):
@@ -236,3 +248,33 @@ def gradient_at(
         return gradient, loss
 
     return self.mean(self.sum_batches(each, moved=True))
+
+
+@patch
+def by_difference(
+    self: WatchedObjective,
+    v: torch.Tensor,  # (n,)
+    scale: float = 1.0,  # of the step
+) -> torch.Tensor:  # (n,), about H v
+    "Central difference of gradients."
+    return difference(self.gradient_at, flatten(self.weights()), v, scale, self.norm)
+
+
+@patch
+def norm(self: WatchedObjective, v: torch.Tensor) -> float:
+    "Of a vector that this operator multiplies with."
+    return v.norm().item()
+
+
+@patch
+def inner(self: WatchedObjective, a: torch.Tensor, b: torch.Tensor) -> float:
+    "Likewise of two."
+    return (a @ b).item()
+
+
+@patch
+def agree(
+    self: WatchedObjective,
+    gradient: Sequence[torch.Tensor],  # with its graph
+):
+    "Refuse a graph that other processes do not have; where each works alone, there is none."
