@@ -41,7 +41,7 @@ from hessian_surgery_nb.foundations.recorded_products import (
     KeptProduct,
     allowed_bytes,
     changed_meanwhile,
-    function_fingerprint,
+    fingerprint_of,
 )
 from .foundations.sharded import ShardedObjective
 from .foundations.trials import Candidate
@@ -311,9 +311,7 @@ class _Cached(_Mode):
         graphs = self.graphs
         if graphs is not None and objective.num_holds:
             return
-        moved = graphs is None or graphs.fingerprint != function_fingerprint(
-            objective, graphs.probes
-        )
+        moved = graphs is None or graphs.fingerprint != fingerprint_of(objective, graphs.probes)
         if not objective.team.any(moved):
             return
         self.graphs = graphs = None  # the old ones go before new ones take as much memory
@@ -375,7 +373,7 @@ def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graph
         leaves=leaves,
         products=products,
         probes=probes,
-        fingerprint=function_fingerprint(objective, probes),
+        fingerprint=fingerprint_of(objective, probes),
     )
 
 

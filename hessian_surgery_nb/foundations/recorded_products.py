@@ -36,7 +36,7 @@ __all__ = [
     "KeptProduct",
     "relative_error",
     "allowed_bytes",
-    "function_fingerprint",
+    "fingerprint_of",
 ]
 
 
@@ -420,7 +420,7 @@ def allowed_bytes(
     return free_memory(objective.device, objective.team) / 2
 
 
-def function_fingerprint(
+def fingerprint_of(
     objective: WatchedObjective,
     probes: Sequence[tuple[torch.Tensor, torch.Tensor]],  # logits and labels of each batch
 ) -> list:
