@@ -238,7 +238,8 @@ def _within_price(
         one_of_many=True,
     )
     step = operation.team.broadcast(fitted.alpha)
-    predicted_sigma = operation.team.broadcast(torch.tensor(fitted.sigma)).item()
+    sigma = torch.tensor(fitted.sigma, dtype=torch.float64)
+    predicted_sigma = operation.team.broadcast(sigma).item()
     true = trial.report
     passes = path.passes
     if not torch.equal(step, trial.alpha):
