@@ -46,9 +46,10 @@ class BiasTrials:
         step: float,
     ):
         self.step = step
-        self.right = torch.zeros(classes)  # (C,) before
-        self.raised = torch.zeros(classes, classes)  # (trial, class) change of it
-        self.lowered = torch.zeros(classes, classes)
+        self.right = torch.zeros(classes, dtype=torch.float32)  # (C,) before
+        pairs = classes, classes
+        self.raised = torch.zeros(pairs, dtype=torch.float32)  # (trial, class) change of it
+        self.lowered = torch.zeros_like(self.raised)
 
     def see(
         self,
