@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .foundations.checks import InputError, seed_of, whole
+from .foundations.guards import plainly
 from .foundations.weights import flatten, select_params, unflatten
 from .hvp import HessianOperator, backward_through, gradient_graph
 from .matrices import UnchangedDuring
@@ -269,6 +270,7 @@ class LayerSpectra:
         return found
 
 
+@plainly()
 def layer_spectra(
     op: HessianOperator,
     *,

@@ -655,6 +655,7 @@ def both(a, b):
 
 
 def same_or_refused(name, p, context=contextlib.nullcontext, leaves_weights=True):
+    given()  # made once, and not inside a context
     before = surroundings(p)
     inside = None
     try:
