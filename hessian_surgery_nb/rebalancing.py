@@ -34,6 +34,7 @@ from .foundations.distributed import check_one_process
 from .foundations.guards import plainly
 from .foundations.hugging_face import adapter_files
 from .foundations.networks import copy_model
+from .foundations.same_function import warn_caller
 from .foundations.splits import check_disjoint
 from .foundations.weight_files import weights_bytes, write_atomic
 from .goals import Goal, Scoring
@@ -313,6 +314,8 @@ def _decide(
     )
     front = tuple(run.outcome(shown.name, fit, price) for price, fit in priced)
     grouped = scoring.groups is not None
+    if run.held_labels is not None and goal.max_global_drop is not None:
+        _warn_of_other_mix(scoring.labels, run.held_labels, run.names)
     return Rebalancing(
         model=model,
         method=choice.name,
@@ -328,6 +331,27 @@ def _decide(
         original=run.model,
         data=given.sensitivity_data,
         forward=given.forward,
+    )
+
+
+def _warn_of_other_mix(tuning: torch.Tensor, held_out: torch.Tensor, names: Sequence[str]):
+    "A global accuracy is that of one mix of classes."
+    from scipy.stats import chi2_contingency
+
+    counts = torch.stack(
+        [torch.bincount(part, minlength=len(names)) for part in (tuning, held_out)]
+    )
+    here, there = counts / counts.sum(1, keepdim=True)
+    off = there - here
+    seen = counts[:, counts.sum(0) > 0].numpy()
+    if off.abs().sum() / 2 < 0.1 or chi2_contingency(seen).pvalue > 0.001:
+        return
+    most = int(off.abs().argmax())
+    warn_caller(
+        f"classes are mixed differently in the two sets: {names[most]} is {here[most]:.0%} of the "
+        f"images that decide and {there[most]:.0%} of the held-out ones. max_global_drop is kept "
+        "on the mix of those that decide; give images in the mix that you expect, or limit single "
+        "classes (protect, max_class_drop)."
     )
 
 

@@ -1,5 +1,7 @@
 "Goals, fits, the choice and `rebalance` on inputs that the notebooks do not show."
 
+import warnings
+
 import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
@@ -302,3 +304,30 @@ def test_wrong_wishes_are_refused_before_any_work():
     ):
         with pytest.raises(InputError, match=says):
             rebalance(net, None, None, tuned, progress=False, **wish)
+
+
+@pytest.mark.parametrize("shares, warns", [((100, 100, 100, 100), 0), ((340, 20, 20, 20), 1)])
+def test_another_mix_of_classes_in_the_held_out_images_is_told(shares, warns):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(torch.tensor(shares))
+    held = torch.randn(len(labels), 4, generator=generator)
+    held[torch.arange(len(labels)), labels] += 2.0
+    few, few_labels = drawn(5, 4, 1)
+    tuned = drawn(40, 4, 2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = rebalance(
+            nn.Linear(4, 4),
+            nn.CrossEntropyLoss(),
+            (few, few_labels),
+            tuned,
+            held_out=(held, labels),
+            methods=["biases"],
+            prices=(),
+            names=NAMES,
+            progress=False,
+        )
+    told = [str(each.message) for each in told if "mixed differently" in str(each.message)]
+    assert len(told) == warns
+    assert all("a is 25% of the images that decide and 85%" in text for text in told)
+    assert result.choice.names == ("no change", "biases")
