@@ -37,7 +37,7 @@ from hessian_surgery_nb.foundations.runs import RunStore
 from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.foundations.training import train
 from hessian_surgery_nb.foundations.weight_files import load_weights
-from hessian_surgery_nb.fits import limit_errors
+from hessian_surgery_nb.fits import holds_within_error, limit_errors
 from hessian_surgery_nb.goals import Goal, Scoring, draws_of
 from hessian_surgery_nb.rebalancing import rebalance
 
@@ -170,12 +170,6 @@ def of_study(file: Path, root: Path) -> dict:
     )
 
 
-def _keeps_within(scoring: Scoring, answers: torch.Tensor) -> bool:
-    "Is no limit crossed by more than one standard error?"
-    lacking = scoring.of_answers(answers)[1]
-    return bool((lacking <= limit_errors(scoring, answers) + 1e-9).all())
-
-
 def labels_of(data) -> torch.Tensor:  # (N,)
     if isinstance(data, tuple):
         return data[1]
@@ -201,7 +195,7 @@ def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
     scoring = Scoring(goal, labels, answers[0], names)
     values = torch.tensor([scoring.of_answers(given)[0] for given in answers])
     draws = draws_of(scoring, answers, draws=400)
-    kept = [place for place, given in enumerate(answers) if _keeps_within(scoring, given)]
+    kept = [place for place, given in enumerate(answers) if holds_within_error(scoring, given)]
     best, taken = max(kept or [0], key=values.__getitem__), choice.chosen
     to_best = (draws[:, taken] - draws[:, best]).std().item()
     alone = draws[:, best].std().item()
@@ -219,7 +213,9 @@ def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
         confidence=result.advice.confidence,
         confidence_there=sure_to_hold(result, goal, tuning_labels, scoring, answers[taken]),
         methods={o.name: value for o, value in zip(result.outcomes, values.tolist())},
-        keeps={o.name: _keeps_within(scoring, given) for o, given in zip(result.outcomes, answers)},
+        keeps={
+            o.name: holds_within_error(scoring, given) for o, given in zip(result.outcomes, answers)
+        },
         out_of_fold=[
             dict(method=name, objective=value, error=error, within=within)
             for name, value, error, within in zip(

@@ -15,8 +15,8 @@ from hessian_surgery_nb.fits import (
     Method,
     Tuning,
     Unseen,
+    holds_within_error,
     limit_confidence,
-    limit_errors,
     unseen_of,
 )
 from .goals import Scoring, draws_of
@@ -85,7 +85,7 @@ def choose(
     noise = torch.stack([found.noise for found in unseen])
     expected = [scoring.expected(found.answers, found.noise) for found in unseen]
     values = torch.tensor(expected, dtype=torch.float64)
-    within = [_keeps_within(scoring, given) for given in answers]
+    within = [holds_within_error(scoring, given) for given in answers]
     candidates = [place for place, keeps in enumerate(within) if keeps] or [0]
     best = max(candidates, key=lambda place: (values[place].item(), -methods[place].rank))
     draws = draws_of(scoring, answers, noise=noise, seed=seed)
@@ -105,11 +105,6 @@ def choose(
         confidence=limit_confidence(scoring, answers[chosen]),
         answers=answers,
     )
-
-
-def _keeps_within(scoring: Scoring, answers: torch.Tensor) -> bool:
-    lacking = scoring.of_answers(answers)[1]
-    return bool((lacking <= limit_errors(scoring, answers) + 1e-9).all())
 
 
 # %% ../nbs/05h_choice.ipynb #4d33542f

@@ -24,6 +24,7 @@ __all__ = [
     "limit_errors",
     "limit_confidence",
     "holds_surely",
+    "holds_within_error",
     "Fit",
     "Method",
     "Unseen",
@@ -88,6 +89,15 @@ def holds_surely(
     if quantile == 0:
         return bool((lacking <= 1e-9).all())
     return bool((lacking + quantile * limit_errors(scoring, answers) <= 1e-9).all())
+
+
+def holds_within_error(
+    scoring: Scoring,
+    answers: torch.Tensor,  # (N,)
+) -> bool:
+    "Whether no limit is crossed by more than one standard error."
+    lacking = scoring.of_answers(answers)[1]
+    return bool((lacking <= limit_errors(scoring, answers) + 1e-9).all())
 
 
 # %% ../nbs/05f_fits.ipynb #930a0263

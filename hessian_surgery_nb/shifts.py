@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .best_step import margins
+from .foundations.fair_biases import by_multipliers
 from .goals import Scoring
 from .predicted_logits import LogitJacobian
 
@@ -233,6 +235,7 @@ class _Images:
 
 # %% ../nbs/05e_shifts.ipynb #69da8068
 _RIDGE = 1e-3
+_POINTS = 100.0  # accuracies are counted in points
 _FARTHEST = 8.0  # units; an image that is right by eight median margins is left alone
 
 
@@ -252,16 +255,17 @@ class _Climb:
 
     def lagrangian(
         self,
-        point: np.ndarray,  # (P,) in units
         offset: torch.Tensor,  # (L,) added to what limits lack
-        multipliers: torch.Tensor,  # (L,)
+        point: np.ndarray,  # (P,) in units
+        multipliers: np.ndarray,  # (L,)
         rho: float,
     ) -> tuple[float, np.ndarray]:  # value, slope
         place = torch.tensor(point, requires_grad=True)
+        multipliers = torch.as_tensor(multipliers)
         value, lacking = self.measure(place * self.images.change.units)
-        pushed = (multipliers + 100 * rho * (lacking + offset)).clamp(min=0)
+        pushed = (multipliers + _POINTS * rho * (lacking + offset)).clamp(min=0)
         penalty = (pushed.square() - multipliers.square()).sum() / (2 * rho)
-        total = -100 * value + penalty + _RIDGE * place.square().sum()
+        total = -_POINTS * value + penalty + _RIDGE * place.square().sum()
         total.backward()
         return total.item(), place.grad.numpy()
 
@@ -270,28 +274,24 @@ class _Climb:
         numbers: torch.Tensor,  # (P,) to begin with
         offset: torch.Tensor,
     ) -> torch.Tensor:  # (P,)
-        from scipy.optimize import minimize
-
         units = self.images.change.units
-        point = (numbers / units).numpy()
-        multipliers = torch.zeros_like(offset)
-        rho = 2.0
-        for _ in range(2):
-            point = minimize(
-                self.lagrangian,
-                point,
-                args=(offset, multipliers, rho),
-                jac=True,
-                method="L-BFGS-B",
-                bounds=[(-_FARTHEST, _FARTHEST)] * len(point),
-                options={"maxiter": 15, "ftol": 1e-7},
-            ).x
+
+        def limits_at(point):
             with torch.no_grad():
-                lacking = self.measure(torch.tensor(point) * units)[1] + offset
-            multipliers = (multipliers + 100 * rho * lacking).clamp(min=0)
-            if (lacking <= 1e-4).all():
-                break
-            rho *= 3
+                return (self.measure(torch.tensor(point) * units)[1] + offset).numpy()
+
+        point = by_multipliers(
+            partial(self.lagrangian, offset),
+            limits_at,
+            (numbers / units).numpy(),
+            len(offset),
+            rounds=2,
+            steps=15,
+            precision=1e-7,
+            weight=_POINTS,
+            farthest=_FARTHEST,
+            ends_when_kept=True,
+        )
         return torch.tensor(point) * units
 
 

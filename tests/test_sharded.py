@@ -3,14 +3,11 @@ caller's network as it was, and an end where a process dies.
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
+from test_distributed import by_hand
 
 PATIENCE = 60  # seconds, from the death of a process to the end of the run
 
@@ -292,30 +289,6 @@ with distributed() as team:
 )
 
 
-def by_hand(n, *what):
-    "The processes as a cluster starts them."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if "TORCHELASTIC" not in k} | dict(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(n),
-        LOCAL_WORLD_SIZE=str(n),
-        OMP_NUM_THREADS="1",
-    )
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, what)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-        )
-        for rank in range(n)
-    ]
-
-
 def finished(processes, timeout=400):
     said = [p.communicate(timeout=timeout) for p in processes]
     assert [p.returncode for p in processes] == [0] * len(processes), said
@@ -325,7 +298,16 @@ def finished(processes, timeout=400):
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "job.py").write_text(NUMBERS)
-    finished(by_hand(2, folder / "job.py", folder / "found.json"))
+    finished(
+        by_hand(
+            2,
+            (
+                folder / "job.py",
+                folder / "found.json",
+            ),
+            start=(),
+        )
+    )
     return json.loads((folder / "found.json").read_text())
 
 
@@ -358,12 +340,19 @@ def test_no_process_holds_a_whole_vector(found):
 
 def test_refusals_and_the_way_out(tmp_path):
     (tmp_path / "job.py").write_text(REFUSED)
-    finished(by_hand(2, tmp_path / "job.py"))
+    finished(by_hand(2, (tmp_path / "job.py",), start=()))
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
     (tmp_path / "job.py").write_text(DIES)
-    processes = by_hand(2, tmp_path / "job.py", tmp_path)
+    processes = by_hand(
+        2,
+        (
+            tmp_path / "job.py",
+            tmp_path,
+        ),
+        start=(),
+    )
     until = time.monotonic() + 120
     while not all((tmp_path / str(rank)).exists() for rank in (0, 1)):
         assert all(p.poll() is None for p in processes), [p.stderr.read() for p in processes]

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ["WithLimits", "ShiftedMargins", "minimise_within", "fair_biases"]
+__all__ = [
+    "Lagrangian",
+    "WithLimits",
+    "ShiftedMargins",
+    "by_multipliers",
+    "minimise_within",
+    "fair_biases",
+]
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #6d20ef02
 _CANDIDATES = 32  # of other classes, for each image (choice)
@@ -94,6 +101,47 @@ class _Smooth:
 
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #2be6ed51
+# of a point (P,), multipliers (L,) and their weight rho: value, slope (P,)
+Lagrangian = Callable[[np.ndarray, np.ndarray, float], tuple[float, np.ndarray]]
+
+
+def by_multipliers(
+    lagrangian: Lagrangian,
+    limits_at: Callable[[np.ndarray], np.ndarray],  # point (P,) -> (L,), 0 or less where kept
+    start: np.ndarray,  # (P,)
+    num_limits: int,  # L
+    *,
+    rounds: int,  # of multipliers, at most
+    steps: int,  # of L-BFGS in each
+    precision: float,  # relative change of the value at which L-BFGS ends
+    weight: float = 1.0,  # of limits beside rho
+    farthest: float | None = None,  # bound on each coordinate
+    enough: float = 1e-4,  # by which a limit may be crossed
+    ends_when_kept: bool = False,  # or goes on, with better multipliers
+) -> np.ndarray:  # (P,)
+    "Rounds of the smooth problem, in which limits that are crossed grow dearer."
+    from scipy.optimize import minimize
+
+    point = start
+    multipliers = np.zeros(num_limits)
+    rho = 2.0
+    bounds = None if farthest is None else [(-farthest, farthest)] * len(start)
+    options = {"maxiter": steps, "ftol": precision}
+    for _ in range(rounds):
+        given = multipliers, rho
+        point = minimize(
+            lagrangian, point, given, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+        ).x
+        limits = limits_at(point)
+        multipliers = np.maximum(multipliers + weight * rho * limits, 0)
+        if (limits > enough).any():
+            rho *= 3
+        elif ends_when_kept:
+            break
+    return point
+
+
+# %% ../../nbs/foundations/14b_fair_biases.ipynb #ab880fb0
 # of a point (P,): objective, its slope (P,), limits (L,), their slopes (L, P)
 WithLimits = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray, np.ndarray]]
 
@@ -104,29 +152,24 @@ def minimise_within(
     *,
     rounds: int = 4,  # of multipliers
     steps: int = 25,  # of L-BFGS in each
-    enough: float = 1e-4,  # by which a limit may be crossed
 ) -> np.ndarray:  # (P,)
     "The smallest value where all limits are 0 or less."
-    from scipy.optimize import minimize
 
-    point = start
-    multipliers = np.zeros_like(problem(start)[2])
-    rho = 2.0
-
-    def lagrangian(x):
+    def lagrangian(x, multipliers, rho):
         value, slope, limits, slopes = problem(x)
         pushed = np.maximum(multipliers + rho * limits, 0)
         value += (pushed**2 - multipliers**2).sum() / (2 * rho)
         return value, slope + pushed @ slopes
 
-    for _ in range(rounds):
-        options = {"maxiter": steps, "ftol": 1e-8}
-        point = minimize(lagrangian, point, jac=True, method="L-BFGS-B", options=options).x
-        limits = problem(point)[2]
-        multipliers = np.maximum(multipliers + rho * limits, 0)
-        if (limits > enough).any():
-            rho *= 3
-    return point
+    return by_multipliers(
+        lagrangian,
+        lambda x: problem(x)[2],
+        start,
+        len(problem(start)[2]),
+        rounds=rounds,
+        steps=steps,
+        precision=1e-8,
+    )
 
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #fd7ab480
