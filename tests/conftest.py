@@ -2,6 +2,7 @@
 
 import pytest
 
+from hessian_surgery_nb.foundations import recorded_products
 from hessian_surgery_nb.foundations.datasets import load_digits, write_toy_images
 from hessian_surgery_nb.foundations.splits import long_tail_splits
 from hessian_surgery_nb.foundations.networks import digits_net, resnet20
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
+
+
+@pytest.fixture(autouse=True)
+def early_recordings(monkeypatch):
+    "Products are recorded at the second one, so that few of them try graphs and recordings both."
+    monkeypatch.setattr(recorded_products, "RECORD_AT", 2)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hessian_surgery_nb.foundations.compiled_products as compiled_products
+import hessian_surgery_nb.foundations.recorded_products as recorded_products
 from hessian_surgery_nb.foundations.checks import InputError
 from hessian_surgery_nb.foundations.compiled_products import CannotCompile
 from hessian_surgery_nb.foundations.networks import digits_net
@@ -56,6 +57,20 @@ class Recurrent(nn.Module):
         return self.head(self.body(words)[0][:, -1])
 
 
+def test_a_search_leaves_the_graph_and_a_density_gets_the_list(monkeypatch):
+    monkeypatch.setattr(recorded_products, "RECORD_AT", 33)
+    net, (X, y) = tiny_mlp(), tiny_data()
+    op = HessianOperator(net, LOSS, (X, y), mode="cached")
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    first = op @ v
+    (product,) = op._mode().graphs.products
+    for _ in range(2, recorded_products.RECORD_AT):
+        assert torch.equal(op @ v, first)
+    assert product.recording is None
+    assert torch.equal(op @ v, first) and product.recording is not None
+    assert torch.equal(op @ v, first)
+
+
 @pytest.mark.parametrize("kind", ["transformer", "convolutions", "LSTM", "embedding"])
 def test_a_replay_has_the_bits_of_the_graph(kind):
     net, X, y = next(p[1:] for p in problems() if p[0] == kind)
@@ -66,7 +81,9 @@ def test_a_replay_has_the_bits_of_the_graph(kind):
     vectors = torch.randn(op.shape[0], 4, dtype=torch.float64)
     found = [op @ v for v in vectors.T]
     kept = op._mode().graphs.products
-    assert all(product.recording is not None for product in kept)  # from the second on
+    assert all(
+        product.recording is not None for product in kept
+    )  # from the second on in tests: conftest
     for v, product in zip(vectors.T, found):
         fresh = HessianOperator(net, LOSS, data, mode="cached") @ v  # by the graph
         assert torch.equal(product, fresh)

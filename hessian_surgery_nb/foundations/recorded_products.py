@@ -26,6 +26,7 @@ from .watched import WatchedObjective
 
 # %% auto #0
 __all__ = [
+    "RECORD_AT",
     "Name",
     "Step",
     "NotRecordable",
@@ -347,7 +348,7 @@ def _compiled(text, steps, outputs, recorder, constants) -> Recording:
 
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #a74c1393
-_RECORD_AT = 2  # which product is noted (choice)
+RECORD_AT = 33  # which product is noted (choice)
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # of a sum in another order, relative
 
 
@@ -376,7 +377,7 @@ class KeptProduct:
         self.count += 1
         if self.recording is not None:
             return self.recording(directions)
-        if self.count < _RECORD_AT or self.reason is not None:
+        if self.count < RECORD_AT or self.reason is not None:
             return self.product(directions)
         return self.record(directions, room())
 
