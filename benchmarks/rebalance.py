@@ -41,6 +41,7 @@ from hessian_surgery_nb.fits import holds_within_error, limit_errors
 from hessian_surgery_nb.goals import Goal, Scoring, draws_of
 from hessian_surgery_nb.rebalancing import rebalance
 
+HALVES = 40  # draws of two halves of the held-out images
 GOALS = (("spread", 0.005), ("worst", 0.01))
 TABLE_SHARES = (0.365, 0.488, 0.062, 0.015, 0.017, 0.03, 0.023)  # about those of covertype
 PACKAGES = (  # each with at least 200 docstrings
@@ -186,6 +187,47 @@ def sure_to_hold(result, goal: Goal, labels: torch.Tensor, there: Scoring, answe
     return torch.special.ndtr(-lacking / errors.norm().clamp(min=1e-12)).item()
 
 
+def best_of(scoring: Scoring, answers: torch.Tensor) -> tuple[int, torch.Tensor]:
+    "Where the best stands that crosses no limit by more than an error, and all objectives."
+    values = torch.tensor([scoring.of_answers(given)[0] for given in answers])
+    kept = [place for place, given in enumerate(answers) if holds_within_error(scoring, given)]
+    return max(kept or [0], key=values.__getitem__), values
+
+
+def halves_of(
+    labels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Places of the two halves, drawn class by class."
+    mixed = torch.randperm(len(labels), generator=generator)
+    grouped = mixed[torch.argsort(labels[mixed], stable=True)]
+    return grouped[::2], grouped[1::2]
+
+
+def near_in_halves(
+    goal: Goal,
+    labels: torch.Tensor,  # (M,) held-out
+    answers: torch.Tensor,  # (methods, M)
+    names: tuple[str, ...],
+    taken: int,
+) -> dict:
+    """How often a method is within one standard error of the best on a half of the held-out images:
+    the one that was taken, and the one that is best on the other half.
+    """
+    generator = torch.Generator().manual_seed(0)
+    near_taken = near_other = 0
+    for _ in range(HALVES):
+        here, there = halves_of(labels, generator)
+        other, _ = best_of(
+            Scoring(goal, labels[there], answers[0, there], names), answers[:, there]
+        )
+        scoring = Scoring(goal, labels[here], answers[0, here], names)
+        best, values = best_of(scoring, answers[:, here])
+        error = draws_of(scoring, answers[best : best + 1, here], draws=100).std().item()
+        near_taken += (values[best] - values[taken]).item() <= error + 1e-12
+        near_other += (values[best] - values[other]).item() <= error + 1e-12
+    return dict(taken_near_in_half=near_taken / HALVES, best_of_half_near=near_other / HALVES)
+
+
 def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
     "The held-out objective of every method, and how sure its distance is."
     labels, choice = result.labels, result.choice
@@ -193,10 +235,9 @@ def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
     wrong = (labels + 1) % len(names)
     answers = torch.stack([torch.where(o.correct, labels, wrong) for o in result.outcomes])
     scoring = Scoring(goal, labels, answers[0], names)
-    values = torch.tensor([scoring.of_answers(given)[0] for given in answers])
+    best, values = best_of(scoring, answers)
     draws = draws_of(scoring, answers, draws=400)
-    kept = [place for place, given in enumerate(answers) if holds_within_error(scoring, given)]
-    best, taken = max(kept or [0], key=values.__getitem__), choice.chosen
+    taken = choice.chosen
     to_best = (draws[:, taken] - draws[:, best]).std().item()
     alone = draws[:, best].std().item()
     to_none = (draws[:, taken] - draws[:, 0]).std().item()
@@ -212,6 +253,7 @@ def judged(result, goal: Goal, tuning_labels: torch.Tensor) -> dict:
         global_fall=(lacking[0] + goal.max_global_drop).item(),
         confidence=result.advice.confidence,
         confidence_there=sure_to_hold(result, goal, tuning_labels, scoring, answers[taken]),
+        **near_in_halves(goal, labels, answers, names, taken),
         methods={o.name: value for o, value in zip(result.outcomes, values.tolist())},
         keeps={
             o.name: holds_within_error(scoring, given) for o, given in zip(result.outcomes, answers)
