@@ -152,7 +152,7 @@ def has_curvature(
     config: SurgeryConfig,
     pairs: Eigenpairs,  # that its directions gave
 ) -> bool:
-    "Whether the values of directions are second derivatives of the loss along them."
+    "Whether the values of directions are curvatures of the loss, or lower bounds of them."
     if _direction_function(config) in _NO_CURVATURE:
         return False
     return bool(torch.isfinite(pairs.values).all())
