@@ -19,8 +19,7 @@ from .goals import Scoring
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
-__all__ = ["Parts", "Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
-
+__all__ = ['Parts', 'Change', 'Shift', 'ScaleAndShift', 'Steps', 'solve_change']
 
 # %% ../nbs/05e_shifts.ipynb #0bfc8143
 class Parts(NamedTuple):
@@ -42,12 +41,12 @@ class Parts(NamedTuple):
             said.append(f"biases within +-{self.shift.abs().max():.2f}")
         return ", ".join(said)
 
-
 # %% ../nbs/05e_shifts.ipynb #3f7d1d06
 class Change(Protocol):
     "Numbers, and what they make of logits."
 
     units: torch.Tensor  # (P,) float64, what a step of one is
+    shifts: Shift | None  # what is left where all numbers but the last C are zero; None: nothing
 
     def parts(self, numbers: torch.Tensor) -> Parts:
         "What (P,) numbers stand for."
@@ -62,10 +61,11 @@ class Change(Protocol):
     ) -> torch.Tensor:
         "The logits (N, M) of a few classes of every image, changed."
 
-
 # %% ../nbs/05e_shifts.ipynb #1f5e82d3
 class Shift:
     "A number a class is added."
+
+    shifts = None
 
     def __init__(
         self,
@@ -111,8 +111,8 @@ class ScaleAndShift(Shift):
         unit: float,  # of logits
     ):
         scales = torch.full((classes,), 0.3, dtype=torch.float64)
-        super().__init__(classes, unit)
-        self.units = torch.cat([scales, self.units])
+        self.shifts = Shift(classes, unit)
+        self.units = torch.cat([scales, self.shifts.units])
 
     def parts(
         self,
@@ -121,7 +121,6 @@ class ScaleAndShift(Shift):
         "What multiplies and what is added."
         logarithms, shift = numbers.chunk(2)
         return Parts(scale=(logarithms - logarithms.mean()).exp(), shift=shift)
-
 
 # %% ../nbs/05e_shifts.ipynb #12b6b8c4
 class Steps:
@@ -136,9 +135,9 @@ class Steps:
         self.jacobian = jacobian
         slopes = jacobian.jacobian.double().square().mean((0, 1)).sqrt().cpu()
         self.units = unit / slopes.clamp(min=1e-12)
+        self.shifts = Shift(jacobian.logits.shape[1], unit) if and_shift else None
         if and_shift:
-            shift = Shift(jacobian.logits.shape[1], unit)
-            self.units = torch.cat([self.units, shift.units])
+            self.units = torch.cat([self.units, self.shifts.units])
 
     def parts(
         self,
@@ -181,7 +180,6 @@ class Steps:
         part = copy.copy(self)
         part.jacobian = self.jacobian[rows]
         return part
-
 
 # %% ../nbs/05e_shifts.ipynb #eb4a8be4
 _CANDIDATES = 32  # of other classes, for each image
@@ -231,7 +229,6 @@ class _Images:
         with torch.no_grad():
             margin, strongest = self.among_candidates(numbers)
         return torch.where(margin > 0, self.labels, strongest)
-
 
 # %% ../nbs/05e_shifts.ipynb #69da8068
 _RIDGE = 1e-3
@@ -294,7 +291,6 @@ class _Climb:
         )
         return torch.tensor(point) * units
 
-
 # %% ../nbs/05e_shifts.ipynb #d34b3abf
 def solve_change(
     logits: torch.Tensor,  # (N, C)
@@ -303,10 +299,13 @@ def solve_change(
     *,
     temperatures: Sequence[float] = (1.0, 0.3, 0.1),  # in units of the median |margin|, in turn
 ) -> torch.Tensor:  # (P,) float64
-    "The numbers that serve the goal best on these images, limits kept exactly."
+    "Good numbers for the goal on these images, no worse than shifts alone; limits kept exactly."
     images = _Images(logits, scoring.labels, change)
     numbers = torch.zeros(len(change.units), dtype=torch.float64)
     found = [numbers]
+    if change.shifts is not None:
+        shift = solve_change(logits, scoring, change.shifts, temperatures=temperatures)
+        found.append(torch.cat([numbers[: -len(shift)], shift]))
     offset = torch.zeros_like(scoring.of_answers(scoring.before)[1])
     for temperature in temperatures:
         climb = _Climb(images, scoring, temperature)

@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from .records import StoredRecord
 
 # %% auto #0
-__all__ = [
-    "RitzRecord",
-    "DirectionRecord",
-    "LanczosStepsRun",
-    "ConfusionRun",
-    "ColumnsRecord",
-    "ContrastsRun",
-]
-
+__all__ = ['RitzRecord', 'DirectionRecord', 'LanczosStepsRun', 'ConfusionRun', 'ColumnsRecord', 'ContrastsRun']
 
 # %% ../../nbs/evidence/00d_question_results.ipynb #0c0bf99a
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +43,6 @@ class LanczosStepsRun(StoredRecord):
     global_mean: DirectionRecord
     loss_gradient: DirectionRecord
 
-
 # %% ../../nbs/evidence/00d_question_results.ipynb #ea35f97f
 @dataclass(frozen=True, kw_only=True)
 class ConfusionRun(StoredRecord):
@@ -60,7 +51,6 @@ class ConfusionRun(StoredRecord):
     classes: Sequence[str]
     sensitivity: Sequence[Sequence[int]]  # (C, C)
     held_out: Sequence[Sequence[int]]  # (C, C)
-
 
 # %% ../../nbs/evidence/00d_question_results.ipynb #c76f1e3f
 @dataclass(frozen=True, kw_only=True)

@@ -19,21 +19,8 @@ from torch import nn
 from .checks import InputError, first_line
 
 # %% auto #0
-__all__ = [
-    "write_atomic",
-    "state_tensors",
-    "set_tensors",
-    "state_facts",
-    "weights_bytes",
-    "check_storable",
-    "write_tensors",
-    "read_tensors",
-    "named_part",
-    "facts_in",
-    "load_weights",
-    "half_types",
-]
-
+__all__ = ['write_atomic', 'state_tensors', 'set_tensors', 'state_facts', 'weights_bytes', 'check_storable', 'write_tensors',
+           'read_tensors', 'named_part', 'facts_in', 'load_weights', 'half_types']
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #60e52f4c
 def write_atomic(
@@ -58,7 +45,6 @@ def write_atomic(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     return path
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #b6a34df1
 def state_tensors(
@@ -101,7 +87,6 @@ def _survives_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
 
-
 # %% ../../nbs/foundations/13_weight_files.ipynb #de8d31ea
 def _packed(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     "Tensors as safetensors, or the reason why they are none."
@@ -142,7 +127,6 @@ def weights_bytes(
     # one key: safetensors does not keep the order of several
     return _packed(state, {"hessian_surgery_nb": json.dumps(facts, sort_keys=True)})
 
-
 # %% ../../nbs/foundations/13_weight_files.ipynb #9472e2d5
 def check_storable(
     model: nn.Module,
@@ -157,7 +141,6 @@ def check_storable(
         if tensor.layout is torch.strided and not tensor.is_quantized:
             tensor = tensor.reshape(-1)[:0]  # its type is enough
         _packed({"one": tensor}, {})
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #e1961e83
 def write_tensors(
@@ -195,7 +178,6 @@ def read_tensors(
         )
     return tensors, facts
 
-
 # %% ../../nbs/foundations/13_weight_files.ipynb #07b8fe83
 def _differences(
     then: dict[str, Any],
@@ -226,7 +208,6 @@ def named_part(
     "Those whose names begin with `name.`, without it."
     prefix = f"{name}."
     return {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #54ab3aba
 _State = dict[str, Any]  # name -> a tensor, or what a layer added to its network's state
@@ -264,7 +245,6 @@ def facts_in(
     except (SafetensorError, OSError):
         return {}
     return json.loads(metadata.get("hessian_surgery_nb", "{}"))
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #18015c47
 _STATE_DICT_NAMES = (
@@ -306,7 +286,6 @@ def _state_dict_in(path: Path | str, found: object) -> _State:
             )
     return dict(found)
 
-
 # %% ../../nbs/foundations/13_weight_files.ipynb #21851627
 # of wrappers, of a network that scales its images, of what trains a network of this name
 _PREFIXES = "module.", "_orig_mod.", "body.", "model.", "net.", "network."
@@ -329,7 +308,6 @@ def _stand_in_body(state: _State) -> bool:
 
 def _as_body(state: _State) -> _State:
     return {f"body.{name}": value for name, value in state.items()}
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #12a1fddd
 def _shape(value: object) -> tuple[int, ...] | str:
@@ -360,7 +338,6 @@ def _differs_in_outputs(layer: nn.Linear, own: torch.Tensor, stored: object) -> 
     if not torch.is_tensor(stored) or stored.ndim == 0:
         return False
     return stored.shape[1:] == own.shape[1:] and own.shape[0] == layer.out_features
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #73dc5655
 def _why_not_ordinary(stored: object) -> str | None:
@@ -403,7 +380,6 @@ def _as_own(path: Path | str, name: str, own: torch.Tensor, stored: object) -> t
         )
     return stored.to(own.dtype)
 
-
 # %% ../../nbs/foundations/13_weight_files.ipynb #65a9b4ed
 def load_weights(
     model: nn.Module,  # changed
@@ -433,7 +409,6 @@ def load_weights(
     _refuse_differences(path, shapes)
     model.load_state_dict(stored | tensors)
     return model
-
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #4e6a8e52
 def half_types(
