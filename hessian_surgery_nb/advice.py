@@ -15,7 +15,8 @@ from .diagnosis import Diagnosis
 from .goals import Goal, Scoring
 
 # %% auto #0
-__all__ = ['Advice', 'advise']
+__all__ = ["Advice", "advise"]
+
 
 # %% ../nbs/05k_advice.ipynb #f3352c68
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Advice:
     def to_dict(self) -> dict[str, Any]:
         "For JSON: fractions as in Python."
         return {name: value for name, value in vars(self).items()} | {"lines": list(self.lines)}
+
 
 # %% ../nbs/05k_advice.ipynb #2266ebd6
 _WORTH = {
@@ -84,6 +86,7 @@ def _times_images(gain: float, error: float) -> float | None:
     if error == 0 or gain >= 2 * error or gain <= 0:
         return None
     return (2 * error / gain) ** 2
+
 
 # %% ../nbs/05k_advice.ipynb #689e7ead
 def _why(choice: Choice) -> str:
@@ -127,6 +130,7 @@ def _limits_line(choice: Choice, fall: float, fall_error: float, goal: Goal) -> 
     if len(choice.confidence) > 1:
         line += f" The least sure limit of a class holds with {choice.confidence[1:].min():.0%}."
     return line
+
 
 # %% ../nbs/05k_advice.ipynb #159cb75e
 def advise(

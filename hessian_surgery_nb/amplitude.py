@@ -20,8 +20,18 @@ from .sensitivity import Sensitivity, paired_noise, sensitivity_matrix
 from .settings import SurgeryConfig
 
 # %% auto #0
-__all__ = ['AmplitudeControl', 'GammaDecay', 'AdamControl', 'amplitude_control', 'paper_amplitude', 'choose_amplitude',
-           'StepOutcome', 'accept_step', 'change_errors']
+__all__ = [
+    "AmplitudeControl",
+    "GammaDecay",
+    "AdamControl",
+    "amplitude_control",
+    "paper_amplitude",
+    "choose_amplitude",
+    "StepOutcome",
+    "accept_step",
+    "change_errors",
+]
+
 
 # %% ../nbs/04d_amplitude.ipynb #957a21e4
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class GammaDecay:
         if ema > (1 - self.stall) * self.ema:
             return replace(self, eps=self.eps * self.gamma, ema=ema)
         return replace(self, ema=ema)
+
 
 # %% ../nbs/04d_amplitude.ipynb #23ae91d0
 @dataclass(frozen=True)
@@ -112,6 +123,7 @@ class AdamControl:
         eps = min(max(self.eps * factor, self.eps_max / 10), self.eps_max)
         return replace(self, eps=eps, m=m, v=v, t=t)
 
+
 # %% ../nbs/04d_amplitude.ipynb #1f8b9836
 AmplitudeControl = GammaDecay | AdamControl
 
@@ -126,6 +138,7 @@ def amplitude_control(
         return AdamControl(eps, config.iterations).started(sigma)
     return GammaDecay(eps).started(sigma)
 
+
 # %% ../nbs/04d_amplitude.ipynb #ec47bdf9
 def paper_amplitude(
     largest: float,  # the largest eigenvalue
@@ -137,6 +150,7 @@ def paper_amplitude(
     if largest > 0:
         return 0.6 / math.sqrt(largest)
     return 1.0
+
 
 # %% ../nbs/04d_amplitude.ipynb #3da22741
 @plainly()
@@ -167,6 +181,7 @@ def choose_amplitude(
         f"a first amplitude must move no class by more than {100 * limit:g} pp. "
         f"None found down to {eps:.3g}; pass eps."
     )
+
 
 # %% ../nbs/04d_amplitude.ipynb #e1f50bf6
 class StepOutcome(NamedTuple):
@@ -202,6 +217,7 @@ def accept_step(
         return StepOutcome(True, relative_fall, largest_drop)
     damage = max(largest_drop, sigma_after - sigma_before)
     return StepOutcome(False, -damage, largest_drop)
+
 
 # %% ../nbs/04d_amplitude.ipynb #8b812bc5
 def change_errors(

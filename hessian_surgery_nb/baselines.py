@@ -28,8 +28,23 @@ from .foundations.guards import plainly
 from .foundations.networks import copy_model, find_head
 
 # %% auto #0
-__all__ = ['class_accuracies', 'best_of', 'Head', 'head_of', 'tau_norm_state', 'head_inputs', 'tau_norm_sweep',
-           'logit_adjustment', 'tune_biases', 'tune_scales', 'Rival', 'TwoPredictions', 'predict_both', 'post_hoc']
+__all__ = [
+    "class_accuracies",
+    "best_of",
+    "Head",
+    "head_of",
+    "tau_norm_state",
+    "head_inputs",
+    "tau_norm_sweep",
+    "logit_adjustment",
+    "tune_biases",
+    "tune_scales",
+    "Rival",
+    "TwoPredictions",
+    "predict_both",
+    "post_hoc",
+]
+
 
 # %% ../nbs/05a_baselines.ipynb #988f8ed5
 def class_accuracies(
@@ -59,6 +74,7 @@ def _best(accuracies: Sequence[torch.Tensor]) -> int:  # (C,) of each
     least = accuracies[0].mean() - 1e-12
     allowed = [i for i, accuracy in enumerate(accuracies) if accuracy.mean() >= least]
     return min(allowed, key=lambda i: (accuracies[i].std(correction=0).item(), i))
+
 
 # %% ../nbs/05a_baselines.ipynb #439b031e
 def _per_row(
@@ -94,6 +110,7 @@ class Head:
         "The same for the whole network, to be passed as `state`."
         return {self.key: self.own / _per_row(self.row_norms(tau), self.own)}
 
+
 # %% ../nbs/05a_baselines.ipynb #de7caea5
 def _close(
     logits: torch.Tensor,
@@ -111,6 +128,7 @@ def _with_rows(layer: nn.Linear, classes: int) -> Iterator[tuple[str, nn.Paramet
     for key, value in layer.named_parameters():
         if value.ndim and len(value) == classes and value is not layer.bias:
             yield key, value
+
 
 # %% ../nbs/05a_baselines.ipynb #ab010299
 @plainly()
@@ -148,6 +166,7 @@ def head_of(
         "own; leave that method out."
     )
 
+
 # %% ../nbs/05a_baselines.ipynb #0e9577e9
 @plainly()
 def tau_norm_state(
@@ -159,6 +178,7 @@ def tau_norm_state(
 ) -> dict[str, torch.Tensor]:  # to be passed as state
     "The head's weight with every row divided by its norm to the power tau."
     return head_of(model, classes, data, forward).state(tau)
+
 
 # %% ../nbs/05a_baselines.ipynb #5417420d
 @plainly()
@@ -182,6 +202,7 @@ def head_inputs(
     if inputs.shape[1] != head.in_features or not _close(head(inputs), logits, logits):
         return None
     return inputs
+
 
 # %% ../nbs/05a_baselines.ipynb #ab7737e2
 @plainly()
@@ -223,6 +244,7 @@ def _check_used_once(
             f"{head.key} serves elsewhere too; leave that method out."
         )
 
+
 # %% ../nbs/05a_baselines.ipynb #afc9e623
 def logit_adjustment(
     counts: torch.Tensor | Sequence[int],  # (C,) training images a class
@@ -237,6 +259,7 @@ def logit_adjustment(
         )
     biases = -tau * (images / images.sum()).log()
     return biases - biases.mean()
+
 
 # %% ../nbs/05a_baselines.ipynb #3c75793d
 class _BalancedCrossEntropy:
@@ -289,6 +312,7 @@ def _minimise(objective: Callable, size: int) -> torch.Tensor:  # (size,)
     found = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B")
     return torch.as_tensor(found.x)
 
+
 # %% ../nbs/05a_baselines.ipynb #e694523c
 _RIDGE = 1e-3  # keeps biases and scales small where nothing asks for them
 _STRETCHES = np.linspace(0, 2, 41)  # of the convex solution, among which sigma chooses
@@ -317,6 +341,7 @@ def tune_biases(
     start = path[_best([_accuracies_with(logits, labels, biases) for biases in path])]
     return _coordinate_search(logits, labels, start, rounds)
 
+
 # %% ../nbs/05a_baselines.ipynb #6bc2e9d8
 def _coordinate_search(
     logits: torch.Tensor,  # (N, C)
@@ -341,6 +366,7 @@ def _coordinate_search(
             biases[place] += -step if lowered else step
             sigma = sigmas.min()
     return biases - biases.mean()
+
 
 # %% ../nbs/05a_baselines.ipynb #d0b4b6f4
 def tune_scales(
@@ -372,6 +398,7 @@ def tune_scales(
     floor = class_accuracies(logits, labels).mean()
     return scales, _coordinate_search(scales * logits, labels, start, rounds, floor)
 
+
 # %% ../nbs/05a_baselines.ipynb #80d4e050
 @dataclass(frozen=True, kw_only=True)
 class Rival:
@@ -402,6 +429,7 @@ class Rival:
             if numbers is not None:
                 found[key] = dict(zip(self.report.names, numbers.tolist()))
         return found
+
 
 # %% ../nbs/05a_baselines.ipynb #5144815a
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +482,7 @@ class TwoPredictions:
         factors = 1.0 if scale is None else scale
         return self.changed(factors, bias).rival(name, setting, scale=scale, bias=bias)
 
+
 # %% ../nbs/05a_baselines.ipynb #f843dec5
 def predict_both(
     model: nn.Module,
@@ -475,6 +504,7 @@ def _with_scales(untouched: TwoPredictions) -> Rival:
     scales = scales.to(untouched.tuned)
     setting = f"scales in {scales.min():.2f}..{scales.max():.2f}"
     return untouched.shifted("tuned biases and scales", setting, biases, scales)
+
 
 # %% ../nbs/05a_baselines.ipynb #299fda8b
 def _with_tau(
@@ -504,6 +534,7 @@ def _with_frequencies(
     tuned = untouched.tuned
     best = best_of((tuned + bias.to(tuned) for bias in biases), untouched.tuned_y)
     return untouched.shifted("logit adjustment", f"tau = {taus[best]:.2f}", biases[best])
+
 
 # %% ../nbs/05a_baselines.ipynb #5ce47510
 def post_hoc(

@@ -18,8 +18,20 @@ from .foundations.tuning_noise import hidden_noise
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
-__all__ = ['SHRINK', 'margins', 'class_shares', 'soft_accuracies', 'best_step', 'half_unit', 'folds', 'Step', 'cross_fitted',
-           'bias_jacobian', 'tuned_to_price']
+__all__ = [
+    "SHRINK",
+    "margins",
+    "class_shares",
+    "soft_accuracies",
+    "best_step",
+    "half_unit",
+    "folds",
+    "Step",
+    "cross_fitted",
+    "bias_jacobian",
+    "tuned_to_price",
+]
+
 
 # %% ../nbs/04h_best_step.ipynb #e5f11d12
 def margins(
@@ -39,6 +51,7 @@ def class_shares(
     num_classes = jacobian.logits.shape[1]
     member = torch.nn.functional.one_hot(jacobian.labels, num_classes).T.double()
     return member / member.sum(1, keepdim=True).clamp(min=1)
+
 
 # %% ../nbs/04h_best_step.ipynb #2b55fa38
 def soft_accuracies(
@@ -63,6 +76,7 @@ def soft_accuracies(
     right = torch.sigmoid(margin / temperature)
     right_slope = (right * (1 - right) / temperature)[:, None] * margin_slope
     return (shares @ right.double()).cpu(), (shares @ right_slope.double()).cpu()
+
 
 # %% ../nbs/04h_best_step.ipynb #a0f334d0
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +119,7 @@ class _SoftProblem:
             overall_slope=self.class_sizes @ slope,
         )
 
+
 # %% ../nbs/04h_best_step.ipynb #1db627af
 def _minimise_variance(
     soft: _SoftProblem,
@@ -138,6 +153,7 @@ def _minimise_variance(
         return start
     return radius * found.x / max(1.0, np.linalg.norm(found.x))
 
+
 # %% ../nbs/04h_best_step.ipynb #1347346c
 def best_step(
     jacobian: LogitJacobian,
@@ -165,6 +181,7 @@ def half_unit(
     mean_square = jacobian.jacobian.double().square().sum(-1).mean()
     per_spike = mean_square.sqrt().item() / len(jacobian) ** 0.5
     return 0.5 / max(per_spike, 1e-12)
+
 
 # %% ../nbs/04h_best_step.ipynb #1bdef371
 SHRINK = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -194,6 +211,7 @@ class Step:
     out_of_fold: torch.Tensor  # (C,) accuracies of images that had no say
     sigma: float  # to be expected on as many new images, a fraction
     shrink: float  # 1: all of it
+
 
 # %% ../nbs/04h_best_step.ipynb #3e3f90f8
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +248,7 @@ def _unseen(
         answers = torch.stack([jacobian.at(factor * step).argmax(1).cpu() for step in steps])
         found[factor] = _Unseen.of(answers == labels, fold, labels, jacobian.logits.shape[1])
     return found
+
 
 # %% ../nbs/04h_best_step.ipynb #b4b12c02
 def cross_fitted(
@@ -285,6 +304,7 @@ def _shrunk(
         shrink=best,
     )
 
+
 # %% ../nbs/04h_best_step.ipynb #3b4ff601
 _MANY = 128  # classes up to which biases are directions like others (choice)
 
@@ -323,6 +343,7 @@ def tuned_to_price(
     jacobian = bias_jacobian(logits, labels)
     whole = best_step(jacobian, allowed_fall, radius)
     return cross_fitted(jacobian, whole, allowed_fall, radius, count=count, seed=seed)
+
 
 # %% ../nbs/04h_best_step.ipynb #cc3e8fca
 def _many_to_price(

@@ -22,7 +22,8 @@ from hessian_surgery_nb.fits import (
 from .goals import Scoring, draws_of
 
 # %% auto #0
-__all__ = ['unseen_answers', 'Choice', 'choose', 'choice_frame']
+__all__ = ["unseen_answers", "Choice", "choose", "choice_frame"]
+
 
 # %% ../nbs/05h_choice.ipynb #4317cd49
 def unseen_answers(
@@ -44,6 +45,7 @@ def unseen_answers(
         fit = methods[place].fit(rows[fold != f])
         answers[place, f] = fit.logits(rows).argmax(1).cpu()
     return [unseen_of(tuning.scoring, fold, answered) for answered in answers]
+
 
 # %% ../nbs/05h_choice.ipynb #72bf005c
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ def choose(
         confidence=limit_confidence(scoring, answers[chosen]),
         answers=answers,
     )
+
 
 # %% ../nbs/05h_choice.ipynb #4d33542f
 def choice_frame(

@@ -34,7 +34,8 @@ from .foundations.weights import check_mode, flatten, inner, select_params
 from .lanczos import Eigenpairs
 
 # %% auto #0
-__all__ = ['class_gradients', 'class_subspace', 'subspace_overlap']
+__all__ = ["class_gradients", "class_subspace", "subspace_overlap"]
+
 
 # %% ../nbs/03a_class_structure.ipynb #ac51feb6
 def _of_class(X: Any, y: torch.Tensor, label: int) -> Any:
@@ -50,6 +51,7 @@ def _of_class(X: Any, y: torch.Tensor, label: int) -> Any:
     if isinstance(X, (list, tuple)):
         return [rows(part) for part in X]
     return rows(X)
+
 
 # %% ../nbs/03a_class_structure.ipynb #9c5db2e1
 @torch.no_grad()
@@ -86,6 +88,7 @@ def _close(logits: torch.Tensor, expected: torch.Tensor, rounding: float) -> boo
         return False
     return torch.allclose(logits, expected, rtol=1e-3, atol=rounding)
 
+
 # %% ../nbs/03a_class_structure.ipynb #519f1bfa
 def _class_numbers(y: torch.Tensor) -> torch.Tensor:
     "Labels as the loss wants them."
@@ -116,6 +119,7 @@ def _check_classes(
             f"{len(y)}; leave those images out, or relabel them."
         )
 
+
 # %% ../nbs/03a_class_structure.ipynb #bf5cdad7
 _Column = tuple[int, ...]  # a class, or a class and a wrong label
 _Term = tuple[torch.Tensor, torch.Tensor]  # a sum over images, weights that add to that column's
@@ -133,6 +137,7 @@ def _wrong_labels(logits: torch.Tensor, label: int, cross: bool) -> dict[_Column
             loss = -(p[:, wrong] * log_p[:, wrong]).sum()
             terms[label, wrong] = loss, p[:, wrong].sum()
     return terms
+
 
 # %% ../nbs/03a_class_structure.ipynb #5e57cc7e
 def _own_loss(
@@ -160,6 +165,7 @@ def _own_loss(
         loss = len(logits) * loss
     return loss, torch.ones(len(logits))
 
+
 # %% ../nbs/03a_class_structure.ipynb #57ebcf05
 class _Sums:
     "Gradients and weights, summed over images column by column."
@@ -184,6 +190,7 @@ class _Sums:
             so_far = self.gradients.get(column, 0)
             self.gradients[column] = so_far + flatten(gradient).detach()
             self.weights[column] = self.weights.get(column, 0.0) + weights.double().sum().item()
+
 
 # %% ../nbs/03a_class_structure.ipynb #b34fac44
 @plainly()
@@ -237,6 +244,7 @@ def class_gradients(
         raise InputError("class means need images, and each process at least one. Got none.")
     return _columns(sums, cross, flatten(leaves).detach(), team)
 
+
 # %% ../nbs/03a_class_structure.ipynb #c872554e
 def _columns(
     sums: _Sums,
@@ -273,6 +281,7 @@ def _all_columns(classes: int, cross: bool) -> list[_Column]:
         return [(label,) for label in labels]
     return [(label, wrong) for label in labels for wrong in labels if wrong != label]
 
+
 # %% ../nbs/03a_class_structure.ipynb #f79cbaa7
 def _classes_of(columns: int) -> int:
     "C, where there are C (C - 1) columns."
@@ -299,6 +308,7 @@ def _check_rank(
             f"k must lie in 1..{rank}, the rank of the class means. Got {k}; {way_out}."
         )
     return k
+
 
 # %% ../nbs/03a_class_structure.ipynb #ce410bfa
 @plainly()
@@ -350,6 +360,7 @@ def class_subspace(
         converged=torch.zeros(k, dtype=torch.bool),
         team=team,
     )
+
 
 # %% ../nbs/03a_class_structure.ipynb #c8e131dc
 def subspace_overlap(

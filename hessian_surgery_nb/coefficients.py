@@ -17,7 +17,8 @@ from .foundations.class_limits import AccuracyBounds
 from .sensitivity import Sensitivity
 
 # %% auto #0
-__all__ = ['class_weights', 'solve_coefficients', 'spike_box']
+__all__ = ["class_weights", "solve_coefficients", "spike_box"]
+
 
 # %% ../nbs/04b_coefficients.ipynb #43e108db
 def class_weights(
@@ -32,6 +33,7 @@ def class_weights(
     if errors.max() > 0:
         weights = errors**p
     return weights / weights.sum()
+
 
 # %% ../nbs/04b_coefficients.ipynb #1a6bceee
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class _ScaledProblem:
         if too_far.any():
             factor = min(factor, (self.room[too_far] / drops[too_far]).min())
         return x * factor
+
 
 # %% ../nbs/04b_coefficients.ipynb #d2dda88c
 def _maximise(problem: _ScaledProblem) -> np.ndarray:  # (K,) a feasible point
@@ -96,6 +99,7 @@ def _maximise(problem: _ScaledProblem) -> np.ndarray:  # (K,) a feasible point
     if not np.isfinite(found.x).all():
         return np.zeros_like(gain)
     return problem.into_region(found.x)
+
 
 # %% ../nbs/04b_coefficients.ipynb #d8ba29ee
 def solve_coefficients(
@@ -140,6 +144,7 @@ def solve_coefficients(
         return torch.zeros(S.shape[1], dtype=torch.float64)
     return torch.as_tensor(_maximise(problem) * radius)
 
+
 # %% ../nbs/04b_coefficients.ipynb #7569c800
 def _as_array(numbers: torch.Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
     "In double precision; of a tensor, wherever it lies."
@@ -176,6 +181,7 @@ def _check_matrix(S: np.ndarray, accuracy: np.ndarray):
         )
     if not np.isfinite(S).all() or not np.isfinite(accuracy).all():
         raise InputError("S and the accuracies must be finite. Got NaN or infinity.")
+
 
 # %% ../nbs/04b_coefficients.ipynb #84281232
 def spike_box(

@@ -36,7 +36,16 @@ from .surgery_records import SurgeryResult
 from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ['PRODUCT', 'AT_PRICE', 'METHODS', 'Comparison', 'controls_of', 'compare', 'chosen_methods', 'plot_comparison']
+__all__ = [
+    "PRODUCT",
+    "AT_PRICE",
+    "METHODS",
+    "Comparison",
+    "controls_of",
+    "compare",
+    "chosen_methods",
+    "plot_comparison",
+]
 
 # %% ../nbs/05c_comparison.ipynb #78472aa0
 PRODUCT = 6  # forward passes that a Hessian-vector product is worth
@@ -115,6 +124,7 @@ class Comparison:
         ]
         return min([untouched, *allowed], key=lambda rival: rival.tuned_report.sigma)
 
+
 # %% ../nbs/05c_comparison.ipynb #a3767e8d
 @torch.no_grad()
 def _network_of(task: _Task, rival: Rival) -> nn.Module:
@@ -141,6 +151,7 @@ def _folded(task: _Task, rival: Rival) -> dict[str, torch.Tensor] | None:
     return fold_into_head(
         task.model, name, rival.scale, rival.bias, data=data, forward=task.forward
     )
+
 
 # %% ../nbs/05c_comparison.ipynb #a9938ce8
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +187,7 @@ class _Task:
             warnings.simplefilter("ignore", HeldOutHarm)
             return operate(**self.arguments(), config=config)
 
+
 # %% ../nbs/05c_comparison.ipynb #9baca3f5
 def _rival_of(name: str, result: SurgeryResult) -> Rival:
     "A run of surgery as one of the methods."
@@ -188,6 +200,7 @@ def _rival_of(name: str, result: SurgeryResult) -> Rival:
         correct=result.correct[1],
         products=sum(step.matvecs for step in result.history),
     )
+
 
 # %% ../nbs/05c_comparison.ipynb #23802965
 _DIRECTIONS = {
@@ -215,6 +228,7 @@ def _head_alone(
         pattern = f"{head}.*" if head else "*"
         yield "head alone", replace(config, params=pattern, eps=None)
 
+
 # %% ../nbs/05c_comparison.ipynb #7e672e9f
 def _random_subspaces(
     config: SurgeryConfig,
@@ -233,6 +247,7 @@ def _random_subspaces(
 def controls_of(draws: int) -> int:  # at most
     "How many runs of surgery the controls are."
     return 4 + 2 * draws
+
 
 # %% ../nbs/05c_comparison.ipynb #1052f8f2
 def _run_controls(
@@ -262,6 +277,7 @@ def _run_controls(
         else:
             rivals.append(_rival_of(name, result))
     return rivals
+
 
 # %% ../nbs/05c_comparison.ipynb #0dc9e253
 def _folds_for(untouched: TwoPredictions) -> int:
@@ -310,6 +326,7 @@ def _biases_at_price(
     setting = f"price {100 * price:g} pp, within +-{biases.abs().max():.1f}"
     return untouched.shifted("biases at that price", setting, biases)
 
+
 # %% ../nbs/05c_comparison.ipynb #4c5c0211
 def _rivals_of(
     task: _Task,
@@ -337,6 +354,7 @@ def _rivals_of(
         task.model, *sets, counts, task.names, task.forward, steps, scales="biases" in chosen
     )
     yield from (rival for rival in others if rival.name in names)
+
 
 # %% ../nbs/05c_comparison.ipynb #fcba7c2e
 @plainly()
@@ -402,6 +420,7 @@ def compare(
         share=curved / len(untouched.tuned_y),
     )
 
+
 # %% ../nbs/05c_comparison.ipynb #dde2a9e4
 def chosen_methods(
     methods: Iterable[str] | None,  # None: all
@@ -448,6 +467,7 @@ def _check_same_network(surgery: SurgeryResult, untouched: Rival) -> None:
             "leave it out, and it is run here."
         )
 
+
 # %% ../nbs/05c_comparison.ipynb #576a3ceb
 @patch
 def to_frame(self: Comparison):  # pandas DataFrame
@@ -478,6 +498,7 @@ def to_frame(self: Comparison):  # pandas DataFrame
         )
     return pd.DataFrame(rows).set_index("method")
 
+
 # %% ../nbs/05c_comparison.ipynb #30eb2352
 @patch
 def to_dict(self: Comparison) -> list[dict[str, Any]]:
@@ -500,6 +521,7 @@ def to_dict(self: Comparison) -> list[dict[str, Any]]:
             )
         )
     return methods
+
 
 # %% ../nbs/05c_comparison.ipynb #caec8b41
 def plot_comparison(

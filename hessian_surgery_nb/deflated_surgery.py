@@ -27,8 +27,16 @@ from .foundations.splits import check_disjoint
 from .foundations.testbed import Axes
 
 # %% auto #0
-__all__ = ['phase_amplitude', 'PhaseRecord', 'DeflatedResult', 'run_phase', 'deflated_operate', 'phase_frame', 'decile_frame',
-           'plot_phases']
+__all__ = [
+    "phase_amplitude",
+    "PhaseRecord",
+    "DeflatedResult",
+    "run_phase",
+    "deflated_operate",
+    "phase_frame",
+    "decile_frame",
+    "plot_phases",
+]
 
 # %% ../nbs/06a_deflated_surgery.ipynb #b5f52be4
 from .foundations.weight_files import named_part
@@ -49,6 +57,7 @@ from hessian_surgery_nb.surgery_state import (
     weight_tensors,
 )
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #131ec31c
 def phase_amplitude(
     eps: float,  # of an earlier phase
@@ -62,6 +71,7 @@ def phase_amplitude(
             f"Got {eps}, {then} and {now}; ask for fewer spikes."
         )
     return eps * math.sqrt(then / now)
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #3a22b5fd
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,7 @@ class PhaseRecord:
     held_out_sigma: float | None  # reported, never used
     held_out_overall: float | None
     steps: tuple[StepRecord, ...] = field(repr=False)
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #d7e542ed
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +115,7 @@ class DeflatedResult:
             f"{after.measured_on}: sigma {100 * before.sigma:.2f} -> {100 * after.sigma:.2f} pp, "
             f"global {100 * before.overall:.2f} -> {100 * after.overall:.2f} %)"
         )
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #8d5eec32
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +153,7 @@ class _PhasePlan:
             count=count,
         )
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #4a0b9fdc
 @dataclass(frozen=True, kw_only=True)
 class _PhaseState:
@@ -149,6 +162,7 @@ class _PhaseState:
     surgery: SurgeryState
     store: SpikeStore | None = None  # directions of earlier phases; None: there were none
     records: tuple[PhaseRecord, ...] = ()
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #6ca05c1f
 def _next_spikes(plan: _PhasePlan, state: _PhaseState, size: int) -> Eigenpairs:
@@ -191,6 +205,7 @@ def _amplitude_of(plan: _PhasePlan, state: _PhaseState, pairs: Eigenpairs) -> fl
     )
     return sensitivity.eps
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #c55bac9b
 def _begin_phase(plan: _PhasePlan, state: _PhaseState, size: int) -> SurgeryState:
     "Surgery with the directions and the amplitude of the next phase."
@@ -221,6 +236,7 @@ def _end_phase(
     # the directions are large, and in the store by now
     surgery = replace(surgery, directions=None, found_at=None, first=None)
     return replace(state, surgery=surgery, store=store, records=(*state.records, record))
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #e2918b9b
 def _record(
@@ -257,6 +273,7 @@ def _record(
         steps=ended.history[len(begun.history) :],
     )
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #2eaf6b9c
 def run_phase(
     plan: _PhasePlan,
@@ -271,6 +288,7 @@ def run_phase(
             break
         surgery = advance(plan.operation, surgery)
     return _end_phase(plan, state, begun, surgery)
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #3dfdffe2
 _STATE = "phases.safetensors"
@@ -306,6 +324,7 @@ def _as_phase(record: dict) -> PhaseRecord:
     "From JSON."
     return PhaseRecord(**{**record, "steps": tuple(as_steps(record["steps"]))})
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #96f36db4
 def _check_directions(plan: _PhasePlan):
     "Refuse a directory whose directions are gone, or cut short."
@@ -316,6 +335,7 @@ def _check_directions(plan: _PhasePlan):
             f"what a run goes on with must be whole. {file} should hold {wanted:,} bytes of "
             f"directions; remove {file.parent}, or name another run_dir."
         )
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #658c3067
 @plainly()
@@ -374,6 +394,7 @@ def deflated_operate(
     after = report_on(operation, state.surgery, held_out)
     return _result(operation, state, before, after)
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #d2d78539
 def _check_settings(config: SurgeryConfig):
     check_config(config)
@@ -402,6 +423,7 @@ def _plan(
         checkpoints=checkpoint_directory(operation, run_dir, held_out, **asked),
     )
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #caa7b118
 def _result(
     operation: SurgeryOperation,
@@ -419,6 +441,7 @@ def _result(
         labels=before.labels.cpu(),
         correct=(before.correct, after.correct),
     )
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #92afd695
 def phase_frame(
@@ -448,6 +471,7 @@ def phase_frame(
         first = record.spikes + 1
     return pd.DataFrame(rows).set_index("phase")
 
+
 # %% ../nbs/06a_deflated_surgery.ipynb #190c8411
 def decile_frame(
     before: ClassReport,
@@ -475,6 +499,7 @@ def decile_frame(
         }
         rows.append(row)
     return pd.DataFrame(rows).set_index("group")
+
 
 # %% ../nbs/06a_deflated_surgery.ipynb #0d15d46f
 def plot_phases(

@@ -22,7 +22,8 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .matrices import as_operator
 
 # %% auto #0
-__all__ = ['DeflatedOperator', 'SpikeStore', 'deflated_eigenpairs', 'check_phases']
+__all__ = ["DeflatedOperator", "SpikeStore", "deflated_eigenpairs", "check_phases"]
+
 
 # %% ../nbs/06_deflation.ipynb #8ff787e2
 class DeflatedOperator:
@@ -50,6 +51,7 @@ class DeflatedOperator:
     def __repr__(self):
         return f"DeflatedOperator({self.shape[0]:,} parameters without {len(self.rows)} directions)"
 
+
 # %% ../nbs/06_deflation.ipynb #13b8a4ad
 @patch
 def project(
@@ -71,6 +73,7 @@ def __matmul__(self: DeflatedOperator, vector: torch.Tensor) -> torch.Tensor:  #
     inside = self.project(vector.to(self.device, self.dtype).clone())
     return self.project(self.op @ inside)
 
+
 # %% ../nbs/06_deflation.ipynb #356ef576
 def _check_basis(vectors: torch.Tensor, deflated: DeflatedOperator):
     "One process, the right size, orthonormal."
@@ -83,6 +86,7 @@ def _check_basis(vectors: torch.Tensor, deflated: DeflatedOperator):
     if vectors.ndim != 2 or vectors.shape[0] != size:
         raise InputError(f"a basis must be (n, j) with n = {size:,}. Got {tuple(vectors.shape)}.")
     _check_orthonormal(vectors.T, deflated.dtype)
+
 
 # %% ../nbs/06_deflation.ipynb #8d262f3e
 def _check_orthonormal(
@@ -102,6 +106,7 @@ def _check_orthonormal(
             f"a basis must have orthonormal columns. They differ by {off:.2g}; "
             "pass torch.linalg.qr(basis).Q."
         )
+
 
 # %% ../nbs/06_deflation.ipynb #ff8dbb1e
 class SpikeStore:
@@ -129,6 +134,7 @@ class SpikeStore:
         if self.file is not None:  # a GPU does not read files: it has them twice
             self.all[:count] = self.file[:count].to(device)
 
+
 # %% ../nbs/06_deflation.ipynb #7822e3a2
 @patch(as_prop=True)
 def vectors(self: SpikeStore) -> torch.Tensor:  # (n, count)
@@ -154,6 +160,7 @@ def add(
         largest = max([largest, *cosines.tolist()])
     return largest
 
+
 # %% ../nbs/06_deflation.ipynb #f0c75e2d
 @patch
 def _append(self: SpikeStore, vector: torch.Tensor) -> torch.Tensor:
@@ -174,6 +181,7 @@ def _append(self: SpikeStore, vector: torch.Tensor) -> torch.Tensor:
         self.file[self.count] = self.all[self.count].cpu()
     self.count += 1
     return cosines
+
 
 # %% ../nbs/06_deflation.ipynb #b0299f67
 @plainly()
@@ -199,6 +207,7 @@ def deflated_eigenpairs(
         overlaps.append(store.add(found[-1].vectors))
     return _union(found, store.vectors), overlaps
 
+
 # %% ../nbs/06_deflation.ipynb #0568db46
 def _union(found: list[Eigenpairs], vectors: torch.Tensor) -> Eigenpairs:
     "The pairs of all phases, with the vectors as they are kept."
@@ -209,6 +218,7 @@ def _union(found: list[Eigenpairs], vectors: torch.Tensor) -> Eigenpairs:
         num_matvecs=sum(pairs.num_matvecs for pairs in found),
         converged=torch.cat([pairs.converged for pairs in found]),
     )
+
 
 # %% ../nbs/06_deflation.ipynb #be166cf7
 def _is_count(value: object) -> bool:

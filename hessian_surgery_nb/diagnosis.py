@@ -18,7 +18,7 @@ from .rest_trial import RestTrial, fit_few, relative_gain
 from .settling import class_bias
 
 # %% auto #0
-__all__ = ['confusion_counts', 'confused_pairs', 'Diagnosis', 'diagnose']
+__all__ = ["confusion_counts", "confused_pairs", "Diagnosis", "diagnose"]
 
 # %% ../nbs/03g_diagnosis.ipynb #d2eb8379
 _LEVEL = 0.01  # of each test
@@ -48,6 +48,7 @@ def _tail(statistic: float, freedom: int) -> float:
 
     return float(chi2.sf(statistic, freedom)) if freedom > 0 else 1.0
 
+
 # %% ../nbs/03g_diagnosis.ipynb #0c68b18c
 def _spread_test(table: torch.Tensor) -> float:  # (C, C) -> p
     "Do class accuracies differ by more than counting explains?"
@@ -60,6 +61,7 @@ def _spread_test(table: torch.Tensor) -> float:  # (C, C) -> p
     statistic = ((right - expected) ** 2 / (expected * (1 - overall))).sum().item()
     return _tail(statistic, len(images) - 1)
 
+
 # %% ../nbs/03g_diagnosis.ipynb #575fb7e9
 def _bias_test(table: torch.Tensor) -> float:  # (C, C) -> p
     "Do predicted frequencies differ from true ones by more than counting explains?"
@@ -70,6 +72,7 @@ def _bias_test(table: torch.Tensor) -> float:  # (C, C) -> p
     kept = values > 1e-9 * values.max().clamp(min=1)
     along = vectors[:, kept].T @ difference
     return _tail((along**2 / values[kept]).sum().item(), int(kept.sum()))
+
 
 # %% ../nbs/03g_diagnosis.ipynb #5d5d6e71
 _FOLDS = 5  # of the images that biases are fitted on
@@ -102,6 +105,7 @@ def _mean_loss(
 ) -> torch.Tensor:
     return _scaled_losses(logits, labels, point).mean()
 
+
 # %% ../nbs/03g_diagnosis.ipynb #55729dfc
 @torch.enable_grad()
 def _bias_gain(
@@ -118,6 +122,7 @@ def _bias_gain(
             point = fit_few(partial(_mean_loss, logits=logits[seen], labels=labels[seen]), size)
             row[unseen] = _scaled_losses(logits[unseen], labels[unseen], point)
     return relative_gain(*losses)
+
 
 # %% ../nbs/03g_diagnosis.ipynb #7c9759e2
 def _uneven(counts: torch.Tensor) -> tuple[float, float]:  # (C,) -> ratio, p
@@ -137,6 +142,7 @@ def _slope(table: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
     each = (share[None, :] - share[:, None]) / x.square().sum()
     slope = (table * each).sum().item()
     return slope, (table * each**2).sum().sqrt().item()
+
 
 # %% ../nbs/03g_diagnosis.ipynb #876a5453
 def _pairs_test(table: torch.Tensor) -> float:  # (C, C) -> p
@@ -176,6 +182,7 @@ def _most_confused(
     pairs = confused_pairs(answers, labels)
     return tuple((names[one], names[other], count / errors) for one, other, count in pairs)
 
+
 # %% ../nbs/03g_diagnosis.ipynb #0b05e7f1
 def _is_gain(gain: float, error: float, least: float) -> bool:
     return gain >= least and gain > _ONE_PERCENT * error
@@ -201,6 +208,7 @@ def _is_biased(size: float, chance: float, gain: float, error: float) -> bool | 
     if chance >= _LEVEL or size < _LEAST_BIAS or gain + _FIVE_PERCENT * error < _LEAST_GAIN:
         return False
     return True if _is_gain(gain, error, _LEAST_GAIN) else None
+
 
 # %% ../nbs/03g_diagnosis.ipynb #545b503c
 _ADVICE = dict(
@@ -291,6 +299,7 @@ class Diagnosis:
         noun = "network" if case == "unsettled" else "classes"
         return f"{case} {noun} ({evidence})"
 
+
 # %% ../nbs/03g_diagnosis.ipynb #e0ba147d
 def _counts_of(counts: torch.Tensor | Sequence[int], num_classes: int) -> torch.Tensor:  # (C,)
     found = torch.as_tensor(counts).double().cpu()
@@ -312,6 +321,7 @@ def _rarity(table: torch.Tensor, counts: torch.Tensor | None) -> tuple[bool, dic
     follows = slope > _ONE_PERCENT * error
     evidence = dict(count_ratio=ratio, count_chance=chance, slope=slope, slope_error=error)
     return uneven and follows, evidence
+
 
 # %% ../nbs/03g_diagnosis.ipynb #9901118f
 def _rest_evidence(trial: RestTrial | None) -> dict[str, float | None]:
@@ -345,6 +355,7 @@ def _advice(case: str, unsettled: bool | None, trial: RestTrial | None) -> str:
     if unsettled and case not in ("unsettled", "undecided"):
         return f"settle first (hs.settle), then {_ADVICE[case]}"
     return _ADVICE[case]
+
 
 # %% ../nbs/03g_diagnosis.ipynb #8683bd69
 def diagnose(

@@ -25,8 +25,17 @@ from .settings import SurgeryConfig
 from .surgery_state import SurgeryOperation, SurgeryState, cached
 
 # %% auto #0
-__all__ = ['FIND_DIRECTIONS', 'DirectionSearch', 'spike_directions', 'class_mean_directions', 'gradient_directions',
-           'random_directions', 'has_curvature', 'find_directions']
+__all__ = [
+    "FIND_DIRECTIONS",
+    "DirectionSearch",
+    "spike_directions",
+    "class_mean_directions",
+    "gradient_directions",
+    "random_directions",
+    "has_curvature",
+    "find_directions",
+]
+
 
 # %% ../nbs/04g_directions.ipynb #362715ad
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,7 @@ def spike_directions(
     )
     return top_eigenpairs(op, search.count, tol=config.tol, seed=config.seed)
 
+
 # %% ../nbs/04g_directions.ipynb #07bf455a
 def _mean_directions(search: DirectionSearch, loss_fn: LossFunction | None) -> Eigenpairs:
     return class_subspace(
@@ -83,6 +93,7 @@ def gradient_directions(
 ) -> Eigenpairs:
     "Gradients of the loss over single classes: the sceptic's first control."
     return _mean_directions(search, loss_fn=search.loss_fn)
+
 
 # %% ../nbs/04g_directions.ipynb #91a86f23
 def random_directions(
@@ -118,6 +129,7 @@ def _without_curvature(
         team=team,
     )
 
+
 # %% ../nbs/04g_directions.ipynb #8c42e343
 # names in `SurgeryConfig.directions`
 FIND_DIRECTIONS: dict[str, Callable[[DirectionSearch], Eigenpairs]] = {
@@ -144,6 +156,7 @@ def has_curvature(
     if _direction_function(config) in _NO_CURVATURE:
         return False
     return bool(torch.isfinite(pairs.values).all())
+
 
 # %% ../nbs/04g_directions.ipynb #6c5d9654
 def find_directions(

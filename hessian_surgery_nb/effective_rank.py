@@ -32,8 +32,17 @@ from .rest_trial import RestTrial, try_rest
 from .sensitivity import Sensitivity, sensitivity_matrix
 
 # %% auto #0
-__all__ = ['effective_rank', 'rank_interval', 'rank_noise_floor', 'predicted_change', 'Screening', 'screening_of',
-           'plot_screening', 'screen']
+__all__ = [
+    "effective_rank",
+    "rank_interval",
+    "rank_noise_floor",
+    "predicted_change",
+    "Screening",
+    "screening_of",
+    "plot_screening",
+    "screen",
+]
+
 
 # %% ../nbs/08_effective_rank.ipynb #a9158cd6
 def effective_rank(
@@ -50,6 +59,7 @@ def effective_rank(
     p = (s / s.max()) ** (2 if weights == "energy" else 1)
     return torch.exp(torch.special.entr(p / p.sum()).sum()).item()
 
+
 # %% ../nbs/08_effective_rank.ipynb #01fab838
 def _check_rank(S: torch.Tensor, weights: str):
     if weights not in ("energy", "amplitude"):
@@ -64,6 +74,7 @@ def _check_rank(S: torch.Tensor, weights: str):
             f"an effective rank needs finite numbers. Got {num_bad} NaN or infinite entries "
             f"of {S.numel()}."
         )
+
 
 # %% ../nbs/08_effective_rank.ipynb #6ebb1641
 def _bootstrapped(s: Sensitivity, draws: int, seed: int) -> Iterator[torch.Tensor]:  # (C, K) each
@@ -85,6 +96,7 @@ def _middle(values: list[float], level: float) -> tuple[float, float]:
     low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
     return low, high
 
+
 # %% ../nbs/08_effective_rank.ipynb #ac1e65f2
 def rank_interval(
     s: Sensitivity,
@@ -100,6 +112,7 @@ def rank_interval(
     """
     ranks = [effective_rank(S, weights=weights) for S in _bootstrapped(s, draws, seed)]
     return _middle(ranks, level)
+
 
 # %% ../nbs/08_effective_rank.ipynb #dbb436f6
 def rank_noise_floor(
@@ -122,6 +135,7 @@ def rank_noise_floor(
         S = class_means(responses, shuffled, num_classes)
         ranks.append(effective_rank(S, weights=weights))
     return sum(ranks) / len(ranks)
+
 
 # %% ../nbs/08_effective_rank.ipynb #098b8a4b
 def predicted_change(
@@ -146,6 +160,7 @@ def predicted_change(
     low, high = _middle([sigma_after(S) for S in _bootstrapped(s, draws, seed)], level)
     return predicted, low, high
 
+
 # %% ../nbs/08_effective_rank.ipynb #f9e0a426
 @dataclass(frozen=True, kw_only=True)
 class Screening:
@@ -165,6 +180,7 @@ class Screening:
     passes: int  # over the sensitivity set, likewise
     sensitivity: Sensitivity = field(repr=False)
     diagnosis: Diagnosis | None = None  # None: not asked for
+
 
 # %% ../nbs/08_effective_rank.ipynb #fc063757
 @patch
@@ -191,6 +207,7 @@ def to_dict(self: Screening) -> dict[str, object]:
         found["diagnosis"] = self.diagnosis.to_dict()
     return found
 
+
 # %% ../nbs/08_effective_rank.ipynb #b6a18480
 @plainly()
 def screening_of(
@@ -214,6 +231,7 @@ def screening_of(
         sensitivity=s,
         diagnosis=diagnosis,
     )
+
 
 # %% ../nbs/08_effective_rank.ipynb #9a42963a
 def _read_rank(s: Sensitivity, seed: int) -> dict[str, Any]:
@@ -242,6 +260,7 @@ def _cumulative_energy(singular_values: torch.Tensor) -> tuple[float, ...]:
         return tuple(torch.ones_like(squares).tolist())
     return tuple((squares.cumsum(0) / squares.sum()).tolist())
 
+
 # %% ../nbs/08_effective_rank.ipynb #aaf8ad20
 def plot_screening(
     screening: Screening,
@@ -267,6 +286,7 @@ def plot_screening(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+
 # %% ../nbs/08_effective_rank.ipynb #364f2f37
 def _class_counts(data: Data, num_classes: int) -> torch.Tensor | None:  # (C,); None: no counts
     "Images of each class; labels outside of them are left out."
@@ -289,6 +309,7 @@ def _tried(
         return None
     return try_rest(model, loss_fn, gradient_data, sensitivity_data, **options)
 
+
 # %% ../nbs/08_effective_rank.ipynb #06764fc6
 def _measured(
     model: nn.Module,
@@ -303,6 +324,7 @@ def _measured(
         return choose_amplitude(model, pairs, data, **how)
     s = sensitivity_matrix(model, pairs, data, eps=eps, progress=progress, **how)
     return s, s.num_passes
+
 
 # %% ../nbs/08_effective_rank.ipynb #164ce5e3
 @plainly()

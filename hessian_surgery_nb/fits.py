@@ -19,8 +19,26 @@ from .goals import Scoring
 from .shifts import Change, Parts, ScaleAndShift, Shift, solve_change
 
 # %% auto #0
-__all__ = ['NO_CHANGE', 'limit_errors', 'limit_confidence', 'holds_surely', 'holds_within_error', 'Fit', 'Method', 'Unseen',
-           'unseen_of', 'Tuning', 'Tuned', 'by_class', 'Sweep', 'by_counts', 'by_row_norms', 'AsItIs', 'logit_methods']
+__all__ = [
+    "NO_CHANGE",
+    "limit_errors",
+    "limit_confidence",
+    "holds_surely",
+    "holds_within_error",
+    "Fit",
+    "Method",
+    "Unseen",
+    "unseen_of",
+    "Tuning",
+    "Tuned",
+    "by_class",
+    "Sweep",
+    "by_counts",
+    "by_row_norms",
+    "AsItIs",
+    "logit_methods",
+]
+
 
 # %% ../nbs/05f_fits.ipynb #8340afb1
 def limit_errors(
@@ -81,6 +99,7 @@ def holds_within_error(
     lacking = scoring.of_answers(answers)[1]
     return bool((lacking <= limit_errors(scoring, answers) + 1e-9).all())
 
+
 # %% ../nbs/05f_fits.ipynb #930a0263
 @dataclass(frozen=True, kw_only=True)
 class Fit:
@@ -103,6 +122,7 @@ class Method(Protocol):
     def fit(self, rows: torch.Tensor) -> Fit:
         "Tune on these images; the others have no say."
 
+
 # %% ../nbs/05f_fits.ipynb #54b399d5
 @dataclass(frozen=True, kw_only=True)
 class Unseen:
@@ -120,6 +140,7 @@ def unseen_of(
     "What k fits say, each of the fold that it has not seen."
     noise = hidden_noise(answers == scoring.labels, fold, scoring.units, len(scoring.unit_names))
     return Unseen(answers=answers.gather(0, fold[None])[0], noise=noise)
+
 
 # %% ../nbs/05f_fits.ipynb #477d3538
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +206,7 @@ class Tuning:
             if length > 0 and scoring.holds(answers(length)):
                 return length
         return 0.0
+
 
 # %% ../nbs/05f_fits.ipynb #d1a52ea2
 class Tuned:
@@ -257,6 +279,7 @@ class Tuned:
             length=length,
         )
 
+
 # %% ../nbs/05f_fits.ipynb #d0746f12
 def by_class(
     kind: type[Shift],  # or ScaleAndShift
@@ -270,6 +293,7 @@ def by_class(
         return kind(logits.shape[1], margin.abs().median().item() or 1.0)
 
     return change
+
 
 # %% ../nbs/05f_fits.ipynb #14c01e64
 class Sweep:
@@ -348,6 +372,7 @@ def by_row_norms(
         lambda tau, rows: head.logits(inputs[rows], tau),
         weights=head.state,
     )
+
 
 # %% ../nbs/05f_fits.ipynb #9c7c92fa
 class AsItIs:

@@ -22,7 +22,8 @@ from .foundations.weights import moved_state, select_params
 from .lanczos import Eigenpairs
 
 # %% auto #0
-__all__ = ['Point', 'Front', 'plot_front']
+__all__ = ["Point", "Front", "plot_front"]
+
 
 # %% ../nbs/04i_front.ipynb #5c249602
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Point:
             f"{100 * self.price:g} pp: sigma {100 * report.sigma:.1f} pp, "
             f"global {100 * report.overall:.1f} %"
         )
+
 
 # %% ../nbs/04i_front.ipynb #c64a5bf8
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class Front:
         network.load_state_dict(moved, strict=False)
         return network
 
+
 # %% ../nbs/04i_front.ipynb #29ac4d2d
 @patch
 def to_frame(self: Front) -> Any:  # a pandas DataFrame
@@ -124,6 +127,7 @@ def to_frame(self: Front) -> Any:  # a pandas DataFrame
         return pd.DataFrame(rows)
     index = pd.RangeIndex(1, len(self.points))
     return pd.DataFrame(rows, index=index).set_index("price (pp)")
+
 
 # %% ../nbs/04i_front.ipynb #cfcc5f0d
 _FRONT_COLOURS = ("red", "blue", "green", "orange", "purple", "sky")

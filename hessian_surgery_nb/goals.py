@@ -16,7 +16,8 @@ from .foundations.checks import InputError
 from .foundations.class_limits import checked_limits, class_limits, find_class
 
 # %% auto #0
-__all__ = ['Goal', 'mean_of_weakest', 'Scoring', 'draws_of']
+__all__ = ["Goal", "mean_of_weakest", "Scoring", "draws_of"]
+
 
 # %% ../nbs/05d_goals.ipynb #31276175
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Goal:
 def _is_matrix(objective: object) -> bool:
     return torch.is_tensor(objective) or getattr(objective, "ndim", None) == 2
 
+
 # %% ../nbs/05d_goals.ipynb #935d6f58
 def mean_of_weakest(
     accuracies: torch.Tensor,  # (U,)
@@ -82,6 +84,7 @@ def _weakest_weights(
             high = middle
     weights = (high - heights).exp().clamp(max=largest)
     return weights / weights.sum()
+
 
 # %% ../nbs/05d_goals.ipynb #ea7a7d40
 class Scoring:
@@ -214,6 +217,7 @@ def _normal_draws(units: int) -> torch.Tensor:  # (16, U), each with its opposit
     draws = torch.randn(8, units, generator=generator, dtype=torch.float64)
     return torch.cat([draws, -draws])
 
+
 # %% ../nbs/05d_goals.ipynb #a50aa4ea
 def _spread(scoring, right, other, units, width):
     variance = units[scoring.present].var(correction=0)
@@ -252,6 +256,7 @@ def _cost(costs: torch.Tensor):
 
     return measure
 
+
 # %% ../nbs/05d_goals.ipynb #a1bcce8d
 _OBJECTIVES = {"spread": _spread, "balanced": _balanced, "worst": _weakest(1), "f1": _f1}
 
@@ -287,6 +292,7 @@ def _objective_of(goal: Goal, unit_names: Sequence[str], grouped: bool, classes:
             f"1..{len(unit_names)}, a list of names, or costs (C, C). Got {objective!r}."
         )
     return _OBJECTIVES[objective]
+
 
 # %% ../nbs/05d_goals.ipynb #5d91fedd
 def draws_of(

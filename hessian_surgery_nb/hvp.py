@@ -51,7 +51,15 @@ from .foundations.watched import Observation, WatchedObjective
 from .foundations.weights import check_mode, unflatten
 
 # %% auto #0
-__all__ = ['backward_through', 'gradient_graph', 'forward_over_reverse', 'gauss_newton', 'HessianOperator', 'OperatorCheck']
+__all__ = [
+    "backward_through",
+    "gradient_graph",
+    "forward_over_reverse",
+    "gauss_newton",
+    "HessianOperator",
+    "OperatorCheck",
+]
+
 
 # %% ../nbs/00_hvp.ipynb #7b265ca4
 @plainly()
@@ -83,6 +91,7 @@ def backward_through(
 def _zeros_like(leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros_like(leaf) for leaf in leaves)
 
+
 # %% ../nbs/00_hvp.ipynb #5ed800cd
 @plainly()
 def gradient_graph(
@@ -112,6 +121,7 @@ def _lean_gradient(
             "mode='auto' find a way."
         )
     return gradient
+
 
 # %% ../nbs/00_hvp.ipynb #08f7fb90
 @plainly()
@@ -147,6 +157,7 @@ def _change_of_gradient(
         changes.append(change)
     return tuple(changes)
 
+
 # %% ../nbs/00_hvp.ipynb #e4b49286
 @plainly()
 def gauss_newton(
@@ -177,6 +188,7 @@ def _explain_loss_derivative():
     rule = "a Gauss-Newton product needs the second derivative of the loss"
     return explain_missing_derivative(rule, "use another loss")
 
+
 # %% ../nbs/00_hvp.ipynb #db02389e
 class _Mode:
     "A way to multiply with the Hessian of all data."
@@ -199,6 +211,7 @@ class _Mode:
     ) -> tuple[Sequence[torch.Tensor], BatchLoss]:
         "The product for one batch, undivided, and its loss."
         raise NotImplementedError
+
 
 # %% ../nbs/00_hvp.ipynb #54591df8
 class _Recomputed(_Mode):
@@ -239,6 +252,7 @@ class _GaussNewton(_Mode):
         parts = torch.autograd.grad(logits, leaves, Mu, allow_unused=True, materialize_grads=True)
         return parts, loss
 
+
 # %% ../nbs/00_hvp.ipynb #49c2d7a2
 class _ChunkedGaussNewton(_Mode):
     "J' M J v, logits a few rows at a time."
@@ -256,6 +270,7 @@ class _ChunkedGaussNewton(_Mode):
         loss = data_pass.loss_of_rows(rows, seen, batch)
         return rows.pull_back(leaves, parts), loss
 
+
 # %% ../nbs/00_hvp.ipynb #8ed78ca6
 class _Differences(_Mode):
     "Central differences of gradients."
@@ -266,6 +281,7 @@ class _Differences(_Mode):
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
         return objective.by_difference(v, self.scale)
 
+
 # %% ../nbs/00_hvp.ipynb #91d29c87
 @dataclass(frozen=True, kw_only=True)
 class _Graphs:
@@ -275,6 +291,7 @@ class _Graphs:
     products: list[KeptProduct]  # of each batch
     probes: list[tuple[torch.Tensor, torch.Tensor]]  # logits and labels of each batch
     fingerprint: list
+
 
 # %% ../nbs/00_hvp.ipynb #29fa7642
 class _Cached(_Mode):
@@ -335,6 +352,7 @@ class _Cached(_Mode):
             return objective.mean(products[0])
         return objective.mean([sum(parts) for parts in zip(*products)])
 
+
 # %% ../nbs/00_hvp.ipynb #079841d8
 def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graphs:
     "One pass over the data; it also finds out whether this is another function by now."
@@ -357,6 +375,7 @@ def _build_graphs(objective: WatchedObjective, kept_product: Callable) -> _Graph
         probes=probes,
         fingerprint=fingerprint_of(objective, probes),
     )
+
 
 # %% ../nbs/00_hvp.ipynb #5e931f72
 class HessianOperator:
@@ -408,6 +427,7 @@ class HessianOperator:
         self.num_matvecs = 0
         self._modes = _new_modes()
 
+
 # %% ../nbs/00_hvp.ipynb #e6f3e5ab
 def _new_modes() -> dict[str, _Mode]:
     "One of each; nothing is kept yet."
@@ -432,6 +452,7 @@ _CANDIDATES = [
     ),
     Candidate(modes=("forward",), product=forward_over_reverse, proven=False),
 ]
+
 
 # %% ../nbs/00_hvp.ipynb #6d28fe14
 @patch(as_prop=True)
@@ -473,6 +494,7 @@ def __repr__(self: HessianOperator):
         f"{self.device}, {self.num_matvecs} products)"
     )
 
+
 # %% ../nbs/00_hvp.ipynb #3b14d938
 @patch
 def plan(self: HessianOperator) -> Plan:
@@ -487,6 +509,7 @@ def _mode(self: HessianOperator) -> _Mode:
     if self.kind == "gauss_newton" and mode != "chunked":
         mode = "gauss_newton"
     return self._modes[mode]
+
 
 # %% ../nbs/00_hvp.ipynb #6b3e85ad
 @patch
@@ -508,6 +531,7 @@ def unchanged(
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
     return self.objective.gradient()
+
 
 # %% ../nbs/00_hvp.ipynb #cabe4061
 @patch
@@ -544,6 +568,7 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
         return v
     return torch.stack([op @ column for column in v.T], 1)
 
+
 # %% ../nbs/00_hvp.ipynb #40460ea6
 @dataclass(frozen=True, kw_only=True)
 class OperatorCheck:
@@ -553,6 +578,7 @@ class OperatorCheck:
     # |Hv - difference of gradients| over |Hv|; normal is 1e-2 in float32, 1e-6 in float64
     finite_difference: float
     precision: float  # |Hv - Hv in full precision| over |Hv|; 0 unless precision="bf16"
+
 
 # %% ../nbs/00_hvp.ipynb #75872576
 @patch
@@ -588,6 +614,7 @@ def check(
     symmetry = abs(self.objective.inner(u, Hv) - self.objective.inner(v, Hu)) / norm
     return OperatorCheck(symmetry=symmetry, finite_difference=off, precision=short)
 
+
 # %% ../nbs/00_hvp.ipynb #203fac9e
 @patch
 def _in_full_precision(self: HessianOperator) -> HessianOperator:
@@ -596,6 +623,7 @@ def _in_full_precision(self: HessianOperator) -> HessianOperator:
     full.objective = self.objective.in_full_precision()
     full._modes = _new_modes()
     return full
+
 
 # %% ../nbs/00_hvp.ipynb #260c47d4
 @patch

@@ -26,8 +26,17 @@ from hessian_surgery_nb.foundations.splits import (
 )
 
 # %% auto #0
-__all__ = ['CLASSES', 'Lesions', 'is_isic', 'read_isic', 'write_toy_isic', 'check_lesions', 'hessian_images', 'lesion_splits',
-           'wilson_frame']
+__all__ = [
+    "CLASSES",
+    "Lesions",
+    "is_isic",
+    "read_isic",
+    "write_toy_isic",
+    "check_lesions",
+    "hessian_images",
+    "lesion_splits",
+    "wilson_frame",
+]
 
 # %% ../nbs/07_isic.ipynb #29771e3f
 CLASSES = (
@@ -64,6 +73,7 @@ class Lesions:
             lesion=tuple(self.lesion[row] for row in rows.tolist()),
         )
 
+
 # %% ../nbs/07_isic.ipynb #1c66dfd2
 def is_isic(
     path: str | Path,
@@ -75,6 +85,7 @@ def is_isic(
 def _visible_files(folder: Path, pattern: str) -> list[Path]:
     "Without those that systems hide, such as ._name.csv."
     return sorted(file for file in folder.glob(pattern) if file.name[0] != ".")
+
 
 # %% ../nbs/07_isic.ipynb #44025492
 def _read_table(
@@ -105,6 +116,7 @@ def _read_table(
         )
     return file, frame
 
+
 # %% ../nbs/07_isic.ipynb #baef33b3
 def _labels(
     file: Path,
@@ -128,6 +140,7 @@ def _labels(
             f"{row['image']} has {shown}; mend or remove the row."
         )
     return marks.to_numpy().argmax(1)
+
 
 # %% ../nbs/07_isic.ipynb #cff46500
 def _lesion_names(
@@ -158,6 +171,7 @@ def _image_files(folder: Path, truth: Any, truth_file: Path) -> list[Path]:
         )
     return files
 
+
 # %% ../nbs/07_isic.ipynb #b6e5f812
 def read_isic(
     path: str | Path,  # the directory that holds the three
@@ -182,6 +196,7 @@ def read_isic(
         names=tuple(truth.image),
         lesion=_joined(lesions, input_digests((x, y))),
     )
+
 
 # %% ../nbs/07_isic.ipynb #37f45db0
 def _joined(
@@ -208,6 +223,7 @@ def _joined(
     for number, lesion in zip(group[:num_images].tolist(), lesions):
         first.setdefault(number, lesion)
     return tuple(first[number] for number in group[:num_images].tolist())
+
 
 # %% ../nbs/07_isic.ipynb #1746584a
 def write_toy_isic(
@@ -249,6 +265,7 @@ def write_toy_isic(
     metadata = frame[["image", "lesion_id"]]
     metadata.to_csv(folder / "ISIC_2019_Training_Metadata.csv", index=False)
 
+
 # %% ../nbs/07_isic.ipynb #90806f18
 def _photographs(counts: Sequence[int]) -> list[tuple[int, int]]:  # class and lesion of each
     photographs = []
@@ -265,6 +282,7 @@ def _toy_mode(label: int, lesion: int) -> str:
         return "RGB"
     return "L" if lesion == 2 else "CMYK"
 
+
 # %% ../nbs/07_isic.ipynb #487e3e0f
 def check_lesions(
     **sets: Lesions,  # name -> images
@@ -279,6 +297,7 @@ def check_lesions(
                     f"a lesion must be on one side of a split. {lesion} is in {other} "
                     f"({first_image}) and in {name} ({image}); move one of them."
                 )
+
 
 # %% ../nbs/07_isic.ipynb #12bb5d6e
 def hessian_images(
@@ -299,6 +318,7 @@ def hessian_images(
     per_class = n // num_classes
     rows = [shuffled_rows(train.y, c, generator)[:per_class] for c in range(num_classes)]
     return train[torch.cat(rows)]
+
 
 # %% ../nbs/07_isic.ipynb #33536d79
 def _deal(
@@ -334,6 +354,7 @@ def _rows_by_class_and_lesion(
     for row in rows:
         by_class[labels[row]].setdefault(images.lesion[row], []).append(row)
     return [list(lesions.values()) for lesions in by_class]
+
 
 # %% ../nbs/07_isic.ipynb #440008cd
 def lesion_splits(
@@ -374,6 +395,7 @@ def lesion_splits(
     curvature = hessian_images(normal["train"], hessian, how=how, seed=seed)
     return Splits(**normal, hessian=curvature, seed=seed)
 
+
 # %% ../nbs/07_isic.ipynb #393ad5b9
 def _chosen_rows(images: Lesions, names: list[str]) -> list[int]:
     "Rows of the named images, whose lesions none of the rest may show."
@@ -394,6 +416,7 @@ def _check_every_class(samples: Samples, where: str):
                 f"every class needs at least 2 images in each set. {name} has {count} in "
                 f"{where}; change the shares or the seed."
             )
+
 
 # %% ../nbs/07_isic.ipynb #18caa555
 def wilson_frame(

@@ -52,7 +52,16 @@ from .foundations.weights import inner
 from .matrices import UnchangedDuring, as_operator
 
 # %% auto #0
-__all__ = ['Tridiagonal', 'lanczos_tridiag', 'plot_ritz', 'Eigenpairs', 'top_eigenpairs', 'eigen_residuals', 'angle_bounds']
+__all__ = [
+    "Tridiagonal",
+    "lanczos_tridiag",
+    "plot_ritz",
+    "Eigenpairs",
+    "top_eigenpairs",
+    "eigen_residuals",
+    "angle_bounds",
+]
+
 
 # %% ../nbs/01_lanczos.ipynb #a5e48729
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Tridiagonal:
     def __repr__(self):
         size = f"{len(self.alpha)} steps, n={len(self.next):,}"
         return f"Tridiagonal({size}, last beta {self.beta[-1]:.2g})"
+
 
 # %% ../nbs/01_lanczos.ipynb #a60cd636
 @plainly()
@@ -123,11 +133,13 @@ def lanczos_tridiag(
         next=rest,
     )
 
+
 # %% ../nbs/01_lanczos.ipynb #bc73e06d
 def _is_negligible(dtype: torch.dtype, alpha: list[float], beta: list[float]) -> bool:
     "Whether the last beta is rounding: then the space is exhausted."
     largest = max(map(abs, alpha + beta))
     return beta[-1] <= 10 * torch.finfo(dtype).eps * largest
+
 
 # %% ../nbs/01_lanczos.ipynb #6813586e
 def plot_ritz(
@@ -150,6 +162,7 @@ def plot_ritz(
         ritz_values = torch.linalg.eigvalsh(T[:m, :m])
         ax.plot([m] * m, ritz_values, ".", ms=3, color=COLOURS["blue"])
     return ax
+
 
 # %% ../nbs/01_lanczos.ipynb #ac9dedf2
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +190,7 @@ class Eigenpairs:
             shown.append("...")
         certified = f"{int(self.converged.sum())} of {len(self)} certified"
         return f"Eigenpairs([{', '.join(shown)}], {certified}, {self.num_matvecs} products)"
+
 
 # %% ../nbs/01_lanczos.ipynb #60540aca
 @plainly()
@@ -243,6 +257,7 @@ def top_eigenpairs(
     )
     return replace(pairs, converged=torch.zeros_like(pairs.converged))
 
+
 # %% ../nbs/01_lanczos.ipynb #57209907
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
@@ -288,6 +303,7 @@ def _rows_to_keep(search: Search, state: KrylovState) -> int:
     places = search.max_basis - len(state.waiting)
     return min(search.k + (places - search.k) // 2, places - 1)
 
+
 # %% ../nbs/01_lanczos.ipynb #b66204a0
 _SMALL = 2**28  # bytes that are there on any machine
 
@@ -328,6 +344,7 @@ def _certify(
         return pairs, None
     return pairs, _complaint(search, pairs, good, largest, floor, tol)
 
+
 # %% ../nbs/01_lanczos.ipynb #5328bce1
 def _room_for_vectors(search: Search, state: KrylovState) -> torch.Tensor:  # (k, n)
     "Rows for the result. A large basis becomes the result itself, which saves a copy."
@@ -365,6 +382,7 @@ def _complaint(
         f"{num_bad} of {search.k} eigenpairs are not certified to {tol:g} "
         f"after {pairs.num_matvecs} products; {way_out}."
     )
+
 
 # %% ../nbs/01_lanczos.ipynb #4504425d
 def _pairs_wanted(k: int, n: int) -> int:
@@ -404,6 +422,7 @@ def _check_storage(max_basis: int | None, basis_dtype: torch.dtype | None, n: in
             "torch.bfloat16 halves the memory."
         )
 
+
 # %% ../nbs/01_lanczos.ipynb #4bd4c011
 def _basis_size(
     op: Operator,
@@ -435,6 +454,7 @@ def _basis_size(
         )
     return size
 
+
 # %% ../nbs/01_lanczos.ipynb #e7a10c07
 def _directory(run_dir: str | Path | None, team: Team) -> Path | None:
     "A directory for the vectors, which holds nothing else."
@@ -462,6 +482,7 @@ def _progress_bar(total: int, hidden: bool):
 
     return tqdm(total=total, desc="eigenpairs", leave=False, disable=hidden)
 
+
 # %% ../nbs/01_lanczos.ipynb #39ff92fa
 @plainly()
 def eigen_residuals(
@@ -482,6 +503,7 @@ def _measured_residuals(
         off = product - value.to(vector.device) * vector.double()
         residuals.append(distributed_norm(off, op.team).cpu())
     return torch.stack(residuals)
+
 
 # %% ../nbs/01_lanczos.ipynb #02a862c6
 def angle_bounds(

@@ -16,7 +16,8 @@ from .baselines import Head
 from .fits import Fit, Tuning, Unseen
 
 # %% auto #0
-__all__ = ['LastLayer', 'can_be_retrained']
+__all__ = ["LastLayer", "can_be_retrained"]
+
 
 # %% ../nbs/05g_last_layer.ipynb #c54691cf
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def _regression(
     weight = torch.as_tensor(model.coef_) / scale
     bias = torch.as_tensor(model.intercept_) - weight @ mean.double()
     return _Layer(weight=weight.to(inputs), bias=bias.to(inputs))
+
 
 # %% ../nbs/05g_last_layer.ipynb #e5f4868c
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0)

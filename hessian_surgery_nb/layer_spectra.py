@@ -19,7 +19,8 @@ from .matrices import UnchangedDuring
 from .slq import SpectralDensity
 
 # %% auto #0
-__all__ = ['parameter_blocks', 'BlockProducts', 'LayerSpectra', 'layer_spectra']
+__all__ = ["parameter_blocks", "BlockProducts", "LayerSpectra", "layer_spectra"]
+
 
 # %% ../nbs/02a_layer_spectra.ipynb #5029c4dd
 def parameter_blocks(
@@ -54,6 +55,7 @@ def parameter_blocks(
     for place, name in enumerate(names):
         found.setdefault(name.rpartition(".")[0] or name, []).append(place)
     return found
+
 
 # %% ../nbs/02a_layer_spectra.ipynb #4c41df78
 class BlockProducts:
@@ -102,6 +104,7 @@ class BlockProducts:
 
             product = objective.mean(objective.sum_batches(of_batch))
         return dict(zip(vectors, product.split([self.sizes[name] for name in vectors])))
+
 
 # %% ../nbs/02a_layer_spectra.ipynb #d8d15046
 def _pick(tensors: Sequence[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor]:
@@ -166,6 +169,7 @@ def _alone(self: BlockProducts, name: str, v: torch.Tensor) -> torch.Tensor:
     product = unflatten(self.op @ flatten(padded).detach(), parameters)
     return flatten(_pick(product, self.places[name]))
 
+
 # %% ../nbs/02a_layer_spectra.ipynb #624186a9
 class _Recurrence:
     "Lanczos for one block, a step at a time."
@@ -207,6 +211,7 @@ class _Recurrence:
         nodes, vectors = torch.linalg.eigh(tridiagonal)
         return nodes, vectors[0] ** 2, self.betas[-1] * vectors[-1].abs()
 
+
 # %% ../nbs/02a_layer_spectra.ipynb #2a58a4b8
 def _density(
     quadratures: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], size: int
@@ -231,6 +236,7 @@ def _density(
         edges=(lowest[0][0].item(), highest[0][-1].item()),
         edge_residuals=(lowest[2][0].item(), highest[2][-1].item()),
     )
+
 
 # %% ../nbs/02a_layer_spectra.ipynb #bdb00393
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from .front import Front, Point
 from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ['PRICES', 'trust_region_step', 'advance_to_price', 'linearised_operate']
+__all__ = ["PRICES", "trust_region_step", "advance_to_price", "linearised_operate"]
 
 # %% ../nbs/05b_linearised.ipynb #7d4e1c96
 from .foundations.accuracy import class_report_of, predict
@@ -44,6 +44,7 @@ from hessian_surgery_nb.surgery_state import (
     prepare_surgery,
     snapshot,
 )
+
 
 # %% ../nbs/05b_linearised.ipynb #ac7909d7
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ class _Path:
     radius: float | None  # bound on |alpha| from the base; None: not known yet
     passes: int  # over the sensitivity set, so far
 
+
 # %% ../nbs/05b_linearised.ipynb #a69c663e
 def _start_path(operation: SurgeryOperation) -> _Path:
     report = operation.start.evaluation.report
@@ -121,6 +123,7 @@ def _with_jacobian(search: _Search, path: _Path) -> _Path:
     passes = path.passes + jacobian.num_passes
     return replace(path, jacobian=jacobian, radius=radius, passes=passes)
 
+
 # %% ../nbs/05b_linearised.ipynb #79333e74
 def _evaluate_at(
     search: _Search,
@@ -154,6 +157,7 @@ def _prediction_error(
     predicted = search.operation.team.broadcast(path.jacobian.accuracy(step))
     return (predicted - true.accuracy).square().mean().sqrt().item()
 
+
 # %% ../nbs/05b_linearised.ipynb #d2b3ba55
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
@@ -178,6 +182,7 @@ def _try_step(search: _Search, path: _Path, allowed_fall: float) -> _Trial | Non
         error=_prediction_error(search, path, alpha, report),
         at_edge=alpha.norm().item() > 0.9 * path.radius,
     )
+
 
 # %% ../nbs/05b_linearised.ipynb #63aeaead
 def trust_region_step(
@@ -211,6 +216,7 @@ def trust_region_step(
         return path, None
     radius = min(path.radius, 2 * good.alpha.norm().item())
     return replace(path, radius=radius), good
+
 
 # %% ../nbs/05b_linearised.ipynb #6726af74
 def _within_price(
@@ -246,6 +252,7 @@ def _within_price(
         true = _true_report(search, path, step)
         passes += 1
     return replace(path, passes=passes), step, true, predicted_sigma
+
 
 # %% ../nbs/05b_linearised.ipynb #29eb98d7
 def advance_to_price(
@@ -286,6 +293,7 @@ def _move_base(search: _Search, path: _Path, step: torch.Tensor) -> _Path:
     move(network, operation.params(), search.step_of(step), search.directions.team)
     return replace(path, base=path.best, base_weights=snapshot(network), jacobian=None)
 
+
 # %% ../nbs/05b_linearised.ipynb #778425d8
 PRICES = (0.0, 0.0025, 0.005, 0.01, 0.02)
 
@@ -322,6 +330,7 @@ def _check_folds(folds: int, report: ClassReport):
             f"are too few for {folds} folds; give fewer."
         )
 
+
 # %% ../nbs/05b_linearised.ipynb #06ef5f01
 def _given_directions(operation: SurgeryOperation, directions: Eigenpairs) -> SurgeryOperation:
     "The operation along directions that are known; refused where they are of other weights."
@@ -339,6 +348,7 @@ def _tolerance(tolerance: float, report: ClassReport) -> float:
     "Two images may always be off, and half an image a class."
     images = max(2 / len(report.counts) ** 0.5, 0.5)
     return max(tolerance, images / report.counts.min().item())
+
 
 # %% ../nbs/05b_linearised.ipynb #dd168450
 @plainly()
@@ -409,6 +419,7 @@ def linearised_operate(
         num_matvecs=directions.num_matvecs,
     )
 
+
 # %% ../nbs/05b_linearised.ipynb #184581d9
 @patch
 def verdict(
@@ -424,6 +435,7 @@ def verdict(
     return held_out_verdict(
         start.correct, chosen.correct, self.labels, names, price=price, alternative=alternative
     )
+
 
 # %% ../nbs/05b_linearised.ipynb #2e86bab5
 def _follow(
@@ -452,6 +464,7 @@ def _follow(
             point.seconds,
         )
     return tuple(points), labels
+
 
 # %% ../nbs/05b_linearised.ipynb #985fc349
 def _point(

@@ -17,7 +17,7 @@ from .foundations.watched import Observation
 from .hvp import HessianOperator
 
 # %% auto #0
-__all__ = ['MatrixOperator', 'as_operator', 'UnchangedDuring']
+__all__ = ["MatrixOperator", "as_operator", "UnchangedDuring"]
 
 # %% ../nbs/00a_matrices.ipynb #8e8643f9
 _REAL = "a matrix must hold real floating-point numbers."
@@ -57,6 +57,7 @@ def _real_torch_type(dtype: torch.dtype) -> torch.dtype:
         raise InputError(f"{_REAL} Got {dtype}; {_HERMITIAN}.")
     raise InputError(f"{_REAL} Got {dtype}; convert it with A.double().")
 
+
 # %% ../nbs/00a_matrices.ipynb #cbdbc689
 def _checked_tensor(matrix: torch.Tensor) -> torch.Tensor:  # (n, n), without its gradient
     "Refuse what is not real, finite and symmetric."
@@ -94,6 +95,7 @@ def _checked_sparse(matrix: Any) -> Any:  # of SciPy, in a type that products ca
     if entries.nnz and not abs(entries - entries.T).max() <= 1e-4 * abs(entries).max():
         raise InputError("a matrix must be symmetric. Got one that is not; pass (A + A.T) / 2.")
     return matrix
+
 
 # %% ../nbs/00a_matrices.ipynb #c5a24ccc
 class MatrixOperator:
@@ -141,6 +143,7 @@ class MatrixOperator:
             raise InputError(f"{_REAL} Got a product of {product.dtype}; {_HERMITIAN}.")
         return torch.as_tensor(_native(product)).to(v.device, self.dtype)
 
+
 # %% ../nbs/00a_matrices.ipynb #a3c26a3d
 _OPERATOR = ("num_matvecs", "shape", "dtype", "device", "__matmul__")
 
@@ -161,6 +164,7 @@ def as_operator(
     if isinstance(op, np.ndarray):
         return MatrixOperator(_as_tensor(op))
     return MatrixOperator(op)
+
 
 # %% ../nbs/00a_matrices.ipynb #f63523a5
 def _checked_operator(op: Any) -> Any:
@@ -197,6 +201,7 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind not in "fiub":
         raise InputError(f"{_REAL} Got an array of {array.dtype}.")
     return torch.as_tensor(_native(array))
+
 
 # %% ../nbs/00a_matrices.ipynb #24e1ecf0
 class UnchangedDuring:

@@ -44,7 +44,16 @@ from .shifts import Parts, Shift, Steps
 from .surgery import LOG, operate
 
 # %% auto #0
-__all__ = ['METHODS', 'Given', 'Outlook', 'Looped', 'chosen_methods', 'network_methods', 'network_of']
+__all__ = [
+    "METHODS",
+    "Given",
+    "Outlook",
+    "Looped",
+    "chosen_methods",
+    "network_methods",
+    "network_of",
+]
+
 
 # %% ../nbs/05j_network_methods.ipynb #b2057912
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,7 @@ class Given:
         "Along the class means; None: not to be had."
         return _along_means(self, "class means", None, cross=False)
 
+
 # %% ../nbs/05j_network_methods.ipynb #6cc1b7d8
 def _by_tau(given: Given) -> Iterator[Method]:
     if given.head is not None:
@@ -117,6 +127,7 @@ def _by_settling(given: Given) -> Iterator[Method]:
     yield AsItIs("settled", 5, logits, weights)
     shift = by_class(Shift, given.tuning, logits)
     yield Tuned("settled, then biases", 6, given.tuning, logits, shift, lambda parts: weights())
+
 
 # %% ../nbs/05j_network_methods.ipynb #1fc658f5
 @dataclass(frozen=True)
@@ -155,6 +166,7 @@ def _outlook(given: Given, directions: Eigenpairs) -> Outlook:
     )
     return Outlook(directions, jacobian)
 
+
 # %% ../nbs/05j_network_methods.ipynb #0e0a41e7
 def _steps_along(
     given: Given,
@@ -180,6 +192,7 @@ def _steps_along(
         return logits if parts.shift is None else logits + parts.shift.to(logits)
 
     return Tuned(name, rank, given.tuning, given.logits, steps.on, weights, truth)
+
 
 # %% ../nbs/05j_network_methods.ipynb #d82ac4fd
 def _along_means(given: Given, name: str, count: int | None, cross: bool) -> Outlook | None:
@@ -234,6 +247,7 @@ def _by_spikes(given: Given) -> Iterator[Method]:
     pairs = top_eigenpairs(op, given.num_classes - 1, tol=given.config.tol, seed=given.tuning.seed)
     yield _steps_along(given, "linearised surgery", 9, _outlook(given, pairs))
 
+
 # %% ../nbs/05j_network_methods.ipynb #0c361eb4
 class Looped:
     "Surgery as the paper has it, run anew for every set of images."
@@ -281,6 +295,7 @@ def _by_loop(given: Given) -> Iterator[Method]:
     if given.hessian_data is not None:
         yield Looped(given)
 
+
 # %% ../nbs/05j_network_methods.ipynb #4c180a78
 _MAKERS: dict[str, Callable[[Given], Iterator[Method]]] = {
     "tau-norm": _by_tau,
@@ -325,6 +340,7 @@ def network_methods(
         if name in _MAKERS:
             methods += _MAKERS[name](given)
     return methods
+
 
 # %% ../nbs/05j_network_methods.ipynb #e80ce349
 @plainly()

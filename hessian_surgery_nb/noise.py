@@ -14,7 +14,8 @@ from .sensitivity import Sensitivity
 from .surgery_state import Solver
 
 # %% auto #0
-__all__ = ['with_shrinkage', 'without_noisy_spikes', 'consensus']
+__all__ = ["with_shrinkage", "without_noisy_spikes", "consensus"]
+
 
 # %% ../nbs/06b_noise.ipynb #ce9c8e1e
 def with_shrinkage(
@@ -32,6 +33,7 @@ def without_noisy_spikes(
     "Zeros for spikes that are mostly noise; the clearest always stays."
     ratio = S.matrix.norm(dim=0) / S.noise.norm(dim=0)
     return replace(S, matrix=S.matrix * (ratio >= ratio.max().clamp(max=least)))
+
 
 # %% ../nbs/06b_noise.ipynb #e660a419
 def _split_in_two(

@@ -48,7 +48,7 @@ from hessian_surgery_nb.evidence.tables_many import (
 )
 
 # %% auto #0
-__all__ = ['TABLES', 'ISIC_TABLES', 'FIGURES']
+__all__ = ["TABLES", "ISIC_TABLES", "FIGURES"]
 
 # %% ../nbs/09_paper.ipynb #affb0f44
 # table -> how it is made, and the experiments it needs; in the order of the paper

@@ -42,7 +42,8 @@ from hessian_surgery_nb.sensitivity import (
 )
 
 # %% auto #0
-__all__ = ['LogitJacobian', 'logit_jacobian', 'keep_jacobian', 'kept_jacobian']
+__all__ = ["LogitJacobian", "logit_jacobian", "keep_jacobian", "kept_jacobian"]
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #71f2bfb9
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class LogitJacobian:
             curvature=None if curvature is None else curvature[..., :k],
         )
 
+
 # %% ../nbs/04a_predicted_logits.ipynb #ebe29560
 @patch
 @plainly()
@@ -127,6 +129,7 @@ def accuracy(
     "Predicted accuracy of each class."
     return self._accuracy_of(self.at(alpha))
 
+
 # %% ../nbs/04a_predicted_logits.ipynb #ff208be3
 @patch
 def _accuracy_of(self: LogitJacobian, logits: torch.Tensor) -> torch.Tensor:
@@ -155,6 +158,7 @@ def sensitivity(
         metric=metric,
         num_passes=0,
     )
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #928215e8
 @plainly()
@@ -223,6 +227,7 @@ def logit_jacobian(
         num_passes=1 + 2 * vectors.shape[1],
     )
 
+
 # %% ../nbs/04a_predicted_logits.ipynb #61614b97
 def _difference_step(spikes: Eigenpairs | torch.Tensor, chosen: dict[str, torch.Tensor]) -> float:
     "0.05 / sqrt(lambda_1); without curvature, half a per cent of the weights."
@@ -233,6 +238,7 @@ def _difference_step(spikes: Eigenpairs | torch.Tensor, chosen: dict[str, torch.
     squares = sum(p.detach().double().square().sum().item() for p in chosen.values())
     step_norm = 0.1 * math.sqrt(squares)
     return 0.05 * (step_norm if step_norm > 0 else 1.0)
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #e0209547
 def _forward_derivatives(
@@ -269,6 +275,7 @@ def _say_why_differences(e: Exception):
         f"PyTorch says: {str(e).splitlines()[0][:140]} Differences of logits are used instead.",
     )
 
+
 # %% ../nbs/04a_predicted_logits.ipynb #d3da2f9c
 def _tangent(
     model: nn.Module,
@@ -287,6 +294,7 @@ def _tangent(
         dual, _ = predict(model, data, state=state, forward=forward)
         logits, tangent = fwAD.unpack_dual(dual)
     return torch.zeros_like(logits) if tangent is None else tangent
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #d890a64f
 @dataclass(frozen=True)
@@ -329,6 +337,7 @@ def _jacobian_in_file(
     jacobian, curvature = _fill(request, logits, 2, _differences_of_batch, folder)
     how = dict(eps=request.eps, scheme="logits", num_passes=1 + 2 * count)
     return LogitJacobian(jacobian=jacobian, curvature=curvature, **facts, **how)
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #e2f27d97
 def _fill(
@@ -378,6 +387,7 @@ def _tangents_of_batch(request: _Request, k: int) -> Callable:
 
     return along
 
+
 # %% ../nbs/04a_predicted_logits.ipynb #6edf3295
 def _facts(request: dict[str, object]) -> dict[str, object]:
     "Names and numbers as they are; of anything else a fingerprint."
@@ -404,6 +414,7 @@ def keep_jacobian(
         tensors["curvature"] = j.curvature
     facts = dict(eps=j.eps, scheme=j.scheme, num_passes=j.num_passes)
     write_tensors(Path(path), tensors, dict(request=_facts(request)) | facts)
+
 
 # %% ../nbs/04a_predicted_logits.ipynb #9d336516
 def kept_jacobian(

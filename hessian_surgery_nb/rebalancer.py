@@ -20,7 +20,8 @@ from .foundations.checks import InputError
 from .goals import Goal, Scoring
 
 # %% auto #0
-__all__ = ['Rebalancer']
+__all__ = ["Rebalancer"]
+
 
 # %% ../nbs/05i_rebalancer.ipynb #16e69a48
 class Rebalancer(ClassifierMixin, BaseEstimator):
@@ -137,6 +138,7 @@ class Rebalancer(ClassifierMixin, BaseEstimator):
         "The class of the largest logit."
         check_is_fitted(self)
         return self.classes_[self.adjusted_logits(X).argmax(1)]
+
 
 # %% ../nbs/05i_rebalancer.ipynb #9e5ffb8c
 def _places(y: np.ndarray, classes: np.ndarray) -> np.ndarray:  # (N,)

@@ -43,7 +43,8 @@ from .settings import SurgeryConfig
 from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ['PRICES', 'Outcome', 'Rebalancing', 'rebalance']
+__all__ = ["PRICES", "Outcome", "Rebalancing", "rebalance"]
+
 
 # %% ../nbs/05l_rebalancing.ipynb #f3e11efc
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,7 @@ class Rebalancing:
         "The network of any method, taken or not."
         return network_of(self.original, self[method].fit, self.data, self.forward)
 
+
 # %% ../nbs/05l_rebalancing.ipynb #c27f45cd
 PRICES = (0.0, 0.0025, 0.005, 0.01, 0.02)  # of global accuracy, fractions
 
@@ -150,6 +152,7 @@ def _shown_on_front(methods: Sequence[Method], chosen: int) -> Method | None:
         if hasattr(method, "tuning"):
             return method
     return None
+
 
 # %% ../nbs/05l_rebalancing.ipynb #2ec2e792
 class _Run:
@@ -188,6 +191,7 @@ class _Run:
         return Outcome(
             name=name, fit=fit, price=price, sensitivity=tuned, held_out=held_out, correct=correct
         )
+
 
 # %% ../nbs/05l_rebalancing.ipynb #cbcaefdd
 @plainly()
@@ -273,6 +277,7 @@ def _scoring_of(goal: Goal, run: _Run, groups: Sequence | None) -> Scoring:
     numbers = torch.tensor([group_names.index(str(group)) for group in groups])
     return Scoring(goal, labels, answers, run.names, numbers, group_names)
 
+
 # %% ../nbs/05l_rebalancing.ipynb #9e032051
 def _decide(
     run: _Run,
@@ -356,6 +361,7 @@ def _is_allowed(method: Method, scoring: Scoring) -> bool:
         return True
     return scoring.holds(method.logits.argmax(1).cpu())
 
+
 # %% ../nbs/05l_rebalancing.ipynb #b4690815
 @patch
 def to_frame(
@@ -391,6 +397,7 @@ def methods_frame(
         table["held-out global (%)"] = [100 * report.overall for report in reports]
     table["setting"] = [outcome.fit.setting for outcome in self.outcomes]
     return table
+
 
 # %% ../nbs/05l_rebalancing.ipynb #e09bf25d
 def _numbers(tensor: torch.Tensor | None) -> list[float] | None:

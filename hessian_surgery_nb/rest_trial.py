@@ -23,7 +23,7 @@ from .foundations.losses import LossFunction
 from .settling_methods import newton_in_spikes
 
 # %% auto #0
-__all__ = ['fit_few', 'losses_at_best_temperature', 'relative_gain', 'RestTrial', 'try_rest']
+__all__ = ["fit_few", "losses_at_best_temperature", "relative_gain", "RestTrial", "try_rest"]
 
 # %% ../nbs/03f_rest_trial.ipynb #82d64494
 _RIDGE = 1e-3  # keeps biases small where nothing asks for them
@@ -60,6 +60,7 @@ def _fit_biases(
         biases = fit_few(loss, logits.shape[1])
     return biases - biases.mean()
 
+
 # %% ../nbs/03f_rest_trial.ipynb #2c36a8d8
 def losses_at_best_temperature(
     logits: torch.Tensor,  # (N, C)
@@ -83,6 +84,7 @@ def relative_gain(
         return 0.0, 0.0
     fall = before - after
     return fall.mean().item() / base, fall.std().item() / math.sqrt(len(fall)) / base
+
 
 # %% ../nbs/03f_rest_trial.ipynb #e301b305
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ class RestTrial:
             f"{self.num_matvecs} products)"
         )
 
+
 # %% ../nbs/03f_rest_trial.ipynb #16139160
 def _beyond_biases(
     stages: list[torch.Tensor],  # three times (N, C): before, with biases, after Newton too
@@ -132,6 +135,7 @@ def _beyond_biases(
     if not np.isfinite([everything, *without]).all():
         return None, None
     return everything, math.sqrt((folds - 1) * without.var())
+
 
 # %% ../nbs/03f_rest_trial.ipynb #1c8a1481
 @plainly()

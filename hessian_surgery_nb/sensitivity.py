@@ -31,8 +31,18 @@ from hessian_surgery_nb.foundations.weights import (
 from .lanczos import Eigenpairs
 
 # %% auto #0
-__all__ = ['Sensitivity', 'image_scores', 'paired_noise', 'sensitivity_from_changes', 'directions_and_team', 'counted',
-           'check_directions', 'sensitivity_matrix', 'plot_sensitivity']
+__all__ = [
+    "Sensitivity",
+    "image_scores",
+    "paired_noise",
+    "sensitivity_from_changes",
+    "directions_and_team",
+    "counted",
+    "check_directions",
+    "sensitivity_matrix",
+    "plot_sensitivity",
+]
+
 
 # %% ../nbs/04_sensitivity.ipynb #64df8ed5
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,7 @@ class Sensitivity:
         "Root mean square of S over that of its noise."
         return (self.matrix.norm() / self.noise.norm()).item()
 
+
 # %% ../nbs/04_sensitivity.ipynb #5beb75a4
 @patch
 def __repr__(self: Sensitivity):
@@ -64,6 +75,7 @@ def __repr__(self: Sensitivity):
         f"{self.scheme}, {self.metric}, |S|={self.matrix.norm():.3g}, "
         f"signal/noise {self.signal_to_noise:.1f})"
     )
+
 
 # %% ../nbs/04_sensitivity.ipynb #cd690a32
 def image_scores(
@@ -89,6 +101,7 @@ def paired_noise(
     variance = (mean_of_squares - square_of_mean).clamp(min=0)
     one_image = (variance == 0) / counts**2
     return torch.maximum(variance / (counts - 1).clamp(min=1), one_image).sqrt()
+
 
 # %% ../nbs/04_sensitivity.ipynb #8c91630d
 def sensitivity_from_changes(
@@ -117,6 +130,7 @@ def sensitivity_from_changes(
         labels=labels.cpu(),
     )
 
+
 # %% ../nbs/04_sensitivity.ipynb #b873a58a
 @dataclass(frozen=True)
 class _Probe:
@@ -141,6 +155,7 @@ class _Probe:
             )
         return image_scores(logits, labels, self.metric)
 
+
 # %% ../nbs/04_sensitivity.ipynb #efd1a1bb
 def _image_changes(
     probe: _Probe,
@@ -162,6 +177,7 @@ def _image_changes(
     sides = 2 if scheme == "central" else 1
     return torch.stack(changes, 1), sides * num_spikes
 
+
 # %% ../nbs/04_sensitivity.ipynb #12da09c4
 def directions_and_team(
     spikes: Eigenpairs | torch.Tensor,  # or directions (n, K)
@@ -181,6 +197,7 @@ def counted(
     from tqdm.auto import tqdm
 
     return tqdm(range(count), desc=label, leave=False, disable=not shown)
+
 
 # %% ../nbs/04_sensitivity.ipynb #0f44105d
 def check_directions(
@@ -208,6 +225,7 @@ def check_directions(
             f"{norms.max().item():.3g}; divide each column by its norm."
         )
 
+
 # %% ../nbs/04_sensitivity.ipynb #6306c965
 def _checked_directions(
     spikes: Eigenpairs | torch.Tensor, params: dict[str, torch.Tensor], eps: float
@@ -228,6 +246,7 @@ def _column_norms(vectors: torch.Tensor, n: int, team: Team) -> torch.Tensor:  #
         return torch.stack([vector_norm(column) for column in vectors.T])
     return torch.stack([distributed_norm(column, team) for column in vectors.T])
 
+
 # %% ../nbs/04_sensitivity.ipynb #a2e1f1cb
 def _accuracy_at_centre(
     logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str] | None
@@ -240,6 +259,7 @@ def _accuracy_at_centre(
 def _check_scheme_and_metric(scheme: str, metric: str):
     _check_choice("scheme", scheme, ("central", "forward"))
     _check_choice("metric", metric, ("accuracy", "probability"))
+
 
 # %% ../nbs/04_sensitivity.ipynb #58d1d92b
 @plainly()
@@ -268,6 +288,7 @@ def sensitivity_matrix(
     how = dict(eps=eps, scheme=scheme, metric=metric, num_passes=passes + (centre is None))
     return sensitivity_from_changes(changes, labels, accuracy, **how)
 
+
 # %% ../nbs/04_sensitivity.ipynb #c76014db
 def plot_sensitivity(
     s: Sensitivity,
@@ -291,6 +312,7 @@ def plot_sensitivity(
     ax.grid(False)
     ax.tick_params(rotation=0)
     return ax
+
 
 # %% ../nbs/04_sensitivity.ipynb #cd8ed1dd
 def _heat_map(matrix: torch.Tensor, labels: list[str] | bool, ax: Axes):

@@ -23,7 +23,14 @@ from hessian_surgery_nb.foundations.checks import (
 from .foundations.class_limits import checked_limits
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'SurgeryConfig', 'check_config', 'direction_name', 'config_dict', 'with_reduction']
+__all__ = [
+    "DIRECTIONS",
+    "SurgeryConfig",
+    "check_config",
+    "direction_name",
+    "config_dict",
+    "with_reduction",
+]
 
 # %% ../nbs/04c_settings.ipynb #3ec6602d
 # what surgery may move along by name; a function of your own may stand in their place
@@ -36,6 +43,7 @@ _SEED = WholeNumber(-(2**63), 2**63, rule=f"in {-(2**63)}..{2**63 - 1}")
 _EXPONENT = Interval(
     0, closed="left", remedy="name it, such as 2, the default: the rule behind 'auto' is gone"
 )
+
 
 # %% ../nbs/04c_settings.ipynb #84ea577a
 def _are_directions(value: object) -> bool:
@@ -56,6 +64,7 @@ _LIMITS = Satisfies(
 )
 _LIMITS_OF_A_RUN = ("protect", "floors", "max_global_drop")
 _PARAMS = Satisfies(_are_params, rule="a name, a pattern or a tuple of them")
+
 
 # %% ../nbs/04c_settings.ipynb #c662295e
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,7 @@ class SurgeryConfig:
             "reduction": self.reduction,
         }
 
+
 # %% ../nbs/04c_settings.ipynb #e90d3a48
 def check_config(
     config: SurgeryConfig,
@@ -124,6 +134,7 @@ def check_config(
     check_values(config)
     for name in ("protect", "floors"):
         checked_limits(name, getattr(config, name))
+
 
 # %% ../nbs/04c_settings.ipynb #ded56377
 def direction_name(

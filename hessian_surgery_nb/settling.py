@@ -33,8 +33,17 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .matrices import UnchangedDuring
 
 # %% auto #0
-__all__ = ['Settledness', 'settledness', 'count_images', 'split_batches', 'count_classes', 'plot_settledness', 'ClassBias',
-           'class_bias']
+__all__ = [
+    "Settledness",
+    "settledness",
+    "count_images",
+    "split_batches",
+    "count_classes",
+    "plot_settledness",
+    "ClassBias",
+    "class_bias",
+]
+
 
 # %% ../nbs/03c_settling.ipynb #6343b238
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +80,7 @@ def _jackknife(
     spread = (without - without.mean(0)).square().sum(0)
     return statistic(everything), ((folds - 1) / folds * spread).sqrt()
 
+
 # %% ../nbs/03c_settling.ipynb #d6ca69d9
 def _fold_gradients(operator: HessianOperator, folds: int) -> _Folds:
     "Every batch, or piece of one, goes to the next fold."
@@ -93,6 +103,7 @@ def _fold_gradients(operator: HessianOperator, folds: int) -> _Folds:
             "give more images, smaller batches, or fewer folds."
         )
     return _Folds(sums=sums, weights=weights, loss=total.item() / objective.denominator)
+
 
 # %% ../nbs/03c_settling.ipynb #5896c442
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +143,7 @@ class Settledness:
             f"{'' if self.certified else ', not certified'})"
         )
 
+
 # %% ../nbs/03c_settling.ipynb #2b358efe
 def _figures(folds: _Folds, pairs: Eigenpairs) -> tuple[torch.Tensor, torch.Tensor]:  # (3,), (3,)
     "Share, predicted fall and squared norm, and their standard errors."
@@ -151,6 +163,7 @@ def _figures(folds: _Folds, pairs: Eigenpairs) -> tuple[torch.Tensor, torch.Tens
         return torch.tensor([share, fall, norm], dtype=torch.float64)
 
     return _jackknife(statistic, len(folds.weights))
+
 
 # %% ../nbs/03c_settling.ipynb #282b7a92
 @plainly()
@@ -188,6 +201,7 @@ def settledness(
         num_pairs = 2 * count_classes(model, data, forward)
     pairs = top_eigenpairs(operator, num_pairs, tol=tol, seed=seed_of(seed), progress=progress)
     return _summed_up(parts, pairs, num_images=count_images(data), one_function=watch.unchanged)
+
 
 # %% ../nbs/03c_settling.ipynb #1db9138d
 def _summed_up(
@@ -237,6 +251,7 @@ def count_classes(
     device = next(model.parameters()).device
     return functional_logits(Forward(model, forward), {}, to_device(few[0], device)).shape[1]
 
+
 # %% ../nbs/03c_settling.ipynb #f1e35e0d
 def plot_settledness(
     found: dict[str, Settledness],  # name -> what was measured
@@ -260,6 +275,7 @@ def plot_settledness(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     return ax
+
 
 # %% ../nbs/03c_settling.ipynb #2d92611b
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,8 @@ from .lanczos import Eigenpairs, top_eigenpairs
 from .settling import count_classes, count_images, split_batches
 
 # %% auto #0
-__all__ = ['Settled', 'newton_in_spikes', 'copied_weights', 'settle']
+__all__ = ["Settled", "newton_in_spikes", "copied_weights", "settle"]
+
 
 # %% ../nbs/03e_settling_methods.ipynb #ccfae46d
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Settled:
             f"{self.chosen} of {len(self.losses) - 1}; moved by {self.moved:.3f}; "
             f"{self.num_matvecs} products, {self.gradient_images} gradients of an image)"
         )
+
 
 # %% ../nbs/03e_settling_methods.ipynb #5e99ea0f
 @plainly()
@@ -106,6 +108,7 @@ def newton_in_spikes(
         num_matvecs=matvecs,
         gradient_images=descent.passes * count_images(data),
     )
+
 
 # %% ../nbs/03e_settling_methods.ipynb #c1a824bc
 class _NewtonDescent:
@@ -159,6 +162,7 @@ def _newton_step(pairs: Eigenpairs, gradient: torch.Tensor) -> torch.Tensor:  # 
     along = inner(vectors, gradient) / pairs.values[curved].to(gradient.device)
     return vectors @ along.to(vectors)
 
+
 # %% ../nbs/03e_settling_methods.ipynb #72d76d38
 class _Rows:
     "All images of some data, to draw batches from."
@@ -190,6 +194,7 @@ def _columns(batches: Sequence[Batch]) -> list[torch.Tensor]:
         else:
             joined.append(parts[0])  # shared by all images
     return joined
+
 
 # %% ../nbs/03e_settling_methods.ipynb #ee41979b
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +237,7 @@ def _endless(
         for start in range(0, len(rows) - size + 1, size):
             yield order[start : start + size]
 
+
 # %% ../nbs/03e_settling_methods.ipynb #dd9e4360
 def _check_anneal(lr: float, optimizer: str, held_back: float) -> None:
     if optimizer not in ("adam", "sgd"):
@@ -259,6 +265,7 @@ def _loss_of(network: Forward, loss_fn: LossFunction, images: Batch, batch_size:
         parts.append(functional_logits(network, {}, to_device(piece[0], device)))
     return loss_fn(torch.cat(parts), labels.to(device)).item()
 
+
 # %% ../nbs/03e_settling_methods.ipynb #3aa9907f
 def _check_loss(loss: float, step: int):
     if not math.isfinite(loss):
@@ -285,6 +292,7 @@ def _learn(
         parameter.grad = gradient
     optimise.step()
     return loss.item()
+
 
 # %% ../nbs/03e_settling_methods.ipynb #ff4a00c3
 @plainly()

@@ -14,7 +14,8 @@ from .foundations.testbed import Axes, COLOURS, new_axes
 from .foundations.trials import difference
 
 # %% auto #0
-__all__ = ['StepErrors', 'step_errors', 'plot_step_errors']
+__all__ = ["StepErrors", "step_errors", "plot_step_errors"]
+
 
 # %% ../nbs/02b_sharded_products.ipynb #83549d0b
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def step_errors(
         products=torch.tensor(products, dtype=torch.float64),
         values=torch.tensor(values, dtype=torch.float64),
     )
+
 
 # %% ../nbs/02b_sharded_products.ipynb #d545709e
 def plot_step_errors(

@@ -19,7 +19,8 @@ from .goals import Scoring
 from .predicted_logits import LogitJacobian
 
 # %% auto #0
-__all__ = ['Parts', 'Change', 'Shift', 'ScaleAndShift', 'Steps', 'solve_change']
+__all__ = ["Parts", "Change", "Shift", "ScaleAndShift", "Steps", "solve_change"]
+
 
 # %% ../nbs/05e_shifts.ipynb #0bfc8143
 class Parts(NamedTuple):
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
             said.append(f"biases within +-{self.shift.abs().max():.2f}")
         return ", ".join(said)
 
+
 # %% ../nbs/05e_shifts.ipynb #3f7d1d06
 class Change(Protocol):
     "Numbers, and what they make of logits."
@@ -60,6 +62,7 @@ class Change(Protocol):
         self, numbers: torch.Tensor, logits: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
         "The logits (N, M) of a few classes of every image, changed."
+
 
 # %% ../nbs/05e_shifts.ipynb #1f5e82d3
 class Shift:
@@ -122,6 +125,7 @@ class ScaleAndShift(Shift):
         logarithms, shift = numbers.chunk(2)
         return Parts(scale=(logarithms - logarithms.mean()).exp(), shift=shift)
 
+
 # %% ../nbs/05e_shifts.ipynb #12b6b8c4
 class Steps:
     "A step along directions in weight space, as their Jacobian predicts it; perhaps shifts on top."
@@ -181,6 +185,7 @@ class Steps:
         part.jacobian = self.jacobian[rows]
         return part
 
+
 # %% ../nbs/05e_shifts.ipynb #eb4a8be4
 _CANDIDATES = 32  # of other classes, for each image
 
@@ -229,6 +234,7 @@ class _Images:
         with torch.no_grad():
             margin, strongest = self.among_candidates(numbers)
         return torch.where(margin > 0, self.labels, strongest)
+
 
 # %% ../nbs/05e_shifts.ipynb #69da8068
 _RIDGE = 1e-3
@@ -290,6 +296,7 @@ class _Climb:
             ends_when_kept=True,
         )
         return torch.tensor(point) * units
+
 
 # %% ../nbs/05e_shifts.ipynb #d34b3abf
 def solve_change(

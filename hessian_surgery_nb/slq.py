@@ -28,7 +28,8 @@ from .lanczos import Eigenpairs, Tridiagonal, lanczos_tridiag
 from .matrices import UnchangedDuring, as_operator
 
 # %% auto #0
-__all__ = ['probe_quadrature', 'SpectralDensity', 'spectral_density', 'decades', 'plot_density']
+__all__ = ["probe_quadrature", "SpectralDensity", "spectral_density", "decades", "plot_density"]
+
 
 # %% ../nbs/02_slq.ipynb #52b5a859
 @plainly()
@@ -41,6 +42,7 @@ def probe_quadrature(
     "Gauss quadrature of the spectrum as one random vector sees it."
     theta, U = torch.linalg.eigh(lanczos_tridiag(op, num_matvecs, seed=seed).T)
     return theta, U[0] ** 2
+
 
 # %% ../nbs/02_slq.ipynb #ee8ab283
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class SpectralDensity:
             f"trace {self.trace:.4g} +- {self.trace_stderr:.2g})"
         )
 
+
 # %% ../nbs/02_slq.ipynb #81513aca
 @dataclass(frozen=True, kw_only=True)
 class _KnownPairs:
@@ -90,6 +93,7 @@ def _known_pairs(op: Operator, spikes: Eigenpairs | None) -> _KnownPairs:
     rows = spikes.vectors.T[spikes.converged.to(spikes.vectors.device)]
     return _joined(op, nothing, spikes.values[spikes.converged], rows)
 
+
 # %% ../nbs/02_slq.ipynb #3190eb37
 def _joined(
     op: Operator, known: _KnownPairs, values: torch.Tensor, rows: torch.Tensor
@@ -105,6 +109,7 @@ def _joined(
         joined[i] /= distributed_norm(joined[i], op.team).to(joined)
     return _KnownPairs(values=torch.cat([known.values, values]), rows=joined)
 
+
 # %% ../nbs/02_slq.ipynb #bf7a1df1
 @dataclass(frozen=True, kw_only=True)
 class _ProbeRun:
@@ -115,6 +120,7 @@ class _ProbeRun:
     gauss_error: float
     ritz_values: torch.Tensor  # (j,) ascending, of its own Lanczos run
     edge_residuals: torch.Tensor  # (2,) of the lowest and the highest of these
+
 
 # %% ../nbs/02_slq.ipynb #4a7d4971
 def _probe(
@@ -141,6 +147,7 @@ def _probe(
     run = _run_of(op, known, theta, U, tri.beta[-1])
     return run, _with_certified(op, known, tri, theta, U, max_known)
 
+
 # %% ../nbs/02_slq.ipynb #69c88842
 def _run_of(
     op: Operator, known: _KnownPairs, theta: torch.Tensor, U: torch.Tensor, last_beta: torch.Tensor
@@ -164,6 +171,7 @@ def _run_of(
 def _rounding(op: Operator, theta: torch.Tensor) -> torch.Tensor:  # float64 scalar
     floor = operator_floor(op, theta.abs().max().item())
     return torch.tensor(floor, dtype=torch.float64)
+
 
 # %% ../nbs/02_slq.ipynb #88388ba0
 def _with_certified(
@@ -189,6 +197,7 @@ def _with_certified(
     linear_combination(U[:, outermost].T, tri.basis, rows, op.team)
     return _joined(op, known, theta[outermost], rows)
 
+
 # %% ../nbs/02_slq.ipynb #5f169d42
 def _nothing_left(known: _KnownPairs) -> _ProbeRun:
     "A probe that need not be sent: every eigenvalue is known."
@@ -208,6 +217,7 @@ def _outermost(
     mean = (theta * weights).sum()
     distances = (theta[among] - mean).abs()
     return among[distances.argsort(descending=True)]
+
 
 # %% ../nbs/02_slq.ipynb #817fae0b
 @plainly()
@@ -231,6 +241,7 @@ def spectral_density(
     how = dict(num_matvecs=num_matvecs, max_known=max_known, reorthogonalise=reorthogonalise)
     runs = _all_probes(op, seeds, spikes, progress=progress, **how)
     return _density_of(runs, op.shape[0])
+
 
 # %% ../nbs/02_slq.ipynb #989d67a7
 def _all_probes(
@@ -260,6 +271,7 @@ def _all_probes(
         warn_caller(_TWO_MATRICES, ChangingFunction)
     return runs
 
+
 # %% ../nbs/02_slq.ipynb #dfc77630
 def _seeds_of_probes(seed: int, num_probes: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed_of(seed))
@@ -278,6 +290,7 @@ def _vectors_fit(op: Operator, count: int) -> bool:
     too_many = size >= max(free_memory(op.device) / 2, 2**28)
     return not op.team.any(too_many)
 
+
 # %% ../nbs/02_slq.ipynb #2df4dd94
 def _density_of(runs: list[_ProbeRun], n: int) -> SpectralDensity:
     "All probes in one table, short ones padded with nodes of weight zero."
@@ -295,6 +308,7 @@ def _density_of(runs: list[_ProbeRun], n: int) -> SpectralDensity:
         edge_residuals=(bottom_residual, top_residual),
     )
 
+
 # %% ../nbs/02_slq.ipynb #773df2fc
 def _padded(numbers: torch.Tensor, length: int, fill: float) -> torch.Tensor:  # (length,)
     padding = torch.full((length - len(numbers),), fill, dtype=numbers.dtype)
@@ -306,6 +320,7 @@ def _edge(run: _ProbeRun, value: torch.Tensor, at: int) -> tuple[float, float]:
     if len(run.ritz_values) and value == run.ritz_values[at]:
         return value.item(), run.edge_residuals[at].item()
     return value.item(), 0.0  # one of those that were known
+
 
 # %% ../nbs/02_slq.ipynb #4fbaad6f
 @patch
@@ -332,6 +347,7 @@ def trace_stderr(self: SpectralDensity) -> float:
     "Its standard error over probes."
     return self.estimate(lambda t: t)[1]
 
+
 # %% ../nbs/02_slq.ipynb #befe4052
 @patch
 def wasserstein_bound(
@@ -349,6 +365,7 @@ def wasserstein_bound(
     log_term = math.log(2 * self.size / (1 - confidence))
     probes = math.sqrt(log_term / (len(self.nodes) * (self.size + 2)))
     return self.gauss_error.mean().item(), width * probes
+
 
 # %% ../nbs/02_slq.ipynb #622ff9e6
 @patch
@@ -373,6 +390,7 @@ def density(
     per_probe = (bells * self.weights).sum(2)
     return per_probe.mean(1), per_probe.std(1) / math.sqrt(per_probe.shape[1])
 
+
 # %% ../nbs/02_slq.ipynb #509e4346
 def _bandwidth(given: float | None, default: float) -> float:
     "The width of a bell; 1 where all nodes are one."
@@ -390,6 +408,7 @@ def decades(
         raise InputError(f"the logarithmic axis starts at a positive eigenvalue. Got {t0}.")
     return torch.asinh(torch.as_tensor(t, dtype=torch.float64) / (2 * t0)) / math.log(10)
 
+
 # %% ../nbs/02_slq.ipynb #025e5ee3
 @patch
 def count_above(
@@ -398,6 +417,7 @@ def count_above(
 ) -> tuple[float, float]:  # how many of the n eigenvalues, and the standard error
     "How many eigenvalues exceed t."
     return self.estimate(lambda nodes: (nodes > t).to(nodes))
+
 
 # %% ../nbs/02_slq.ipynb #bf62283a
 def plot_density(
@@ -425,6 +445,7 @@ def plot_density(
     _finish_density(ax, (lowest, highest), decades_from, floor)
     return ax
 
+
 # %% ../nbs/02_slq.ipynb #92f9b0e8
 def _density_axes(ax: Axes | None, sd: SpectralDensity, decades_from: float | None) -> Axes:
     return new_axes(
@@ -445,6 +466,7 @@ def _finish_density(ax: Axes, ends: tuple[float, float], decades_from: float | N
     ax.set_ylim(bottom=floor)
     ax.legend(frameon=False, fontsize=8)
 
+
 # %% ../nbs/02_slq.ipynb #0be0a311
 def _on_axis(t: torch.Tensor | float, decades_from: float | None) -> torch.Tensor:
     "Where eigenvalues stand on the axis."
@@ -464,6 +486,7 @@ def _draw_truth(ax: Axes, u: torch.Tensor, places: torch.Tensor, s: float, floor
     bells = torch.exp(-0.5 * ((u[:, None] - places) / s) ** 2)
     exact = bells.mean(1) / (s * math.sqrt(2 * math.pi))
     ax.plot(u, exact.clamp(min=floor), color=COLOURS["grey"], lw=1, label="exact")
+
 
 # %% ../nbs/02_slq.ipynb #197dcdaf
 def _draw_estimate(
@@ -487,6 +510,7 @@ def _mark_spikes(ax: Axes, places: list[float], height: float):
     label = f"{len(places)} from Lanczos"
     heights = [height] * len(places)
     ax.plot(places, heights, "v", color=COLOURS["red"], ms=6, label=label, clip_on=False)
+
 
 # %% ../nbs/02_slq.ipynb #526f9938
 def _decade_ticks(lowest: float, highest: float, decades_from: float) -> list[float]:

@@ -21,8 +21,19 @@ from .matrices import as_operator
 from .slq import SpectralDensity, decades, spectral_density
 
 # %% auto #0
-__all__ = ['TYPE_LIMIT', 'CUT', 'SHRUNK', 'R_LIMIT', 'K_LIMIT', 'SpectrumType', 'spectrum_type', 'Verdict', 'generalisation',
-           'plot_types', 'plot_two_spectra']
+__all__ = [
+    "TYPE_LIMIT",
+    "CUT",
+    "SHRUNK",
+    "R_LIMIT",
+    "K_LIMIT",
+    "SpectrumType",
+    "spectrum_type",
+    "Verdict",
+    "generalisation",
+    "plot_types",
+    "plot_two_spectra",
+]
 
 # %% ../nbs/03b_spectrum_type.ipynb #4fc3466e
 TYPE_LIMIT = -0.6  # of C_t; the paper's
@@ -43,6 +54,7 @@ def _ratio(
     if a:
         return math.copysign(math.inf, a)
     return nothing
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #844809aa
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,7 @@ class SpectrumType:
         "What is left of an earlier spectrum of the same kind is next to nothing."
         return self.shrunk is not None and self.shrunk < SHRUNK and self.kind == self.before
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #c636cd72
 @patch(as_prop=True)
 def C_error(self: SpectrumType) -> float:
@@ -105,6 +118,7 @@ def kind(self: SpectrumType) -> str:
         return "mainly-positive"
     return "mainly-negative"
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #f7ff6fbd
 @patch
 def __repr__(self: SpectrumType) -> str:
@@ -124,6 +138,7 @@ def __repr__(self: SpectrumType) -> str:
     if self.quasi_singular:
         facts[-1] += ": quasi-singular"
     return f"SpectrumType({', '.join(facts)}, {self.products} products)"
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #55c4f9e7
 _FACTS = (
@@ -159,6 +174,7 @@ def to_dict(self: SpectrumType) -> dict[str, Any]:
     "For JSON; null: not finite, or not known."
     return _for_json({name: getattr(self, name) for name in _FACTS})
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #993ca88c
 def _count_ratio(
     density: SpectralDensity,
@@ -180,6 +196,7 @@ def _count_ratio(
         return ratio, math.nan
     deviation = (left - ratio * right).std().item()
     return ratio, _ratio(deviation / math.sqrt(len(left)), right.mean().item())
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #cb7b2c43
 _End = tuple[float, float]  # value, residual
@@ -214,6 +231,7 @@ def _searched_end(op: HessianOperator, which: str, end: _End, tol: float, seed: 
     if pair.converged[0] or pair.residuals[0] < end[1]:
         return pair.values[0].item(), pair.residuals[0].item()
     return end
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #03a96a94
 @plainly()
@@ -257,12 +275,14 @@ def spectrum_type(
         return found
     return replace(found, shrunk=_shrunk(found, earlier), before=earlier.kind)
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #d457400d
 def _shrunk(now: SpectrumType, earlier: SpectrumType) -> float:
     "What is left at most, of either end."
     right = _ratio(max(now.lambda_max, 0.0), max(earlier.lambda_max, 0.0))
     left = _ratio(max(-now.lambda_min, 0.0), max(-earlier.lambda_min, 0.0))
     return max(right, left)
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #93da306a
 R_LIMIT = 1.5  # eq. (3); the paper's
@@ -302,6 +322,7 @@ def _answer(
         return "no"
     return "open"
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #2fe5dd4f
 def _asked_of_kind(train: SpectrumType, test: SpectrumType) -> dict[str, Any]:
     "The first question."
@@ -337,6 +358,7 @@ def _asked_of_ratio(
         limit=f"< {limit}",
         answer=_answer(now, errors * now_error, then, errors * then_error, limit),
     )
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #7f3d0e83
 @dataclass(frozen=True)
@@ -380,6 +402,7 @@ class Verdict:
     def __repr__(self):
         return f"Verdict({self.text})"
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #a6379ac0
 _SENTENCES = {  # verdict: how it begins, and the answers that it gives as its reason
     "plausible": ("Generalisation is plausible", "yes"),
@@ -407,6 +430,7 @@ def text(self: Verdict) -> str:
         why += f" +- {self.train.C_error:.2g}; use more products"
     return f"Not applicable: the training spectrum is {kind.replace('-', ' ')}, {why}."
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #925959d2
 @patch
 def to_frame(self: Verdict):  # pandas DataFrame
@@ -427,6 +451,7 @@ def to_dict(self: Verdict) -> dict[str, Any]:  # noqa: F811
         test=self.test.to_dict(),
     )
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #faae8d4c
 def generalisation(
     train: SpectrumType,  # of the loss on images the network was trained on
@@ -439,6 +464,7 @@ def generalisation(
                 f"a verdict needs two spectra, see `spectrum_type`. Got {type(found).__name__}."
             )
     return Verdict(train, test)
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #bca2f71a
 def plot_types(
@@ -465,11 +491,13 @@ def plot_types(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+
 # %% ../nbs/03b_spectrum_type.ipynb #715083c4
 def _decade_ticks(decades_from: float) -> list[float]:
     "Powers of ten to either side of zero, where the axis counts decades."
     powers = [10.0**power for power in range(-12, 13)]
     return [sign * power for power in powers for sign in (-1, 1) if power > 4 * decades_from]
+
 
 # %% ../nbs/03b_spectrum_type.ipynb #b3bad5b1
 def plot_two_spectra(

@@ -25,8 +25,21 @@ from .hvp import HessianOperator
 from .lanczos import Eigenpairs, top_eigenpairs
 
 # %% auto #0
-__all__ = ['largest_gap', 'SpikeCount', 'vote', 'count_spikes', 'plot_spike_count', 'Agreement', 'spike_agreement', 'Stability',
-           'stability', 'Walk', 'bulk_walk', 'plot_walks']
+__all__ = [
+    "largest_gap",
+    "SpikeCount",
+    "vote",
+    "count_spikes",
+    "plot_spike_count",
+    "Agreement",
+    "spike_agreement",
+    "Stability",
+    "stability",
+    "Walk",
+    "bulk_walk",
+    "plot_walks",
+]
+
 
 # %% ../nbs/03_spike_validation.ipynb #13e84336
 def largest_gap(
@@ -40,6 +53,7 @@ def largest_gap(
     ratios = torch.where(positive, upper / lower, torch.zeros_like(lower))
     above = ratios.argmax(-1) + 1
     return torch.where(positive.any(-1), above, torch.zeros_like(above))
+
 
 # %% ../nbs/03_spike_validation.ipynb #c6024113
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class SpikeCount:
             f"batches; votes {tally})"
         )
 
+
 # %% ../nbs/03_spike_validation.ipynb #a9245b29
 def vote(
     values: torch.Tensor,  # (resamples, m), rows descending
@@ -67,6 +82,7 @@ def vote(
     count = max(sorted(set(votes)), key=votes.count)
     share = votes.count(count) / len(votes)
     return SpikeCount(count=count, share=share, votes=tuple(votes), values=values)
+
 
 # %% ../nbs/03_spike_validation.ipynb #a0b87385
 def _resampled(
@@ -95,6 +111,7 @@ def _joined_batches(data: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, labels = zip(*batches)
     return torch.cat(inputs), torch.cat(labels)
 
+
 # %% ../nbs/03_spike_validation.ipynb #38e4fa08
 @plainly()
 def count_spikes(
@@ -120,6 +137,7 @@ def count_spikes(
         values.append(top_eigenpairs(op, candidates, tol=tol, seed=seed).values)
     return vote(torch.stack(values))
 
+
 # %% ../nbs/03_spike_validation.ipynb #5a66bfa8
 def plot_spike_count(
     spikes: SpikeCount,
@@ -140,6 +158,7 @@ def plot_spike_count(
         ax.axvline(answer + 0.5, color=COLOURS["red"], alpha=0.15 + 0.85 * share, lw=1.5)
     return ax
 
+
 # %% ../nbs/03_spike_validation.ipynb #784a335d
 @dataclass(frozen=True)
 class Agreement:
@@ -156,6 +175,7 @@ class Agreement:
             f"principal angles mean {self.angles.mean():.1f}, "
             f"max {self.angles.max():.1f} degrees)"
         )
+
 
 # %% ../nbs/03_spike_validation.ipynb #41f4264a
 def spike_agreement(
@@ -176,6 +196,7 @@ def spike_agreement(
         angles=torch.rad2deg(torch.acos(largest)),
     )
 
+
 # %% ../nbs/03_spike_validation.ipynb #0b4b8487
 def _greedily_matched(
     cosines: torch.Tensor,  # (k, k), not negative
@@ -189,6 +210,7 @@ def _greedily_matched(
         left[row] = -1.0
         left[:, column] = -1.0
     return matched
+
 
 # %% ../nbs/03_spike_validation.ipynb #97b8af27
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +230,7 @@ class Stability:
             f"Stability({len(self.sizes)} batches of {', '.join(map(str, self.sizes))} images, "
             f"{self.values.shape[1]} eigenpairs each)"
         )
+
 
 # %% ../nbs/03_spike_validation.ipynb #2c34a765
 def _by_size(stability: Stability, rows: list[dict], table: int) -> Any:  # a pandas DataFrame
@@ -247,6 +270,7 @@ def subspaces(self: Stability) -> Any:  # a pandas DataFrame
             row[f"top {size}, mean (deg)"] = of_batch.mean().item()
     return _by_size(self, rows, 17)
 
+
 # %% ../nbs/03_spike_validation.ipynb #0b6293fa
 @patch
 def timing(self: Stability) -> Any:  # a pandas DataFrame
@@ -255,6 +279,7 @@ def timing(self: Stability) -> Any:  # a pandas DataFrame
     for seconds, products in zip(self.seconds, self.num_matvecs):
         rows.append({"s a product": seconds / products, "products": products, "s a run": seconds})
     return _by_size(self, rows, 18)
+
 
 # %% ../nbs/03_spike_validation.ipynb #3176500f
 @plainly()
@@ -306,6 +331,7 @@ def stability(
         seconds=tuple(batch.seconds for batch in found),
     )
 
+
 # %% ../nbs/03_spike_validation.ipynb #05305f3e
 def _check_nested(
     inputs: Any, labels: torch.Tensor, sizes: Sequence[int], k: int, subspaces: Sequence[int]
@@ -329,6 +355,7 @@ class _Compared:
     num_matvecs: int
     seconds: float
 
+
 # %% ../nbs/03_spike_validation.ipynb #a4ea1002
 def _compared(
     pairs: Eigenpairs, reference: torch.Tensor, subspaces: Sequence[int], seconds: float
@@ -343,6 +370,7 @@ def _compared(
         num_matvecs=pairs.num_matvecs,
         seconds=seconds,
     )
+
 
 # %% ../nbs/03_spike_validation.ipynb #307843e0
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +414,7 @@ class Walk:
             f"{self.change_in_noise:.1f} standard errors)"
         )
 
+
 # %% ../nbs/03_spike_validation.ipynb #46340154
 def _part_along(
     vector: torch.Tensor,  # (n,)
@@ -415,6 +444,7 @@ def _part_within(
 def _unit(vector: torch.Tensor) -> torch.Tensor:
     return vector / vector_norm(vector).to(vector)
 
+
 # %% ../nbs/03_spike_validation.ipynb #cb40cee4
 def _new_direction(
     generator: torch.Generator, within: str, spikes: torch.Tensor, archive: list[torch.Tensor]
@@ -430,6 +460,7 @@ def _new_direction(
         )
     return _unit(part)
 
+
 # %% ../nbs/03_spike_validation.ipynb #7a423cd5
 @dataclass(frozen=True, kw_only=True)
 class _Point:
@@ -441,6 +472,7 @@ class _Point:
     lambda_1: float
     overlap: float
     cosine: float
+
 
 # %% ../nbs/03_spike_validation.ipynb #cbdbe167
 def _walk_of(within: str, points: list[_Point], walls: int) -> Walk:
@@ -470,6 +502,7 @@ def _check_walk(within: str, steps: int, step: float):
         raise InputError(f"within must be 'bulk', 'spikes' or 'anywhere'. Got {within!r}.")
     if steps < 1 or not step > 0:
         raise InputError(f"steps must be at least 1 and step positive. Got {steps}, {step}.")
+
 
 # %% ../nbs/03_spike_validation.ipynb #3aa78051
 @plainly()
@@ -529,6 +562,7 @@ def bulk_walk(
         if turn < steps:
             _move(chosen, step * direction)
     return _walk_of(within, points, walls=len(archive))
+
 
 # %% ../nbs/03_spike_validation.ipynb #184905a0
 def plot_walks(

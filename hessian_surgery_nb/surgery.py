@@ -39,8 +39,20 @@ from .foundations.weights import select_params
 from .verdict import HeldOutVerdict, held_out_verdict
 
 # %% auto #0
-__all__ = ['LOG', 'measure_effects', 'decide_step', 'Proposal', 'propose_step', 'advance', 'return_to_best', 'report_on',
-           'first_report', 'HeldOutHarm', 'warn_of_harm', 'operate']
+__all__ = [
+    "LOG",
+    "measure_effects",
+    "decide_step",
+    "Proposal",
+    "propose_step",
+    "advance",
+    "return_to_best",
+    "report_on",
+    "first_report",
+    "HeldOutHarm",
+    "warn_of_harm",
+    "operate",
+]
 
 # %% ../nbs/05_surgery.ipynb #e4f336a1
 from .surgery_records import StepRecord, SurgeryResult
@@ -61,6 +73,7 @@ from hessian_surgery_nb.surgery_state import (
     write_state,
 )
 
+
 # %% ../nbs/05_surgery.ipynb #9ca34187
 def _with_directions(
     operation: SurgeryOperation,
@@ -75,6 +88,7 @@ def _with_directions(
         return replace(state, directions=directions), 0
     state = replace(state, directions=directions, found_at=len(state.history))
     return state, directions.num_matvecs
+
 
 # %% ../nbs/05_surgery.ipynb #6d28aa26
 def _first_amplitude(
@@ -99,6 +113,7 @@ def _first_amplitude(
         names=operation.names,
     )
     return sensitivity.eps, sensitivity, passes
+
 
 # %% ../nbs/05_surgery.ipynb #f39d3722
 def _measure_sensitivity(
@@ -126,6 +141,7 @@ def _measure_sensitivity(
     what = ("sensitivity", eps, config.scheme, config.metric)
     return cached(operation, state, measured, *what)
 
+
 # %% ../nbs/05_surgery.ipynb #72dbec55
 def measure_effects(
     operation: SurgeryOperation,
@@ -152,6 +168,7 @@ def measure_effects(
         state = replace(state, first=(state.directions, sensitivity))
     return state, sensitivity, passes
 
+
 # %% ../nbs/05_surgery.ipynb #6d5a1172
 def _box(operation: SurgeryOperation, state: SurgeryState) -> torch.Tensor | None:  # (K,)
     "Bounds of the single coefficients, where the settings want them."
@@ -176,6 +193,7 @@ def decide_step(
         return solve_coefficients(S, state.evaluation.report.accuracy, state.control.eps, **how)
 
     return operation.team.broadcast(operation.decide(sensitivity, solve))
+
 
 # %% ../nbs/05_surgery.ipynb #28d202ac
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +222,7 @@ def propose_step(
         passes=passes,
     )
 
+
 # %% ../nbs/05_surgery.ipynb #ef734e11
 def _take_step(
     operation: SurgeryOperation,
@@ -231,6 +250,7 @@ def _outcome(
         operation.bounds,
     )
 
+
 # %% ../nbs/05_surgery.ipynb #1b0016d5
 def _of_proposal(proposal: Proposal) -> dict[str, Any]:
     "What a record says of a step before it was made."
@@ -245,6 +265,7 @@ def _of_proposal(proposal: Proposal) -> dict[str, Any]:
         certified=bool(state.directions.converged.all()),
         matvecs=proposal.matvecs,
     )
+
 
 # %% ../nbs/05_surgery.ipynb #6c15ee03
 def _record(
@@ -272,6 +293,7 @@ def _record(
         **_of_proposal(proposal),
     )
 
+
 # %% ../nbs/05_surgery.ipynb #1f9142c0
 def _keep_step(
     operation: SurgeryOperation,
@@ -293,6 +315,7 @@ def _keep_step(
         logits=after.logits,
     )
     return replace(state, best=best)
+
 
 # %% ../nbs/05_surgery.ipynb #876f51ab
 def advance(
@@ -319,6 +342,7 @@ def advance(
     # rejected again
     return replace(state, finished=control.eps == eps)
 
+
 # %% ../nbs/05_surgery.ipynb #3aaf6b64
 def _same_logits(then: torch.Tensor, now: torch.Tensor) -> bool:  # (N, C) each
     "Equal to half of the digits."
@@ -333,6 +357,7 @@ def _uncertified(state: SurgeryState) -> SurgeryState:
     pairs, sensitivity = state.first
     pairs = replace(pairs, converged=torch.zeros_like(pairs.converged))
     return replace(state, history=history, first=(pairs, sensitivity))
+
 
 # %% ../nbs/05_surgery.ipynb #cbe24d9b
 def return_to_best(
@@ -353,6 +378,7 @@ def return_to_best(
         ChangingFunction,
     )
     return _uncertified(state)
+
 
 # %% ../nbs/05_surgery.ipynb #4c298b9d
 def report_on(
@@ -377,6 +403,7 @@ def first_report(
         check_order(held_out, evaluation.labels, "the held-out set")
     return evaluation
 
+
 # %% ../nbs/05_surgery.ipynb #e30ec6d2
 LOG = logging.getLogger("hessian_surgery_nb")
 
@@ -390,6 +417,7 @@ def _checkpoints(
     if operation.team.size > 1:
         more["processes"] = operation.team.size
     return checkpoint_directory(operation, run_dir, held_out, **more)
+
 
 # %% ../nbs/05_surgery.ipynb #f37a9380
 def _progress_bar(operation: SurgeryOperation, state: SurgeryState, progress: bool) -> Any:
@@ -411,6 +439,7 @@ def _tell(state: SurgeryState, bar: Any):
     best = 100 * state.best.sigma
     bar.set_postfix_str(f"sigma {sigma:.2f} pp, best {best:.2f}, eps {state.control.eps:.2g}")
     bar.update()
+
 
 # %% ../nbs/05_surgery.ipynb #2b07b1c1
 def _result(
@@ -435,6 +464,7 @@ def _result(
         correct=(before.correct, after.correct),
     )
 
+
 # %% ../nbs/05_surgery.ipynb #0b4e7c7b
 class HeldOutHarm(UserWarning):
     "By more than chance, held-out images fare worse than is allowed."
@@ -458,6 +488,7 @@ def verdict(
         alternative=alternative,
     )
 
+
 # %% ../nbs/05_surgery.ipynb #18f71fb7
 def warn_of_harm(result: SurgeryResult) -> None:
     "Warn where the verdict is not to keep what was found."
@@ -469,6 +500,7 @@ def warn_of_harm(result: SurgeryResult) -> None:
     found = result.verdict()
     if found is not None and found.is_harmful:
         warn_caller(found.line, HeldOutHarm)
+
 
 # %% ../nbs/05_surgery.ipynb #d71d4129
 def _all_steps(
@@ -497,6 +529,7 @@ def _all_steps(
     warn_of_harm(result)
     return result
 
+
 # %% ../nbs/05_surgery.ipynb #c6cc2dfd
 @plainly()
 def operate(
@@ -522,6 +555,7 @@ def operate(
     how = dict(config=config, names=names, forward=forward, cache=cache)
     operation = prepare_surgery(model, loss_fn, hessian_data, sensitivity_data, **how)
     return _all_steps(operation, held_out, run_dir, stop, progress)
+
 
 # %% ../nbs/05_surgery.ipynb #c504db8c
 def _checked_config(

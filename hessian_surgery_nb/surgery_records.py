@@ -22,7 +22,8 @@ from .sensitivity import Sensitivity
 from .settings import SurgeryConfig, config_dict
 
 # %% auto #0
-__all__ = ['StepRecord', 'as_steps', 'SurgeryResult', 'plot_before_after', 'plot_history']
+__all__ = ["StepRecord", "as_steps", "SurgeryResult", "plot_before_after", "plot_history"]
+
 
 # %% ../nbs/04e_surgery_records.ipynb #b7e2ce07
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class StepRecord:
             f"{self.matvecs} products, {self.passes} passes, {self.seconds:.1f} s"
         )
 
+
 # %% ../nbs/04e_surgery_records.ipynb #b2c71a15
 def as_steps(
     records: list[dict],  # as `dataclasses.asdict` and JSON leave them
@@ -67,6 +69,7 @@ def as_steps(
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
         steps.append(StepRecord(**values))
     return steps
+
 
 # %% ../nbs/04e_surgery_records.ipynb #5d6a1172
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ class SurgeryResult:
             f"step {self.best} of {len(self.history)})"
         )
 
+
 # %% ../nbs/04e_surgery_records.ipynb #705dd8a2
 # column of `history_frame` -> field of `StepRecord`, a fraction
 _SHARES = {
@@ -125,6 +129,7 @@ def to_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
     }
     return pd.DataFrame(columns, index=pd.Index(self.before.names, name="class"))
 
+
 # %% ../nbs/04e_surgery_records.ipynb #b3dc1f8e
 @patch
 def history_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
@@ -141,6 +146,7 @@ def history_frame(self: SurgeryResult) -> Any:  # a pandas DataFrame
         rows.append(row)
     return pd.DataFrame(rows).set_index("iteration")
 
+
 # %% ../nbs/04e_surgery_records.ipynb #b6cbf5e4
 def _change_colour(before: float, after: float) -> str:
     "Green where a class gained, red where it lost."
@@ -151,6 +157,7 @@ def _change_colour(before: float, after: float) -> str:
     if after < before:
         return COLOURS["red"]
     return COLOURS["grey"]
+
 
 # %% ../nbs/04e_surgery_records.ipynb #3145fc82
 def plot_before_after(
@@ -184,6 +191,7 @@ def plot_before_after(
     ax.set_yticks(range(len(order)), [before.names[c] for c in order])
     return ax
 
+
 # %% ../nbs/04e_surgery_records.ipynb #b148853d
 def plot_history(
     result: SurgeryResult,
@@ -208,6 +216,7 @@ def plot_history(
     eps_ax.xaxis.get_major_locator().set_params(integer=True)
     return axes
 
+
 # %% ../nbs/04e_surgery_records.ipynb #67110b6b
 def _plot_sigma(ax: Axes, result: SurgeryResult):
     "Sigma of the steps that were kept, of those rolled back, and what S predicted."
@@ -228,6 +237,7 @@ def _plot_sigma(ax: Axes, result: SurgeryResult):
     ax.axvline(result.best, color=COLOURS["green"], ls=":", label="returned")
     ax.legend(frameon=False, fontsize=8, ncols=4)
 
+
 # %% ../nbs/04e_surgery_records.ipynb #7ad0962d
 def _report_dicts(
     result: Any,  # anything that has the four
@@ -235,6 +245,7 @@ def _report_dicts(
     "The reports of a result, for JSON."
     names = "before", "after", "sensitivity_before", "sensitivity_after"
     return {name: getattr(result, name).to_dict() for name in names}
+
 
 # %% ../nbs/04e_surgery_records.ipynb #cffe5325
 @patch

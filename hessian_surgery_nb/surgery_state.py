@@ -33,9 +33,27 @@ from hessian_surgery_nb.foundations.fingerprints import (
 from .foundations.forward import ForwardFunction
 
 # %% auto #0
-__all__ = ['Weights', 'Solver', 'Evaluation', 'evaluate', 'BestSoFar', 'SurgeryState', 'snapshot', 'start_state',
-           'solve_as_measured', 'SurgeryOperation', 'prepare_surgery', 'cached', 'logit_moments', 'check_logit_moments',
-           'CheckpointDirectory', 'checkpoint_directory', 'weight_tensors', 'write_state', 'read_state']
+__all__ = [
+    "Weights",
+    "Solver",
+    "Evaluation",
+    "evaluate",
+    "BestSoFar",
+    "SurgeryState",
+    "snapshot",
+    "start_state",
+    "solve_as_measured",
+    "SurgeryOperation",
+    "prepare_surgery",
+    "cached",
+    "logit_moments",
+    "check_logit_moments",
+    "CheckpointDirectory",
+    "checkpoint_directory",
+    "weight_tensors",
+    "write_state",
+    "read_state",
+]
 
 # %% ../nbs/04f_surgery_state.ipynb #de62a34f
 from .foundations.losses import LossFunction
@@ -58,6 +76,7 @@ from .lanczos import Eigenpairs
 from .surgery_records import StepRecord, as_steps
 from .sensitivity import Sensitivity
 from .settings import SurgeryConfig, config_dict, direction_name
+
 
 # %% ../nbs/04f_surgery_state.ipynb #702e4e93
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +111,7 @@ def evaluate(
     report = class_report_of(logits, labels, names, measured_on)
     return Evaluation(report=report, logits=logits, labels=labels)
 
+
 # %% ../nbs/04f_surgery_state.ipynb #caaf5fdb
 Weights = dict[str, Any]  # a network's `state_dict`, shared with no network
 
@@ -120,6 +140,7 @@ class SurgeryState:
     history: tuple[StepRecord, ...] = field(default=(), repr=False)
     finished: bool = False  # nothing is left to try
 
+
 # %% ../nbs/04f_surgery_state.ipynb #1e4825f2
 def snapshot(
     model: nn.Module,
@@ -141,6 +162,7 @@ def start_state(
     )
     return SurgeryState(weights=weights, evaluation=evaluation, best=best)
 
+
 # %% ../nbs/04f_surgery_state.ipynb #b59f27e7
 Solver = Callable[[Sensitivity], torch.Tensor]  # S -> alpha (K,)
 
@@ -151,6 +173,7 @@ def solve_as_measured(
 ) -> torch.Tensor:  # alpha (K,)
     "The step that solves eq. (5) for S as it was measured."
     return solve(sensitivity)
+
 
 # %% ../nbs/04f_surgery_state.ipynb #889e1434
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +223,7 @@ class SurgeryOperation:
         "Fingerprints of what the result depends on besides the settings."
         return _fingerprints(self)
 
+
 # %% ../nbs/04f_surgery_state.ipynb #474feb3a
 def prepare_surgery(
     model: nn.Module,  # in evaluation mode; left as it is
@@ -237,6 +261,7 @@ def prepare_surgery(
         cache=cache,
     )
 
+
 # %% ../nbs/04f_surgery_state.ipynb #b5145ec1
 def _bounds_of(config: SurgeryConfig, report: ClassReport) -> AccuracyBounds | None:
     limits = class_limits(report.names, config.protect, config.floors)
@@ -250,6 +275,7 @@ def _num_spikes(config: SurgeryConfig, report: ClassReport) -> int:  # K
     if config.num_spikes is None:
         return num_classes - 1
     return config.num_spikes
+
 
 # %% ../nbs/04f_surgery_state.ipynb #191a28ae
 def _content(data: Data) -> str:
@@ -268,6 +294,7 @@ def _fingerprints(operation: SurgeryOperation) -> dict[str, str]:
     if callable(operation.config.directions):
         sources["directions"] = fingerprint(operation.config.directions)
     return sources
+
 
 # %% ../nbs/04f_surgery_state.ipynb #a222c12a
 def cached(
@@ -296,6 +323,7 @@ def cached(
         operation.cache[key] = make()
     return operation.cache[key]
 
+
 # %% ../nbs/04f_surgery_state.ipynb #ae4a8a80
 def logit_moments(
     logits: torch.Tensor,  # (N, C)
@@ -322,6 +350,7 @@ def check_logit_moments(
         "function, or another network with these weights: its logits at the start "
         "differ; remove it, or name another run_dir."
     )
+
 
 # %% ../nbs/04f_surgery_state.ipynb #56e18d61
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +386,7 @@ class CheckpointDirectory:
         check_logit_moments(facts["answers"], self.logit_moments, self.path)
         return tensors, facts
 
+
 # %% ../nbs/04f_surgery_state.ipynb #632a3408
 def checkpoint_directory(
     operation: SurgeryOperation,
@@ -381,6 +411,7 @@ def checkpoint_directory(
     }
     moments = logit_moments(evaluation.logits)
     return CheckpointDirectory(path=path, request=request, logit_moments=moments)
+
 
 # %% ../nbs/04f_surgery_state.ipynb #cf996c9c
 _STATE = "surgery.safetensors"
@@ -409,6 +440,7 @@ def _write_first(
         tensors[f"S.{name}"] = getattr(sensitivity, name)
     measured = {name: getattr(sensitivity, name) for name in _S_FACTS}
     checkpoints.write(_first_file(team), tensors, {"products": pairs.num_matvecs, "S": measured})
+
 
 # %% ../nbs/04f_surgery_state.ipynb #4cfbad86
 def weight_tensors(
@@ -444,6 +476,7 @@ def write_state(
     tensors = weight_tensors(state.weights, "model") | weight_tensors(state.best.weights, "best")
     checkpoints.write(_STATE, tensors, facts)
 
+
 # %% ../nbs/04f_surgery_state.ipynb #d5c42b8f
 def _read_first(
     checkpoints: CheckpointDirectory,
@@ -459,6 +492,7 @@ def _read_first(
         **named_part(tensors, "pairs"),
     )
     return pairs, Sensitivity(**facts["S"], **named_part(tensors, "S"))
+
 
 # %% ../nbs/04f_surgery_state.ipynb #a53a8134
 def read_state(

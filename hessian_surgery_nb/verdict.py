@@ -25,8 +25,21 @@ from hessian_surgery_nb.foundations.paired_shares import (
 )
 
 # %% auto #0
-__all__ = ['KEEP', 'DO_NOT_KEEP', 'UNDECIDED', 'NO_CHANGE', 'OUTCOMES', 'TOLERATED', 'Change', 'ClassChange', 'class_changes',
-           'HeldOutVerdict', 'images_to_decide', 'held_out_verdict']
+__all__ = [
+    "KEEP",
+    "DO_NOT_KEEP",
+    "UNDECIDED",
+    "NO_CHANGE",
+    "OUTCOMES",
+    "TOLERATED",
+    "Change",
+    "ClassChange",
+    "class_changes",
+    "HeldOutVerdict",
+    "images_to_decide",
+    "held_out_verdict",
+]
+
 
 # %% ../nbs/04j_verdict.ipynb #9593f3a3
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,7 @@ class Change:
             "high95_pp": 100 * self.high,
         }
 
+
 # %% ../nbs/04j_verdict.ipynb #2f7866ff
 @dataclass(frozen=True, kw_only=True)
 class ClassChange(Change):
@@ -109,6 +123,7 @@ class ClassChange(Change):
             "beyond_chance": self.beyond_chance,
         }
 
+
 # %% ../nbs/04j_verdict.ipynb #8f755142
 def class_changes(
     counts: PairedCounts,
@@ -135,6 +150,7 @@ def class_changes(
         )
         changes.append(found)
     return tuple(changes)
+
 
 # %% ../nbs/04j_verdict.ipynb #57a48032
 def _figure_changes(
@@ -171,6 +187,7 @@ def _overall(classes: Sequence[ClassChange]) -> Change:
         high=float(high),
     )
 
+
 # %% ../nbs/04j_verdict.ipynb #3ddd07d8
 KEEP = "keep"
 DO_NOT_KEEP = "do not keep"
@@ -192,6 +209,7 @@ def _aim_text(aim: Change) -> str:
     if counted < 0:
         return f"{aim.name} got worse as counted, which may be luck"
     return f"{aim.name} is what it was"
+
 
 # %% ../nbs/04j_verdict.ipynb #293038b8
 def _allowances(price: float | None) -> dict[str, tuple[float, str]]:
@@ -235,6 +253,7 @@ def _limit_texts(
         found.append(f"{text}, {each.change_text}")
     return surely, maybe
 
+
 # %% ../nbs/04j_verdict.ipynb #1dc720b5
 @dataclass(frozen=True, kw_only=True)
 class HeldOutVerdict:
@@ -272,6 +291,7 @@ class HeldOutVerdict:
     def __str__(self):
         return self.line
 
+
 # %% ../nbs/04j_verdict.ipynb #d0a9c280
 def images_to_decide(
     aim: Change,
@@ -289,6 +309,7 @@ def _rounded(number: int) -> str:
     "To two digits, with commas."
     digits = max(len(str(number)) - 2, 0)
     return f"{round(number, -digits):,}"
+
 
 # %% ../nbs/04j_verdict.ipynb #0239a278
 def _way_out(
@@ -309,6 +330,7 @@ def _way_out(
     if needed is not None:
         more = f"About {_rounded(needed)} held-out images would tell, if it stays as counted"
     return f"{more}{alternative and f'; or {alternative}'}."
+
 
 # %% ../nbs/04j_verdict.ipynb #a6fa69b7
 _HEADLINES = {
@@ -340,6 +362,7 @@ def _held_out_line(verdict: HeldOutVerdict) -> str:
     way_out = _way_out(verdict.outcome, verdict.aim, verdict.images, verdict.alternative)
     return " ".join(filter(None, [*parts, way_out]))
 
+
 # %% ../nbs/04j_verdict.ipynb #ddb85057
 @patch(as_prop=True)
 def line(self: HeldOutVerdict) -> str:
@@ -366,6 +389,7 @@ def to_dict(self: HeldOutVerdict) -> dict[str, Any]:
         "largest_winner": None if winner is None else winner.name,
         "classes": [each.to_dict() for each in self.classes],
     }
+
 
 # %% ../nbs/04j_verdict.ipynb #b5e98be5
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +431,7 @@ def _outcome_of(aim: Change, bill: _Bill) -> tuple[str, list[str]]:  # the word,
         return KEEP, [_aim_text(aim)]
     return UNDECIDED, [_aim_text(aim), *bill.maybe]
 
+
 # %% ../nbs/04j_verdict.ipynb #b88ae9e9
 def held_out_verdict(
     correct_before: torch.Tensor,  # (N,) bool
@@ -440,6 +465,7 @@ def held_out_verdict(
         alternative=alternative,
         **figures,
     )
+
 
 # %% ../nbs/04j_verdict.ipynb #04016e79
 def _classes_of(

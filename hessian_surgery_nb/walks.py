@@ -30,7 +30,15 @@ from .hvp import HessianOperator
 from .lanczos import top_eigenpairs
 
 # %% auto #0
-__all__ = ['length_at_rise', 'Place', 'LossWalk', 'walk_to_losses', 'walk_to_lengths', 'plot_loss_walks']
+__all__ = [
+    "length_at_rise",
+    "Place",
+    "LossWalk",
+    "walk_to_losses",
+    "walk_to_lengths",
+    "plot_loss_walks",
+]
+
 
 # %% ../nbs/03d_walks.ipynb #9bf16614
 def length_at_rise(
@@ -56,6 +64,7 @@ def length_at_rise(
         f"the loss must be a continuous function of the weights. It jumps across {rise:.3g} "
         f"at length {high.length:.6g}; use a smooth loss or a larger tolerance."
     )
+
 
 # %% ../nbs/03d_walks.ipynb #8ebb0671
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ def _between(low: _End, high: _End, rise: float, halve: bool) -> float:
     margin = 0.02 * (high.length - low.length)
     return min(max(guess, low.length + margin), high.length - margin)
 
+
 # %% ../nbs/03d_walks.ipynb #3e237818
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -122,6 +132,7 @@ def _noise_of_change(
         variance = of_class.var(correction=0).item()
         noise.append(max(variance / len(of_class), len(of_class) ** -2.0) ** 0.5)
     return torch.tensor(noise, dtype=torch.float64)
+
 
 # %% ../nbs/03d_walks.ipynb #f17171dd
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +188,7 @@ class LossWalk:
             for place, change in zip(self.places, self.largest)
         ]
         return f"LossWalk({self.within}, {self.asked}; length: largest change {', '.join(shown)})"
+
 
 # %% ../nbs/03d_walks.ipynb #314a5563
 class _Walker:
@@ -235,6 +247,7 @@ class _Walker:
         place, _ = self._measured(offset)
         return Place(**(vars(place) | known))
 
+
 # %% ../nbs/03d_walks.ipynb #dd3ae0fe
 def _projected(within: str, vector: torch.Tensor, leading: torch.Tensor) -> torch.Tensor:
     "A unit vector: what of a vector lies in the wanted space."
@@ -258,6 +271,7 @@ def _direction(within: str, leading: torch.Tensor, seed: int) -> torch.Tensor:  
 
 def _largest_overlap(leading: torch.Tensor, direction: torch.Tensor) -> float:
     return inner(leading, direction).abs().max().item()
+
 
 # %% ../nbs/03d_walks.ipynb #717c3d48
 @plainly()
@@ -305,6 +319,7 @@ def walk_to_losses(
         places.append(walker.at(offset, **known))
     return LossWalk(within=within, asked=on, start=walker.start, places=tuple(places))
 
+
 # %% ../nbs/03d_walks.ipynb #9f943bd2
 def _check_rises(rises: Sequence[float], on: str, loss_data: Mapping[str, Iterable]):
     if on not in loss_data:
@@ -328,6 +343,7 @@ def _leading_there(
     )
     return top_eigenpairs(op, leading.shape[1], tol=1e-2, v0=leading).vectors
 
+
 # %% ../nbs/03d_walks.ipynb #86a27d28
 @plainly()
 def walk_to_lengths(
@@ -348,6 +364,7 @@ def walk_to_lengths(
     direction = _direction(within, leading, seed)
     places = tuple(walker.at(length * direction, length=length) for length in lengths)
     return LossWalk(within=within, asked="length", start=walker.start, places=places)
+
 
 # %% ../nbs/03d_walks.ipynb #16c382a7
 _COLOUR_OF = dict(bulk="blue", leading="red", anywhere="grey")

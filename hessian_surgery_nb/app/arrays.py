@@ -24,7 +24,17 @@ from ..foundations.preparation import Preparation
 from ..foundations.stored_rows import DiskRows, spool_dir
 
 # %% auto #0
-__all__ = ['Label', 'LARGE', 'as_inputs', 'as_numbers', 'label_of', 'with_classes', 'array_data', 'array_rows']
+__all__ = [
+    "Label",
+    "LARGE",
+    "as_inputs",
+    "as_numbers",
+    "label_of",
+    "with_classes",
+    "array_data",
+    "array_rows",
+]
+
 
 # %% ../../nbs/app/00b_arrays.ipynb #829eaa37
 def as_inputs(
@@ -65,6 +75,7 @@ def _colours_first(
             "numbers as the network takes them."
         )
     return images.expand(-1, 3, -1, -1).contiguous()
+
 
 # %% ../../nbs/app/00b_arrays.ipynb #42683077
 Label = int | str
@@ -113,6 +124,7 @@ def with_classes(
     }
     return LabelledData(parts=parts, classes=classes, in_order=in_order, where=where)
 
+
 # %% ../../nbs/app/00b_arrays.ipynb #669ea29f
 LARGE = 2**28  # bytes of an array; what is larger is read row by row
 
@@ -150,6 +162,7 @@ def _unpacked(packed: IO[bytes]) -> DiskRows | None:
     file.flush()
     return DiskRows(file, shape, torch.from_numpy(np.empty(0, dtype)).dtype)
 
+
 # %% ../../nbs/app/00b_arrays.ipynb #d8ade433
 _ROLES = dict(
     x=("x", "images", "image", "features", "inputs", "data"),
@@ -184,6 +197,7 @@ def _roles_of(keys: Sequence[str], where: Path) -> _ByPart:
         )
     return found
 
+
 # %% ../../nbs/app/00b_arrays.ipynb #b6200a32
 def array_data(
     path: str | Path,  # of an .npz
@@ -216,6 +230,7 @@ def array_data(
 def _small_ones(roles: _ByPart) -> list[str]:
     "The arrays that are loaded at once: labels, names, parts."
     return [key for role, keys in roles.items() if role != "x" for key in keys.values()]
+
 
 # %% ../../nbs/app/00b_arrays.ipynb #f501a093
 def _parts_of(

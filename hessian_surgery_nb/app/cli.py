@@ -25,7 +25,7 @@ from ..foundations.checks import InputError
 from ..foundations.distributed import LostRank
 
 # %% auto #0
-__all__ = ['CLOSED_PIPE', 'Parser', 'build_parser', 'main']
+__all__ = ["CLOSED_PIPE", "Parser", "build_parser", "main"]
 
 # %% ../../nbs/app/06_cli.ipynb #e98cbeba
 CLOSED_PIPE = 141  # as shells have it for a process that SIGPIPE ended
@@ -63,6 +63,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:  # the whole, and each c
     add_own_commands(commands)
     add_reproduce(commands)
     return parser, commands.choices
+
 
 # %% ../../nbs/app/06_cli.ipynb #394375ef
 def main(
@@ -118,6 +119,7 @@ def _draw_without_window() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+
 
 # %% ../../nbs/app/06_cli.ipynb #0f2cabda
 def _drop_output() -> None:

@@ -32,7 +32,7 @@ from .results import FRONT_FILES
 from ..comparison import METHODS
 
 # %% auto #0
-__all__ = ['add_own', 'add_own_commands']
+__all__ = ["add_own", "add_own_commands"]
 
 # %% ../../nbs/app/03a_command_flags.ipynb #ad1cafa1
 _IMAGES_HELP = (
@@ -65,6 +65,7 @@ def add_own(
     )
     add_common_flags(parser, data_required)
     return parser
+
 
 # %% ../../nbs/app/03a_command_flags.ipynb #d53f31d4
 def add_own_commands(
@@ -104,6 +105,7 @@ def _add_operate(commands: argparse._SubParsersAction) -> None:
         help="go on with a run that was interrupted in --out",
     )
 
+
 # %% ../../nbs/app/03a_command_flags.ipynb #200690af
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     summary = "surgery beside simpler methods, on your network"
@@ -133,6 +135,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help="save the weights of the method with the smallest sigma within --max-global-drop on "
         "the images that are tuned on; held-out images have no say in it",
     )
+
 
 # %% ../../nbs/app/03a_command_flags.ipynb #29ccf8d4
 def _add_front(commands: argparse._SubParsersAction) -> None:
@@ -167,6 +170,7 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
     )
     add_output_flags(parser, "hessian-surgery-front", ", ".join(FRONT_FILES))
     add_dry_run_flag(parser)
+
 
 # %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:

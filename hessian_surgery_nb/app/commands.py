@@ -70,8 +70,17 @@ from hessian_surgery_nb.spectrum_type import (
 from ..surgery import operate
 
 # %% auto #0
-__all__ = ['TRY_COMPARE', 'run_operate', 'show_schema', 'run_compare', 'run_front', 'run_screen', 'spectrum_images',
-           'run_spectrum', 'compare_spectra']
+__all__ = [
+    "TRY_COMPARE",
+    "run_operate",
+    "show_schema",
+    "run_compare",
+    "run_front",
+    "run_screen",
+    "spectrum_images",
+    "run_spectrum",
+    "compare_spectra",
+]
 
 # %% ../../nbs/app/03_commands.ipynb #6e634a09
 TRY_COMPARE = "try biases at a price: hessian-surgery compare --save-best"
@@ -127,6 +136,7 @@ def run_operate(args: argparse.Namespace) -> int:  # exit code
     harm = tell_harm(verdict, args)
     return exit_code if interrupted else harm
 
+
 # %% ../../nbs/app/03_commands.ipynb #c5b77a33
 def _shows_steps(args: argparse.Namespace) -> bool:
     "Whether there are progress bars; where steps are logged they would be in the way."
@@ -146,6 +156,7 @@ def show_schema(args: argparse.Namespace) -> int:
     "The `schema` command."
     print(json.dumps(result_schema(), indent=1))
     return 0
+
 
 # %% ../../nbs/app/03_commands.ipynb #4a5db770
 def run_compare(args: argparse.Namespace) -> int:  # exit code
@@ -203,6 +214,7 @@ def run_compare(args: argparse.Namespace) -> int:  # exit code
     publish(out, files, text, as_json=args.json, quiet=args.quiet)
     return 0 if weights is None else tell_harm(comparison.verdict(chosen), args)
 
+
 # %% ../../nbs/app/03_commands.ipynb #acb9752d
 def _plan_comparison(
     network: nn.Module,
@@ -225,6 +237,7 @@ def _plan_comparison(
     all_runs = replace(config, directions=directions, iterations=max(runs, 1) * config.iterations)
     return plan_run(network, loss_fn, sets.hessian, sets.sensitivity, all_runs, searches)
 
+
 # %% ../../nbs/app/03_commands.ipynb #ce8f1f50
 def _takes_long(args: argparse.Namespace) -> bool:
     "Whether somebody should be told beforehand: where surgery runs again and again."
@@ -238,6 +251,7 @@ def _announce(plan: RunPlan, args: argparse.Namespace) -> None:
             "most of it is saved, and --methods biases tau-norm needs no Hessian at all",
             file=sys.stderr,
         )
+
 
 # %% ../../nbs/app/03_commands.ipynb #545741cf
 def run_front(args: argparse.Namespace) -> int:  # exit code
@@ -295,6 +309,7 @@ def run_front(args: argparse.Namespace) -> int:  # exit code
     publish(out, files, text, as_json=args.json, quiet=args.quiet)
     return tell_harm(verdict, args)
 
+
 # %% ../../nbs/app/03_commands.ipynb #8af3aad6
 def run_screen(args: argparse.Namespace) -> int:  # exit code
     "The `screen` command."
@@ -336,6 +351,7 @@ def run_screen(args: argparse.Namespace) -> int:  # exit code
     print(f"{screening!r}\n\nSignal to noise of the sensitivity matrix: {clear:.1f}{advice}")
     return 0
 
+
 # %% ../../nbs/app/03_commands.ipynb #d321b847
 def spectrum_images(
     args: argparse.Namespace,
@@ -351,6 +367,7 @@ def spectrum_images(
         "spectrum looks at the images of --data, or compares those of --train with those of "
         f"--test. Got {given}; give --data, or both of the others."
     )
+
 
 # %% ../../nbs/app/03_commands.ipynb #7a6f26be
 def run_spectrum(args: argparse.Namespace) -> int:  # exit code
@@ -383,6 +400,7 @@ def run_spectrum(args: argparse.Namespace) -> int:  # exit code
         _print_verdict(verdict, images_a_side)
     return 0
 
+
 # %% ../../nbs/app/03_commands.ipynb #66a452b0
 def compare_spectra(
     network: nn.Module,
@@ -411,6 +429,7 @@ def compare_spectra(
     type_of_training = type_of(training)
     type_of_test = type_of(*halves)
     return generalisation(type_of_training, type_of_test), size
+
 
 # %% ../../nbs/app/03_commands.ipynb #dd38e1ee
 def _print_spectrum(pairs: Eigenpairs, parameters: int, sets: OwnSets) -> None:

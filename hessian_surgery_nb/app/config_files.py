@@ -14,7 +14,8 @@ from .options import as_flag
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ['read_config', 'config_flags', 'with_config']
+__all__ = ["read_config", "config_flags", "with_config"]
+
 
 # %% ../../nbs/app/02h_config_files.ipynb #bec0fe50
 def read_config(
@@ -36,6 +37,7 @@ def read_config(
             "see --help for the names."
         )
     return {str(name).replace("-", "_"): value for name, value in found.items()}
+
 
 # %% ../../nbs/app/02h_config_files.ipynb #62ae5c47
 _NOT_IN_A_FILE = ("config", "out", "force", "resume", "dry_run", "debug", "help")
@@ -74,6 +76,7 @@ def _check_entry(path, name: str, value, known: Mapping[str, bool]) -> None:
             f"{path} has {name}: {value!r}; see --help."
         )
 
+
 # %% ../../nbs/app/02h_config_files.ipynb #5d858d33
 def config_flags(
     path: str | Path,  # a YAML file
@@ -98,6 +101,7 @@ def _typed_out(flag: str, value) -> list[str]:
     if isinstance(value, dict):
         return [flag, *(f"{name}={number}" for name, number in value.items())]
     return [f"{flag}={value}"]
+
 
 # %% ../../nbs/app/02h_config_files.ipynb #1d85f916
 def with_config(

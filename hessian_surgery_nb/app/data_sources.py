@@ -15,7 +15,8 @@ from .own_network import LabelledData, folder_data
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ['names_a_function', 'open_data']
+__all__ = ["names_a_function", "open_data"]
+
 
 # %% ../../nbs/app/00d_data_sources.ipynb #c1902907
 def names_a_function(

@@ -18,12 +18,14 @@ from ..foundations.losses import LossFunction
 from ..foundations.named_losses import named_loss
 
 # %% auto #0
-__all__ = ['loss_of', 'files_of_network']
+__all__ = ["loss_of", "files_of_network"]
+
 
 # %% ../../nbs/app/02i_delivery.ipynb #af02f006
 def loss_of(args: argparse.Namespace) -> LossFunction:
     "The loss that --loss names."
     return named_loss(getattr(args, "loss", "ce"))
+
 
 # %% ../../nbs/app/02i_delivery.ipynb #af02f009
 def files_of_network(

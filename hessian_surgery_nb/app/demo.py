@@ -25,7 +25,7 @@ from ..foundations.runs import check_out, json_bytes
 from ..foundations.weight_files import weights_bytes
 
 # %% auto #0
-__all__ = ['DEMO_FILES', 'run_demo', 'add_demo']
+__all__ = ["DEMO_FILES", "run_demo", "add_demo"]
 
 # %% ../../nbs/app/04b_demo.ipynb #3d8bbf30
 DEMO_FILES = ("report.html", "result.json", "weights.safetensors")
@@ -63,6 +63,7 @@ def run_demo(args: argparse.Namespace) -> int:  # exit code
     publish(out, files, demo_text(runs, out), as_json=args.json)
     return 0
 
+
 # %% ../../nbs/app/04b_demo.ipynb #39a3bfe9
 def _demo_directory(args: argparse.Namespace) -> Path:
     may_replace = args.force or _is_of_a_demo(Path(args.out) / "result.json")
@@ -77,6 +78,7 @@ def _is_of_a_demo(result: Path) -> bool:
         return json.loads(result.read_text(encoding="utf-8"))["what"] == "hessian-surgery demo"
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
 
 # %% ../../nbs/app/04b_demo.ipynb #883e1b2d
 def add_demo(
@@ -114,6 +116,7 @@ def add_demo(
     )
     add("--json", action="store_true", help="print result.json instead of tables")
     add_debug_flag(parser)
+
 
 # %% ../../nbs/app/04b_demo.ipynb #d0625902
 _DESCRIPTION = (

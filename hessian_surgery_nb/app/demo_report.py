@@ -44,7 +44,8 @@ from ..slq import plot_density
 from ..surgery_records import plot_before_after, plot_history
 
 # %% auto #0
-__all__ = ['demo_report', 'versions', 'provenance', 'demo_dict']
+__all__ = ["demo_report", "versions", "provenance", "demo_dict"]
+
 
 # %% ../../nbs/app/04a_demo_report.ipynb #98922370
 def _class_section(run: DemoRun) -> list[Markup]:
@@ -82,6 +83,7 @@ def _steps_section(run: DemoRun) -> list[Markup]:
             f"Step {surgery.best} was returned.",
         ),
     ]
+
 
 # %% ../../nbs/app/04a_demo_report.ipynb #3c76f177
 def _sensitivity_section(run: DemoRun) -> list[Markup]:
@@ -123,6 +125,7 @@ def _comparison_section(run: DemoRun) -> list[Markup]:
         ),
     ]
 
+
 # %% ../../nbs/app/04a_demo_report.ipynb #63c40e6b
 def demo_report(
     runs: Sequence[DemoRun],
@@ -161,6 +164,7 @@ def demo_report(
     ]
     return html_page(title, [*body, *ending])
 
+
 # %% ../../nbs/app/04a_demo_report.ipynb #5ca72eaa
 _CONTROLS_NOTE = (
     "The random subspaces are controls: the same dimension as the spikes, once with their step "
@@ -178,6 +182,7 @@ def _three_numbers(run: DemoRun) -> list[tuple[str, str]]:  # value with its uni
     return [
         (f"{100 * old:.1f} → {100 * new:.1f} {unit}", label) for label, old, new, unit in changes
     ]
+
 
 # %% ../../nbs/app/04a_demo_report.ipynb #3f21ccf3
 def versions() -> dict[str, str | int]:
@@ -205,6 +210,7 @@ def provenance(runs: Sequence[DemoRun]) -> str:
         f"{len(splits.held_out)} held-out ({splits.held_out.fingerprint}), disjoint by content. "
         f"Python {found['python']}, torch {found['torch']}, CPU, {found['threads']} thread(s)."
     )
+
 
 # %% ../../nbs/app/04a_demo_report.ipynb #869c6464
 def demo_dict(
@@ -238,6 +244,7 @@ def _run_dict(run: DemoRun) -> dict[str, Any]:
         "methods": run.comparison.to_dict(),
         "timing": timing,
     }
+
 
 # %% ../../nbs/app/04a_demo_report.ipynb #80d459ec
 def _sets_dict(splits: Splits) -> dict[str, dict]:

@@ -27,8 +27,21 @@ from ..surgery import operate
 from ..surgery_records import SurgeryResult
 
 # %% auto #0
-__all__ = ['Interval', 'CLASS_HEADER', 'METHOD_HEADER', 'DemoRun', 'run_seed', 'MethodSummary', 'summarise_methods', 'class_rows',
-           'method_rows', 'sigma_note', 'headline', 'demo_text']
+__all__ = [
+    "Interval",
+    "CLASS_HEADER",
+    "METHOD_HEADER",
+    "DemoRun",
+    "run_seed",
+    "MethodSummary",
+    "summarise_methods",
+    "class_rows",
+    "method_rows",
+    "sigma_note",
+    "headline",
+    "demo_text",
+]
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #e1ba568f
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +60,7 @@ class DemoRun:
     def surgery(self) -> SurgeryResult:
         "The operation that all methods are compared with."
         return self.comparison.surgery
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #27cbf755
 def run_seed(
@@ -73,6 +87,7 @@ def run_seed(
         density=measured,
         seconds=time.perf_counter() - start,
     )
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #985746ae
 def _measure_density(
@@ -111,6 +126,7 @@ def _operate_and_compare(
         progress=progress,
     )
 
+
 # %% ../../nbs/app/04_demo_runs.ipynb #51e90449
 Interval: TypeAlias = tuple[float, float, float]  # mean, and both ends of its 95 % interval
 
@@ -137,6 +153,7 @@ class MethodSummary:
         intervals = {name: dict(zip(ends, values)) for name, values in found.items()}
         return {"method": self.method, **intervals}
 
+
 # %% ../../nbs/app/04_demo_runs.ipynb #f523b0d5
 def summarise_methods(runs: Sequence[DemoRun]) -> list[MethodSummary]:
     "Held-out figures over seeds, method by method."
@@ -154,6 +171,7 @@ def summarise_methods(runs: Sequence[DemoRun]) -> list[MethodSummary]:
         )
         summaries.append(summary)
     return summaries
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #7481ea24
 CLASS_HEADER = ["class", "training images", "before (%)", "after (%)", "change (pp)"]
@@ -187,6 +205,7 @@ def method_rows(runs: Sequence[DemoRun]) -> list[list[str]]:
         for summary in summarise_methods(runs)
     ]
 
+
 # %% ../../nbs/app/04_demo_runs.ipynb #1666e9b0
 def sigma_note(runs: Sequence[DemoRun]) -> str:
     "What sigma and its interval are."
@@ -199,6 +218,7 @@ def sigma_note(runs: Sequence[DemoRun]) -> str:
         "Sigma is as counted on the held-out images of each seed, on average larger than that of "
         "the population; the ± is over seeds."
     )
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #d9758fe0
 def headline(runs: Sequence[DemoRun]) -> list[str]:  # two sentences
@@ -231,6 +251,7 @@ def _who_did_best(summaries: list[MethodSummary]) -> str:
             "is the textbook remedy for that."
         )
     return sentence
+
 
 # %% ../../nbs/app/04_demo_runs.ipynb #3a3e8708
 def demo_text(runs: Sequence[DemoRun], out: Path) -> str:

@@ -57,6 +57,7 @@ _MODULES = (
     "spectrum_type",
 )  # their functions of the same name are reached through them
 
+
 # %% ../../nbs/app/08_face.ipynb #97ce6b1d
 def _describe(value: Any) -> None:
     "Add to a docstring what the source says of each argument."
@@ -71,6 +72,7 @@ def _describe(value: Any) -> None:
         lines += ["", "Returns:", f"    {notes['return']}"]
     if lines:
         value.__doc__ = "\n".join([(value.__doc__ or "").rstrip(), "", "Arguments:", *lines])
+
 
 # %% ../../nbs/app/08_face.ipynb #5509b471
 def __getattr__(name: str):

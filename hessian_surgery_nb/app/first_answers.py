@@ -19,7 +19,8 @@ from ..foundations.guards import plainly
 from ..foundations.images import ORDERS, class_order
 
 # %% auto #0
-__all__ = ['FirstAnswers', 'first_answers', 'check_labels', 'describe_inputs']
+__all__ = ["FirstAnswers", "first_answers", "check_labels", "describe_inputs"]
+
 
 # %% ../../nbs/app/00e_first_answers.ipynb #3fcb5316
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def first_answers(
         training=training,
     )
 
+
 # %% ../../nbs/app/00e_first_answers.ipynb #cfd0e9ea
 @plainly()
 def check_labels(
@@ -96,6 +98,7 @@ def check_labels(
             f"{says}; give --class-order {order}."
         )
     warnings.warn(f"{says}: see --class-order.", stacklevel=2)
+
 
 # %% ../../nbs/app/00e_first_answers.ipynb #41eeca29
 _WHY = (
@@ -144,6 +147,7 @@ def _warn_of_training(answers: FirstAnswers) -> None:
             stacklevel=3,
         )
 
+
 # %% ../../nbs/app/00e_first_answers.ipynb #9e829329
 def _better_order(
     found: torch.Tensor,  # (N,) outputs
@@ -162,6 +166,7 @@ def _better_order(
         if gain > 3 * changed**0.5:
             return order, right_there.double().mean().item()
     return None
+
 
 # %% ../../nbs/app/00e_first_answers.ipynb #7c8b993b
 _SHOWN = 10  # classes that are named one by one
@@ -219,6 +224,7 @@ def _in_order(classes: tuple[str, ...]) -> str:
     if len(classes) > _SHOWN:
         numbered = [*numbered[: _SHOWN // 2], "...", numbered[-1]]
     return ", ".join(numbered)
+
 
 # %% ../../nbs/app/00e_first_answers.ipynb #3ebb0d08
 def _accuracies(sets: OwnSets, answers: FirstAnswers) -> str:

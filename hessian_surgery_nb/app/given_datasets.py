@@ -25,7 +25,7 @@ from ..foundations.named_networks import function_of, split_name
 from ..foundations.preparation import Preparation
 
 # %% auto #0
-__all__ = ['dataset_data', 'function_data', 'is_saved', 'saved_data']
+__all__ = ["dataset_data", "function_data", "is_saved", "saved_data"]
 
 # %% ../../nbs/app/00c_given_datasets.ipynb #8401541a
 _LABEL_KEYS = ("labels", "label", "target")
@@ -64,6 +64,7 @@ def _inputs_of(named: dict[str, Any], where: str) -> Any:
         return next(iter(numbers.values()))
     return numbers
 
+
 # %% ../../nbs/app/00c_given_datasets.ipynb #b37a140d
 def _as_row(x: Any, preparation: Preparation, where: str) -> Inputs:  # one row of each tensor
     "The inputs of one item, ready to be kept."
@@ -83,6 +84,7 @@ def _tensor(x: Any, where: str) -> torch.Tensor:
             f"{type(x).__name__} ({first_line(error)}); convert it."
         ) from error
 
+
 # %% ../../nbs/app/00c_given_datasets.ipynb #bb2cb13a
 _TOKENS = "input_ids"
 
@@ -98,6 +100,7 @@ def _padded(row: dict[str, torch.Tensor], longest: int, pad: int) -> dict[str, t
             tokens = torch.nn.functional.pad(tokens, (0, longest - length), value=filler)
         filled[name] = tokens
     return filled
+
 
 # %% ../../nbs/app/00c_given_datasets.ipynb #530a4d51
 class _Items:
@@ -128,6 +131,7 @@ class _Items:
                 f"{first_line(error)}); mend or remove it."
             ) from error
         return _split_item(item, self.place(row))
+
 
 # %% ../../nbs/app/00c_given_datasets.ipynb #81bdceff
 def _stored_labels(dataset: Any) -> Sequence | None:
@@ -162,6 +166,7 @@ def _labels(items: _Items) -> list[Label]:
             return labels
     return [items[row][1] for row in range(len(items))]
 
+
 # %% ../../nbs/app/00c_given_datasets.ipynb #128c59b5
 def _check_repeats(items: _Items, rows: list[int], preparation: Preparation) -> None:
     "Refuse items that are different the second time."
@@ -195,6 +200,7 @@ def _item_rows(items: _Items, longest: Callable[[], int]) -> LabelledRows:
     names = [items.place(row) for row in range(len(items))]
     return LabelledRows(labels=labels, names=names, read=read)
 
+
 # %% ../../nbs/app/00c_given_datasets.ipynb #58fe4634
 def dataset_data(
     found: Any,  # a dataset, or datasets by part
@@ -227,6 +233,7 @@ def _longest(items: _Items) -> int:
         return max(map(len, items.dataset[_TOKENS]))
     return max(len(items[row][0][_TOKENS]) for row in range(len(items)))
 
+
 # %% ../../nbs/app/00c_given_datasets.ipynb #6e329816
 def _class_names(dataset: Any) -> list[str] | None:
     "Names of the classes by number, where a dataset has them."
@@ -238,6 +245,7 @@ def _class_names(dataset: Any) -> list[str] | None:
         return next((list(names) for names in named if names), None)
     names = getattr(dataset, "classes", None)
     return list(map(str, names)) if isinstance(names, (list, tuple)) else None
+
 
 # %% ../../nbs/app/00c_given_datasets.ipynb #36db12d5
 def function_data(
@@ -254,6 +262,7 @@ def function_data(
             f"{type(error).__name__}: {first_line(error)}; mend it, or see --debug."
         ) from error
     return dataset_data(found, named)
+
 
 # %% ../../nbs/app/00c_given_datasets.ipynb #1aca4c3e
 _MODEL_INPUTS = (_TOKENS, "attention_mask", "token_type_ids", "pixel_values")

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from .pages import filled, fold_tag
 
 # %% auto #0
-__all__ = ['SIGMA', 'GLOSSARY', 'words_of', 'glossary_tag']
+__all__ = ["SIGMA", "GLOSSARY", "words_of", "glossary_tag"]
 
 # %% ../../nbs/app/01d_glossary.ipynb #76f99347
 SIGMA = (
@@ -86,6 +86,7 @@ _SPELLINGS = {
 }
 
 GLOSSARY: Mapping[str, str] = _FIGURES | _METHODS | _STEPS
+
 
 # %% ../../nbs/app/01d_glossary.ipynb #4d53936b
 def words_of(

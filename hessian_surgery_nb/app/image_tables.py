@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TABLE_SUFFIXES', 'table_data', 'numbered_or_named']
+__all__ = ["TABLE_SUFFIXES", "table_data", "numbered_or_named"]
 
 # %% ../../nbs/app/00a_image_tables.ipynb #62e4190b
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
@@ -52,6 +52,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     if len(table) == 0:
         raise InputError(f"a table must have rows. {path} has none; add some.")
     return table
+
 
 # %% ../../nbs/app/00a_image_tables.ipynb #99547af6
 _PATHS = (
@@ -92,6 +93,7 @@ def _needed(table: pd.DataFrame, known: Sequence[str], what: str, where: Path) -
         )
     return found
 
+
 # %% ../../nbs/app/00a_image_tables.ipynb #fd3ab1e7
 def _as_text(table: pd.DataFrame, column: str, where: Path) -> list[str]:
     "A column's values; a row without one is refused."
@@ -105,6 +107,7 @@ def _as_text(table: pd.DataFrame, column: str, where: Path) -> list[str]:
     if values.dtype.kind == "f" and (values % 1 == 0).all():
         values = values.astype(int)  # whole numbers beside what was a gap
     return [str(value).strip() for value in values]
+
 
 # %% ../../nbs/app/00a_image_tables.ipynb #c00c82a5
 def table_data(
@@ -143,6 +146,7 @@ def numbered_or_named(
     if names == set(numbers):
         return tuple(numbers), True
     return tuple(sorted(names)), False
+
 
 # %% ../../nbs/app/00a_image_tables.ipynb #6475daca
 def _known_splits(values: list[str], where: Path) -> list[str]:

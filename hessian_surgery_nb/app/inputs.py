@@ -26,7 +26,8 @@ from ..foundations.weight_files import check_storable
 from ..foundations.weights import select_params
 
 # %% auto #0
-__all__ = ['pick_device', 'load_inputs', 'count_outputs']
+__all__ = ["pick_device", "load_inputs", "count_outputs"]
+
 
 # %% ../../nbs/app/02a_inputs.ipynb #0f35a94b
 def pick_device(
@@ -57,6 +58,7 @@ def _own_gpu() -> int:
             f"{number + 1} is here; start fewer, or give --device cpu."
         )
     return number
+
 
 # %% ../../nbs/app/02a_inputs.ipynb #fd875058
 def load_inputs(
@@ -113,6 +115,7 @@ def _shows_progress(args: argparse.Namespace) -> bool:
     "Whether there is somebody to watch a progress bar: of the first process, in a terminal."
     return sys.stderr.isatty() and current_team().rank == 0
 
+
 # %% ../../nbs/app/02a_inputs.ipynb #b7a63a29
 def _prepared_as_asked(preparation: Preparation, args: argparse.Namespace) -> Preparation:
     "How images become inputs: as the network wants it, but for what the flags say."
@@ -150,6 +153,7 @@ def count_outputs(
         f"a classifier returns logits (N, C). {name} returns {found}; "
         "wrap it in a function that picks them."
     )
+
 
 # %% ../../nbs/app/02a_inputs.ipynb #303347dc
 def _shapes(inputs: Inputs) -> str:

@@ -28,7 +28,17 @@ from ..evidence.stored_runs import StoredRun, read_run
 from ..evidence.study import Study, runs_label
 
 # %% auto #0
-__all__ = ['Job', 'time_left', 'seconds_taken', 'Budget', 'OutOfTime', 'within', 'JobQueue', 'run_jobs']
+__all__ = [
+    "Job",
+    "time_left",
+    "seconds_taken",
+    "Budget",
+    "OutOfTime",
+    "within",
+    "JobQueue",
+    "run_jobs",
+]
+
 
 # %% ../../nbs/app/05_jobs.ipynb #803f336b
 class Job(NamedTuple):
@@ -50,6 +60,7 @@ class Job(NamedTuple):
         "Refuse a stored run that was asked for in another way."
         self.study.store.read(self.path.stem, request(self.study, self.name))
 
+
 # %% ../../nbs/app/05_jobs.ipynb #6a533af8
 def time_left(
     todo: Sequence[Job],
@@ -66,6 +77,7 @@ def time_left(
     if guessed:
         left += f", {guessed} of {len(todo)} runs guessed from the others"
     return left
+
 
 # %% ../../nbs/app/05_jobs.ipynb #fb160d40
 def seconds_taken(
@@ -90,6 +102,7 @@ def _stored_runs(
     files = sorted(study.store.directory.glob(f"*_{name}.json"))
     return [read_run(file) for file in files if form.fullmatch(file.name)]
 
+
 # %% ../../nbs/app/05_jobs.ipynb #297f4f0f
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -111,6 +124,7 @@ class Budget:
         left = self.left
         is_too_long_for_any = expected > self.seconds
         return left > 0 and (expected <= left or is_too_long_for_any)
+
 
 # %% ../../nbs/app/05_jobs.ipynb #c35a9f74
 class OutOfTime(BaseException):
@@ -143,6 +157,7 @@ def within(
         return None
     finally:
         signal.signal(signal.SIGALRM, before)
+
 
 # %% ../../nbs/app/05_jobs.ipynb #f0c17279
 class JobQueue:
@@ -213,6 +228,7 @@ class JobQueue:
         else:
             self.seconds.setdefault(job.name, []).append(seconds)
 
+
 # %% ../../nbs/app/05_jobs.ipynb #4653574a
 def run_jobs(queue: JobQueue) -> None:
     "Run all experiments of a queue, or those that its budget admits."
@@ -255,6 +271,7 @@ def _run(
 ) -> float | None:  # seconds; None where it was cut off
     torch.set_num_threads(threads)
     return within(budget, job.run)
+
 
 # %% ../../nbs/app/05_jobs.ipynb #53ae1992
 def _end_with(parent: int) -> None:

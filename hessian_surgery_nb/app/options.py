@@ -14,11 +14,36 @@ from ..foundations.checks import InputError, check_values, constraints_of
 from ..settings import SurgeryConfig, check_config
 
 # %% auto #0
-__all__ = ['HARM', 'Help', 'add_command', 'add_image_flags', 'add_curvature_flags', 'add_common_flags', 'add_device_flag',
-           'add_debug_flag', 'add_spikes_flag', 'add_eps_flag', 'add_directions_flag', 'add_scheme_flag',
-           'add_surgery_flags', 'percent_or_mean', 'add_output_flags', 'add_dry_run_flag', 'add_price_flag',
-           'add_limit_flags', 'product_options', 'limits_of', 'as_flag', 'check_flags', 'surgery_config',
-           'front_config', 'check_at_least', 'check_seed', 'check_percentage_points']
+__all__ = [
+    "HARM",
+    "Help",
+    "add_command",
+    "add_image_flags",
+    "add_curvature_flags",
+    "add_common_flags",
+    "add_device_flag",
+    "add_debug_flag",
+    "add_spikes_flag",
+    "add_eps_flag",
+    "add_directions_flag",
+    "add_scheme_flag",
+    "add_surgery_flags",
+    "percent_or_mean",
+    "add_output_flags",
+    "add_dry_run_flag",
+    "add_price_flag",
+    "add_limit_flags",
+    "product_options",
+    "limits_of",
+    "as_flag",
+    "check_flags",
+    "surgery_config",
+    "front_config",
+    "check_at_least",
+    "check_seed",
+    "check_percentage_points",
+]
+
 
 # %% ../../nbs/app/02_options.ipynb #0d892062
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -32,6 +57,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
 
 # %% ../../nbs/app/02_options.ipynb #42030f25
 def add_command(
@@ -55,6 +81,7 @@ def add_command(
     )
     parser.set_defaults(run=run, pictures=pictures, shared=shared)
     return parser
+
 
 # %% ../../nbs/app/02_options.ipynb #7c16408e
 HARM = 4  # exit code where the verdict is harm, and --fail-on-harm was given
@@ -117,6 +144,7 @@ _ORDER_HELP = (
     "labels where they name the folders, else natural"
 )
 
+
 # %% ../../nbs/app/02_options.ipynb #cae30606
 def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
     "Which images and which parameters the Hessian is of, and how its products are computed."
@@ -147,6 +175,7 @@ def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="images at a time in a Hessian-vector product; auto: as many as memory allows",
     )
+
 
 # %% ../../nbs/app/02_options.ipynb #0922fdce
 def add_common_flags(
@@ -189,6 +218,7 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     "Whether bad input ends in a traceback."
     parser.add_argument("--debug", action="store_true", help="show tracebacks of bad input")
 
+
 # %% ../../nbs/app/02_options.ipynb #53b20eb9
 def add_spikes_flag(
     parser: argparse.ArgumentParser,
@@ -222,6 +252,7 @@ def add_directions_flag(
         help=says,
     )
 
+
 # %% ../../nbs/app/02_options.ipynb #e6dcd6da
 def add_scheme_flag(parser: argparse.ArgumentParser) -> None:
     "How the sensitivity matrix is measured."
@@ -231,6 +262,7 @@ def add_scheme_flag(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.scheme,
         help="of the sensitivity matrix: 2K passes, or K",
     )
+
 
 # %% ../../nbs/app/02_options.ipynb #fcc9e368
 def add_surgery_flags(parser: argparse.ArgumentParser) -> None:
@@ -300,6 +332,7 @@ _TAU_HELP = (
     "above the mean; in Python a fraction, or None"
 )
 
+
 # %% ../../nbs/app/02_options.ipynb #06a00036
 def add_output_flags(
     parser: argparse.ArgumentParser,
@@ -367,6 +400,7 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
         "in Python floors={'cat': 0.6}, a fraction",
     )
 
+
 # %% ../../nbs/app/02_options.ipynb #0ca9dc20
 def product_options(
     args: argparse.Namespace,
@@ -386,6 +420,7 @@ def _number_or_auto(flag: str, given: str, kind: type, what: str) -> float | Non
         return kind(given)
     except ValueError as error:
         raise InputError(f"{flag} must be {what} or auto. Got {given}.") from error
+
 
 # %% ../../nbs/app/02_options.ipynb #ae3e05e8
 def limits_of(
@@ -464,6 +499,7 @@ def front_config(args: argparse.Namespace) -> SurgeryConfig:
     )
     check_flags(config)
     return config
+
 
 # %% ../../nbs/app/02_options.ipynb #a3f52e0e
 def check_at_least(flag: str, number: int, least: int) -> None:

@@ -39,8 +39,19 @@ from hessian_surgery_nb.foundations.stored_rows import (
 )
 
 # %% auto #0
-__all__ = ['LabelledRows', 'LabelledData', 'OwnBatches', 'OwnSets', 'network_labels', 'label_order', 'folder_data', 'image_rows',
-           'with_names', 'own_sets']
+__all__ = [
+    "LabelledRows",
+    "LabelledData",
+    "OwnBatches",
+    "OwnSets",
+    "network_labels",
+    "label_order",
+    "folder_data",
+    "image_rows",
+    "with_names",
+    "own_sets",
+]
+
 
 # %% ../../nbs/app/00_own_network.ipynb #36f287a7
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,7 @@ class LabelledData:
     classes: tuple[str, ...]  # their names
     in_order: bool = False  # whether they are in the order of the network's outputs
     where: str  # for messages
+
 
 # %% ../../nbs/app/00_own_network.ipynb #89fbc57e
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class OwnBatches:
         names = [self.names[row] for row in which.tolist()] if self.names else ()
         return replace(self, x=some_rows(self.x, which), y=self.y[which], names=names)
 
+
 # %% ../../nbs/app/00_own_network.ipynb #53030725
 @dataclass(frozen=True)
 class OwnSets:
@@ -132,6 +145,7 @@ class OwnSets:
         sets = {name: list(part.names) for name, part in parts.items() if part is not None}
         return dict(data=self.where, classes=list(self.classes), sets=sets)
 
+
 # %% ../../nbs/app/00_own_network.ipynb #871ba702
 def network_labels(
     net: nn.Module,
@@ -152,6 +166,7 @@ def network_labels(
         if isinstance(found, (list, tuple)) and found:
             return tuple(map(str, found))
     return None
+
 
 # %% ../../nbs/app/00_own_network.ipynb #ea898c70
 def label_order(
@@ -187,6 +202,7 @@ def label_order(
             stacklevel=2,
         )
     return found
+
 
 # %% ../../nbs/app/00_own_network.ipynb #60b4c390
 def _labels_do_not_fit(names: list[str], labels: Sequence[str] | None) -> InputError:
@@ -226,6 +242,7 @@ def _warn_of_two_orders(names: list[str]) -> None:
         stacklevel=3,
     )
 
+
 # %% ../../nbs/app/00_own_network.ipynb #d5ec8cfc
 def folder_data(
     folder: str | Path | tuple,  # DIR/train/CLASS/* and so on, or DIR/CLASS/*; or (train, test)
@@ -252,6 +269,7 @@ def folder_data(
     if not parts or train_is_a_class:
         parts = dict(all=folder)
     return _of_folders(parts, str(folder))
+
 
 # %% ../../nbs/app/00_own_network.ipynb #0f4f4c4e
 def _of_folders(parts: dict[str, Path], where: str) -> LabelledData:
@@ -286,6 +304,7 @@ def image_rows(
 
     return LabelledRows(labels=labels, names=names, read=read)
 
+
 # %% ../../nbs/app/00_own_network.ipynb #f90ccd07
 _ByClass = dict[str, list[int]]  # class -> rows of one part
 
@@ -319,6 +338,7 @@ def _halves(by_class: _ByClass, generator: torch.Generator) -> tuple[list[int], 
         deciding += [rows[i] for i in sorted(drawn[::2])]
         reporting += [rows[i] for i in sorted(drawn[1::2])]
     return deciding, reporting
+
 
 # %% ../../nbs/app/00_own_network.ipynb #18a3112b
 _Dealt = dict[str, tuple[str, list[int]]]  # set -> the part it comes from, and its rows there
@@ -374,6 +394,7 @@ def _check_every_class(data: LabelledData, by_class: dict[str, _ByClass]) -> Non
                 f"{data.where}{nor_others(missing, 'have')}; add some, or leave the class out."
             )
 
+
 # %% ../../nbs/app/00_own_network.ipynb #082700cc
 def with_names(
     data: LabelledData,
@@ -392,6 +413,7 @@ def with_names(
         for split, rows in data.parts.items()
     }
     return replace(data, parts=parts, classes=tuple(labels))
+
 
 # %% ../../nbs/app/00_own_network.ipynb #54321249
 def own_sets(
@@ -429,6 +451,7 @@ def own_sets(
         found = Counter(data.parts["train"].labels)
         counts = tuple(found[name] for name in classes)
     return OwnSets(**sets, classes=classes, training_counts=counts, where=data.where)
+
 
 # %% ../../nbs/app/00_own_network.ipynb #5a6b638d
 def _stored(

@@ -17,8 +17,26 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 # %% auto #0
-__all__ = ['STYLE', 'PHONE_WIDTH', 'LONG_LABEL', 'text_table', 'duration', 'amount', 'filled', 'heading_tag', 'paragraph_tag',
-           'code_tag', 'numbers_tag', 'fold_tag', 'footer_tag', 'figure_tag', 'table_tag', 'script_tag', 'html_page']
+__all__ = [
+    "STYLE",
+    "PHONE_WIDTH",
+    "LONG_LABEL",
+    "text_table",
+    "duration",
+    "amount",
+    "filled",
+    "heading_tag",
+    "paragraph_tag",
+    "code_tag",
+    "numbers_tag",
+    "fold_tag",
+    "footer_tag",
+    "figure_tag",
+    "table_tag",
+    "script_tag",
+    "html_page",
+]
+
 
 # %% ../../nbs/app/01_pages.ipynb #303117c2
 def text_table(
@@ -35,6 +53,7 @@ def text_table(
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(header), rule, *map(line, rows)])
 
+
 # %% ../../nbs/app/01_pages.ipynb #ce6dfa39
 def duration(seconds: float) -> str:
     "As one would say it."
@@ -50,6 +69,7 @@ def amount(size: float) -> str:  # of bytes
     if size < 1e9:
         return f"{size / 1e6:.0f} MB"
     return f"{size / 1e9:.1f} GB"
+
 
 # %% ../../nbs/app/01_pages.ipynb #df044742
 STYLE = """
@@ -217,6 +237,7 @@ def _render(template: str, **values) -> Markup:
     "A template with these values in it, escaped unless they are markup."
     return Markup(_ENVIRONMENT.get_template(template).render(values))
 
+
 # %% ../../nbs/app/01_pages.ipynb #f010b28e
 def heading_tag(
     text: str,
@@ -258,6 +279,7 @@ def footer_tag(body: Iterable[str]) -> Markup:
     "The end of a page."
     return _render("footer", body=body)
 
+
 # %% ../../nbs/app/01_pages.ipynb #4f9994a0
 PHONE_WIDTH = 3.9  # inches, at 96 pixels each
 LONG_LABEL = 18  # letters
@@ -293,6 +315,7 @@ def _make_narrow(figure: Any):
     for text in figure.findobj(Text):
         text.set_fontsize(max(8, text.get_fontsize()))
 
+
 # %% ../../nbs/app/01_pages.ipynb #8862de34
 def figure_tag(
     axes: Any,  # matplotlib axes, or an array of them
@@ -316,6 +339,7 @@ def figure_tag(
     plt.close(figure)
     return _render("figure", source=source, narrow=narrow, alt=alt, caption=caption)
 
+
 # %% ../../nbs/app/01_pages.ipynb #221b2153
 def table_tag(
     header: Sequence[str],
@@ -324,6 +348,7 @@ def table_tag(
 ) -> Markup:
     "A table with a caption and row headings."
     return _render("table", header=header, rows=rows, caption=caption)
+
 
 # %% ../../nbs/app/01_pages.ipynb #f366580d
 class _Script(Markup):
@@ -352,6 +377,7 @@ def _policy(body: Sequence[str]) -> str:
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
         f"style-src 'unsafe-inline'; script-src {scripts}"
     )
+
 
 # %% ../../nbs/app/01_pages.ipynb #e66d2201
 def html_page(

@@ -25,7 +25,8 @@ from ..foundations.weight_files import write_atomic
 from ..paper import FIGURES, ISIC_TABLES, TABLES
 
 # %% auto #0
-__all__ = ['Exhibit', 'exhibits', 'show_results']
+__all__ = ["Exhibit", "exhibits", "show_results"]
+
 
 # %% ../../nbs/app/05a_paper_report.ipynb #c053a3b0
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def exhibits(
             is_table=name in tables,
         )
 
+
 # %% ../../nbs/app/05a_paper_report.ipynb #7e3ed9a9
 def _table_piece(exhibit: Exhibit) -> Markup:
     flat = exhibit.content.reset_index()
@@ -79,6 +81,7 @@ def _png(axes) -> bytes:
     file = io.BytesIO()
     np.ravel(axes)[0].figure.savefig(file, dpi=150)
     return file.getvalue()
+
 
 # %% ../../nbs/app/05a_paper_report.ipynb #27af17c1
 def show_results(

@@ -27,7 +27,16 @@ from ..foundations.runs import check_out, out_dir
 from ..foundations.weight_files import write_atomic
 
 # %% auto #0
-__all__ = ['RESULT_FILES', 'output_directory', 'command_line', 'Table', 'result_text', 'report_page', 'how_to_repeat', 'publish']
+__all__ = [
+    "RESULT_FILES",
+    "output_directory",
+    "command_line",
+    "Table",
+    "result_text",
+    "report_page",
+    "how_to_repeat",
+    "publish",
+]
 
 # %% ../../nbs/app/02d_publishing.ipynb #6f17a050
 # what any command may leave; another command's would lie beside a new result.json and mislead
@@ -55,6 +64,7 @@ def command_line(argv: Sequence[str]) -> str:
     "What one would type to repeat a run."
     return shlex.join(["hessian-surgery", *argv])
 
+
 # %% ../../nbs/app/02d_publishing.ipynb #9056b7e7
 class Table(NamedTuple):
     "Cells as text."
@@ -71,6 +81,7 @@ def result_text(
 ) -> str:
     "What the terminal shows: the table, what it says, and where the files are."
     return f"{text_table(*table)}\n\n{summary}\n\n{out}: {', '.join(files)}"
+
 
 # %% ../../nbs/app/02d_publishing.ipynb #b43233f9
 def report_page(
@@ -109,6 +120,7 @@ def _first_words(
 def how_to_repeat(command: str) -> list[Markup]:
     "The end of a page."
     return [heading_tag("How to repeat it"), paragraph_tag(code_tag(command))]
+
 
 # %% ../../nbs/app/02d_publishing.ipynb #15440d4b
 def publish(

@@ -45,7 +45,8 @@ from ..network_methods import METHODS, chosen_methods
 from ..rebalancing import PRICES, Outcome, Rebalancing, rebalance
 
 # %% auto #0
-__all__ = ['REBALANCE_FILES', 'objective_of', 'methods_table', 'run_rebalance', 'add_rebalance']
+__all__ = ["REBALANCE_FILES", "objective_of", "methods_table", "run_rebalance", "add_rebalance"]
+
 
 # %% ../../nbs/app/03b_rebalance_command.ipynb #1f910a96
 def objective_of(
@@ -71,6 +72,7 @@ def objective_of(
         f"--objective is one of {', '.join(words)}, weakest:K, names of classes with commas, or a "
         f"CSV of costs. Got {given}; the classes are {', '.join(classes[:6])}."
     )
+
 
 # %% ../../nbs/app/03b_rebalance_command.ipynb #0ad2a0aa
 REBALANCE_FILES = ("weights.safetensors", "result.json", "report.html", "splits.json")
@@ -128,6 +130,7 @@ def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
         if not skipping:
             kept.append(word)
     return kept
+
 
 # %% ../../nbs/app/03b_rebalance_command.ipynb #71133200
 def run_rebalance(
@@ -233,6 +236,7 @@ def _page(result: Rebalancing, sets: OwnSets, args: argparse.Namespace, command:
     }
     title = f"Rebalancing: {result.method}"
     return report_page(title, title, result.verdict.line, pieces, command, images=images)
+
 
 # %% ../../nbs/app/03b_rebalance_command.ipynb #7884a2cd
 def add_rebalance(

@@ -51,8 +51,18 @@ from ..paper import FIGURES, ISIC_TABLES, TABLES
 from ..settings import SurgeryConfig, check_config
 
 # %% auto #0
-__all__ = ['QUICK', 'asked_for', 'experiments_asked_for', 'scale_of', 'protected_accuracy', 'kept_back', 'studies_of',
-           'sources_of', 'run_reproduce']
+__all__ = [
+    "QUICK",
+    "asked_for",
+    "experiments_asked_for",
+    "scale_of",
+    "protected_accuracy",
+    "kept_back",
+    "studies_of",
+    "sources_of",
+    "run_reproduce",
+]
+
 
 # %% ../../nbs/app/05b_reproduce.ipynb #b2d0e7e5
 def asked_for(args: argparse.Namespace) -> list[str]:  # none: all
@@ -84,6 +94,7 @@ def experiments_asked_for(
     if not asked and not args.all:
         return named
     return list(dict.fromkeys([*named, *experiments_for(*asked, kind=kind)]))
+
 
 # %% ../../nbs/app/05b_reproduce.ipynb #aaee24f9
 QUICK = Scale(  # to see that everything runs
@@ -128,6 +139,7 @@ def scale_of(
             scale = replace(scale, **{name: value})
     return replace(scale, seen_pixels=args.pixels)
 
+
 # %% ../../nbs/app/05b_reproduce.ipynb #21b3304f
 def protected_accuracy(
     args: argparse.Namespace,
@@ -153,6 +165,7 @@ def kept_back(args: argparse.Namespace) -> tuple[int, int]:
         )
     to_tune_on, to_report_on = (*numbers, 0)[:2]
     return to_tune_on, to_report_on
+
 
 # %% ../../nbs/app/05b_reproduce.ipynb #c98d88ce
 def studies_of(args: argparse.Namespace, store: RunStore) -> list[Study]:  # one a seed
@@ -194,6 +207,7 @@ def _weights_file(flag: str, name: str | None) -> Path | None:
         raise InputError(f"{flag} must name a file of weights. {name} is not there.")
     return Path(name)
 
+
 # %% ../../nbs/app/05b_reproduce.ipynb #463e7e92
 def _images(study: Study) -> list:
     "Images, labels and class names, part by part, as they lie in the dataset."
@@ -219,6 +233,7 @@ def _warn_of_two_orders(classes: Sequence[str], weights: Path) -> None:
             f"ImageFolder. Outputs of {weights} must be in that order.",
             stacklevel=2,
         )
+
 
 # %% ../../nbs/app/05b_reproduce.ipynb #bf7fea43
 def sources_of(
@@ -281,6 +296,7 @@ def _try_studies(studies: Sequence[Study], todo: set[str]) -> None:
     if first.weights is not None:
         load_weights(network, first.weights)
 
+
 # %% ../../nbs/app/05b_reproduce.ipynb #59f10984
 def run_reproduce(args: argparse.Namespace) -> int:  # exit code
     "The `reproduce` command."
@@ -325,6 +341,7 @@ def run_reproduce(args: argparse.Namespace) -> int:  # exit code
 def _all_jobs(studies: Sequence[Study], experiments: Sequence[str]) -> list[Job]:
     return [Job(study, name) for study in studies for name in experiments]
 
+
 # %% ../../nbs/app/05b_reproduce.ipynb #87571103
 def _say_what_is_left(queue: JobQueue, args: argparse.Namespace) -> None:
     left: dict[str, list[str]] = {}
@@ -338,6 +355,7 @@ def _say_what_is_left(queue: JobQueue, args: argparse.Namespace) -> None:
         file=sys.stderr,
         flush=True,
     )
+
 
 # %% ../../nbs/app/05b_reproduce.ipynb #d272853e
 def _with_sources(job: Job, sources: dict[str, str]) -> Job:

@@ -17,7 +17,8 @@ from .reproduce import run_reproduce
 from ..evidence.study import STARTS
 
 # %% auto #0
-__all__ = ['add_reproduce']
+__all__ = ["add_reproduce"]
+
 
 # %% ../../nbs/app/05c_reproduce_flags.ipynb #aeda1d94
 def add_reproduce(
@@ -52,6 +53,7 @@ _DATASET_HELP = (
     "layout of ISIC-2019"
 )
 
+
 # %% ../../nbs/app/05c_reproduce_flags.ipynb #002dc23e
 def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
     "Which tables, which figures, which experiments."
@@ -74,6 +76,7 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every table and figure (also when none is named)",
     )
+
 
 # %% ../../nbs/app/05c_reproduce_flags.ipynb #c7720579
 def _add_start_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +129,7 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
         help="runs side by side, sharing the cores evenly",
     )
     add("--budget", type=int, metavar="SECONDS", help=_BUDGET_HELP)
+
 
 # %% ../../nbs/app/05c_reproduce_flags.ipynb #3ecde83e
 _BUDGET_HELP = (

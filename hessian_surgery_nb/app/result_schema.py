@@ -14,7 +14,7 @@ from ..surgery_records import StepRecord
 from ..verdict import OUTCOMES
 
 # %% auto #0
-__all__ = ['verdict_schema', 'result_schema']
+__all__ = ["verdict_schema", "result_schema"]
 
 # %% ../../nbs/app/02f_result_schema.ipynb #9345bdd2
 _NUMBER = {"type": "number"}
@@ -44,6 +44,7 @@ def _record(**parts: dict) -> dict:
         "required": list(parts),
         "additionalProperties": False,
     }
+
 
 # %% ../../nbs/app/02f_result_schema.ipynb #4f6583a4
 def _report_schema() -> dict:
@@ -75,6 +76,7 @@ def _step_schema() -> dict:
             kind, _, _ = field.type.partition("[")
             parts[STEP_NAMES.get(field.name, field.name)] = kinds[kind]
     return _record(**parts)
+
 
 # %% ../../nbs/app/02f_result_schema.ipynb #defa8e86
 def _change_schema(unit: str) -> dict:
@@ -110,6 +112,7 @@ def verdict_schema() -> dict[str, Any]:
         classes=_many(_class_schema()),
         **{"global": _change_schema("percent")},
     )
+
 
 # %% ../../nbs/app/02f_result_schema.ipynb #af245825
 def result_schema() -> dict[str, Any]:

@@ -28,9 +28,27 @@ from ..surgery_records import SurgeryResult, plot_before_after, plot_history
 from ..verdict import ClassChange, HeldOutVerdict
 
 # %% auto #0
-__all__ = ['OPERATE_FILES', 'UNITS', 'IN_TERMINAL', 'STEP_NAMES', 'COMPARE_FILES', 'FRONT_FILES', 'sigma_change', 'class_table',
-           'set_sizes', 'operate_files', 'comparison_table', 'comparison_summary', 'compare_files', 'front_table',
-           'front_files', 'eigenvalue_table', 'verdict_table', 'spectrum_dict', 'screening_dict']
+__all__ = [
+    "OPERATE_FILES",
+    "UNITS",
+    "IN_TERMINAL",
+    "STEP_NAMES",
+    "COMPARE_FILES",
+    "FRONT_FILES",
+    "sigma_change",
+    "class_table",
+    "set_sizes",
+    "operate_files",
+    "comparison_table",
+    "comparison_summary",
+    "compare_files",
+    "front_table",
+    "front_files",
+    "eigenvalue_table",
+    "verdict_table",
+    "spectrum_dict",
+    "screening_dict",
+]
 
 # %% ../../nbs/app/02e_results.ipynb #3b2544e5
 OPERATE_FILES = ("weights.safetensors", "result.json", "history.csv", "report.html")
@@ -51,6 +69,7 @@ def sigma_change(verdict: HeldOutVerdict) -> dict[str, float | str]:
         "high95": 100 * sigma.high,
         "says": verdict.line,
     }
+
 
 # %% ../../nbs/app/02e_results.ipynb #ab4246c6
 def class_table(
@@ -81,6 +100,7 @@ def _class_cells(found: ClassChange) -> list[str]:
 
 
 IN_TERMINAL = 30  # rows of a table of classes
+
 
 # %% ../../nbs/app/02e_results.ipynb #383e49b2
 def _operate_page(
@@ -116,6 +136,7 @@ def set_sizes(
         "in the sensitivity set": int(tuned_on.counts.sum()),
     }
 
+
 # %% ../../nbs/app/02e_results.ipynb #b434180c
 # fraction of a `StepRecord` -> its name in result.json, in percent or percentage points
 STEP_NAMES = {
@@ -140,6 +161,7 @@ def _in_percent(step: dict[str, Any]) -> dict[str, Any]:
         else:
             found[STEP_NAMES[name]] = 100 * value
     return found
+
 
 # %% ../../nbs/app/02e_results.ipynb #378883e5
 def operate_files(
@@ -173,6 +195,7 @@ def operate_files(
         page,
     ]
     return dict(zip(OPERATE_FILES, contents, strict=True))
+
 
 # %% ../../nbs/app/02e_results.ipynb #37185eec
 COMPARE_FILES = ("result.json", "report.html")
@@ -210,6 +233,7 @@ def _method_cells(name: str, method: Mapping[str, Any]) -> list[str]:
         f"{method['forward passes']:.0f}",
     ]
 
+
 # %% ../../nbs/app/02e_results.ipynb #935689f9
 def comparison_summary(
     comparison: Comparison,
@@ -242,6 +266,7 @@ def _chosen_text(comparison: Comparison, chosen: Rival | None) -> str:
         f"\n\nSaved are the weights of {chosen.name} ({chosen.setting}), for {rule}; "
         f"{loads} takes them. {comparison.verdict(chosen).line}"
     )
+
 
 # %% ../../nbs/app/02e_results.ipynb #a8e19e39
 def compare_files(
@@ -280,6 +305,7 @@ def compare_files(
         files["weights.safetensors"] = weights
     return files
 
+
 # %% ../../nbs/app/02e_results.ipynb #b412dd1b
 FRONT_FILES = ("weights.safetensors", "result.json", "report.html")
 
@@ -311,6 +337,7 @@ def front_table(front: Front) -> Table:
         rows.append(cells)
     return Table(header, rows)
 
+
 # %% ../../nbs/app/02e_results.ipynb #380ff23f
 def _price_paid(
     front: Front,
@@ -324,6 +351,7 @@ def _price_paid(
     low, high = paired_share_interval(gained, lost, len(was_right))
     paid = 100 * (lost - gained) / len(was_right)
     return f"{paid:.2f} [{-100 * high:.1f}, {-100 * low:.1f}]"
+
 
 # %% ../../nbs/app/02e_results.ipynb #c2fa3fb1
 def _point_dict(point) -> dict[str, Any]:
@@ -364,6 +392,7 @@ def front_files(
     page = _front_page(front, verdict, max_drop, model, config.directions, command)
     return dict(zip(FRONT_FILES, [weights, json_bytes(found), page], strict=True))
 
+
 # %% ../../nbs/app/02e_results.ipynb #b451047f
 def _front_page(
     front: Front,
@@ -388,6 +417,7 @@ def _front_page(
     start = front.points[0]
     images = set_sizes(start.held_out, start.sensitivity)
     return report_page(f"Front of {model}", heading, summary, pieces, command, images=images)
+
 
 # %% ../../nbs/app/02e_results.ipynb #4c06dc20
 def eigenvalue_table(pairs: Eigenpairs) -> Table:
@@ -423,6 +453,7 @@ def spectrum_dict(
     if verdict is not None:
         found["generalisation"] = verdict.to_dict() | {"images": images}
     return found
+
 
 # %% ../../nbs/app/02e_results.ipynb #a8bf619f
 def screening_dict(

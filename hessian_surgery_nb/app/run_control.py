@@ -24,7 +24,8 @@ from ..surgery import HeldOutHarm
 from ..verdict import KEEP, NO_CHANGE, HeldOutVerdict
 
 # %% auto #0
-__all__ = ['LOCK', 'asked_to_stop', 'share_run', 'logged', 'claimed', 'tell_harm']
+__all__ = ["LOCK", "asked_to_stop", "share_run", "logged", "claimed", "tell_harm"]
+
 
 # %% ../../nbs/app/02c_run_control.ipynb #c85fa5ce
 @contextlib.contextmanager
@@ -54,6 +55,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:  # whether Ctrl-C was press
     finally:
         signal.signal(signal.SIGINT, handler_before)
 
+
 # %% ../../nbs/app/02c_run_control.ipynb #f5e8173f
 @contextlib.contextmanager
 def share_run(
@@ -70,6 +72,7 @@ def share_run(
         output = sys.stdout if team.rank == 0 else io.StringIO()
         with contextlib.redirect_stdout(output):
             yield
+
 
 # %% ../../nbs/app/02c_run_control.ipynb #3507dc94
 @contextlib.contextmanager
@@ -99,6 +102,7 @@ def logged(
     finally:
         log.removeHandler(handler)
         log.setLevel(level_before)
+
 
 # %% ../../nbs/app/02c_run_control.ipynb #d2f01d2b
 LOCK = ".hessian-surgery.lock"
@@ -155,6 +159,7 @@ def _locked(path: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
+
 
 # %% ../../nbs/app/02c_run_control.ipynb #1bf3968f
 def tell_harm(

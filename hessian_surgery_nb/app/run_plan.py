@@ -23,7 +23,8 @@ from ..settings import SurgeryConfig
 from ..surgery_state import prepare_surgery
 
 # %% auto #0
-__all__ = ['RunPlan', 'peak_memory', 'plan_run']
+__all__ = ["RunPlan", "peak_memory", "plan_run"]
+
 
 # %% ../../nbs/app/02b_run_plan.ipynb #12eec05c
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class RunPlan:
             "device": self.device,
         }
 
+
 # %% ../../nbs/app/02b_run_plan.ipynb #dba38d4c
 def peak_memory(device: torch.device) -> float:  # bytes
     "The most that was held so far, on the device that does the work."
@@ -82,6 +84,7 @@ def _seconds(work: Callable[[], Any], repeats: int = 1) -> float:
     for _ in range(repeats):
         work()
     return (time.perf_counter() - start) / repeats
+
 
 # %% ../../nbs/app/02b_run_plan.ipynb #91a849db
 def plan_run(
@@ -122,6 +125,7 @@ def plan_run(
         + vectors.element_size() * (vectors.numel() + num_params(model)),
         device=str(vectors.device),
     )
+
 
 # %% ../../nbs/app/02b_run_plan.ipynb #f9c4bc2e
 def _pass_seconds(model: nn.Module, batches: Iterable) -> float:

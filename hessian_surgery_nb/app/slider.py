@@ -19,7 +19,7 @@ from .slider_points import SliderPoint, arranged
 from ..foundations.accuracy import ClassReport
 
 # %% auto #0
-__all__ = ['IN_SIGHT', 'round_marks', 'slider_section']
+__all__ = ["IN_SIGHT", "round_marks", "slider_section"]
 
 # %% ../../nbs/app/01c_slider.ipynb #21afa53f
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -51,6 +51,7 @@ def _with_interval(change: float, ends: tuple[float, float]) -> str:
 
 def _level(before: float, after: float) -> str:
     return f"{_number(100 * before)} → {_number(100 * after)} %"
+
 
 # %% ../../nbs/app/01c_slider.ipynb #5043cf88
 def _extreme(
@@ -91,6 +92,7 @@ def _brief(point: SliderPoint) -> str:
     sigma = _number(100 * report.sigma)
     return f"{point.label}: sigma {sigma} pp, global {_number(100 * report.overall)} %"
 
+
 # %% ../../nbs/app/01c_slider.ipynb #b9272baf
 _FIGURES = ("sigma", "global accuracy", "balanced accuracy", "worst class")
 
@@ -112,6 +114,7 @@ def _figures(start: ClassReport, point: SliderPoint) -> list[tuple[str, str]]:  
         found.append((f"{_number(100 * after)} {unit}", f"{note} pp"))
     value, note = found[-1]
     return [*found[:-1], (value, f"{note}, now {worst}")]
+
 
 # %% ../../nbs/app/01c_slider.ipynb #e1476a70
 IN_SIGHT = 12  # classes, where there are more than 15
@@ -145,6 +148,7 @@ def _point_data(
         "bars": bars,
         "command": point.command,
     }
+
 
 # %% ../../nbs/app/01c_slider.ipynb #42af6638
 def _places(
@@ -195,6 +199,7 @@ def _bars_piece(start: ClassReport, data: dict[str, Any], scale: int) -> Markup:
     shown = {"point": data, "signs": signs, "scale": scale, "names": start.names}
     return filled(_BARS, seen=seen, others=others, **shown)
 
+
 # %% ../../nbs/app/01c_slider.ipynb #e0b3d08a
 def round_marks(
     low: float,
@@ -208,6 +213,7 @@ def round_marks(
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [step * number for number in range(first, last + 1)]
+
 
 # %% ../../nbs/app/01c_slider.ipynb #c2a9e2ec
 _PLANE = """\
@@ -234,6 +240,7 @@ def _marks(low: float, high: float) -> list[tuple[float, str]]:  # place in [0, 
     marks = round_marks(low, high)
     return [(round((mark - low) / (high - low), 4), f"{mark:.4g}") for mark in marks]
 
+
 # %% ../../nbs/app/01c_slider.ipynb #e8f6a63c
 def _plane_piece(points: Sequence[SliderPoint], chosen: int, tag: str) -> Markup:
     "All points, sigma against global accuracy."
@@ -253,6 +260,7 @@ def _plane_piece(points: Sequence[SliderPoint], chosen: int, tag: str) -> Markup
     below, beside = _marks(left, right), _marks(0, top)
     advised = points[chosen].recommended
     return filled(_PLANE, dots=dots, below=below, beside=beside, advised=advised, tag=tag)
+
 
 # %% ../../nbs/app/01c_slider.ipynb #b6ab3187
 _POINTS_HEADER = (
@@ -312,6 +320,7 @@ def _images(start: ClassReport) -> str:
     "Which images these are."
     kind = start.measured_on.replace("_", "-")
     return f"{int(start.counts.sum()):,} {kind} images"
+
 
 # %% ../../nbs/app/01c_slider.ipynb #a637f653
 _CONTROLS = """\
@@ -396,6 +405,7 @@ def _caution(start: ClassReport) -> str:
         "Whoever picks a point because it looks best here has used these images up: measure it "
         "once more on new ones."
     )
+
 
 # %% ../../nbs/app/01c_slider.ipynb #5de56b6d
 def slider_section(

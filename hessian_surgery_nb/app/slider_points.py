@@ -23,7 +23,16 @@ from ..front import Front
 from ..rebalancing import Outcome, Rebalancing
 
 # %% auto #0
-__all__ = ['SliderPoint', 'slider_point', 'start_point', 'arranged', 'command_at', 'front_points', 'rebalancing_points']
+__all__ = [
+    "SliderPoint",
+    "slider_point",
+    "start_point",
+    "arranged",
+    "command_at",
+    "front_points",
+    "rebalancing_points",
+]
+
 
 # %% ../../nbs/app/01b_slider_points.ipynb #fbd85c1f
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,7 @@ class SliderPoint:
         "Method, setting and price."
         price = "" if self.price is None else f"price {100 * self.price:g} pp"
         return ", ".join(filter(None, [self.method, self.setting, price]))
+
 
 # %% ../../nbs/app/01b_slider_points.ipynb #6e87b784
 def slider_point(
@@ -84,6 +94,7 @@ def slider_point(
         recommended=recommended,
     )
 
+
 # %% ../../nbs/app/01b_slider_points.ipynb #ba42b161
 def start_point(
     start: ClassReport,
@@ -103,6 +114,7 @@ def start_point(
         command="(nothing to do: keep your weights)",
         recommended=recommended,
     )
+
 
 # %% ../../nbs/app/01b_slider_points.ipynb #cb9b67de
 def _check_point(start: ClassReport, point: SliderPoint):
@@ -157,6 +169,7 @@ def arranged(
     flags = [point.recommended for point in ordered]
     return ordered, flags.index(True) if advised else 0
 
+
 # %% ../../nbs/app/01b_slider_points.ipynb #c9d857f5
 def command_at(
     command: str,  # a run of ours, as typed
@@ -179,6 +192,7 @@ def command_at(
             kept.append(words[place])
         place += 1
     return shlex.join([*kept, "--max-global-drop", amount])
+
 
 # %% ../../nbs/app/01b_slider_points.ipynb #8713bd92
 def front_points(
@@ -203,6 +217,7 @@ def front_points(
         )
         for point in others
     ]
+
 
 # %% ../../nbs/app/01b_slider_points.ipynb #6b640482
 def rebalancing_points(

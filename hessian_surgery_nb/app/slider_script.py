@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SLIDER_SCRIPT', 'SLIDER_STYLE']
+__all__ = ["SLIDER_SCRIPT", "SLIDER_STYLE"]
 
 # %% ../../nbs/app/01a_slider_script.ipynb #e05e93f2
 _STATE = """

@@ -26,13 +26,58 @@ from ..foundations.checks import InputError
 from ..foundations.intervals import mean_interval
 
 # %% auto #0
-__all__ = ['KINDS', 'JudgeRuns', 'JudgeAll', 'Interval', 'KindOf', 'REGIMES', 'BELOW_0', 'ABOVE_0', 'ENOUGH', 'Verdict', 'Claim',
-           'ScreenedRun', 'read_regimes', 'overall_kind', 'regimes_text', 'has_runs', 'not_tested', 'count_text',
-           'with_count', 'judged_in', 'claim_of_runs', 'untested_claim', 'level_text', 'value_of_each',
-           'value_of_pairs', 'difference_of', 'class_changes', 'weakest_first', 'in_percent', 'change_text',
-           'change_verdict', 'change_within', 'mean_of', 'judged_mean', 'mean_within', 'reached', 'no_worse', 'no_more',
-           'as_good_as', 'reaches', 'rather_than', 'every_network', 'unanimous', 'weakest_kind', 'strongest_kind',
-           'weakest_of', 'all_of', 'judge_claims', 'claims_frame', 'count_verdicts']
+__all__ = [
+    "KINDS",
+    "JudgeRuns",
+    "JudgeAll",
+    "Interval",
+    "KindOf",
+    "REGIMES",
+    "BELOW_0",
+    "ABOVE_0",
+    "ENOUGH",
+    "Verdict",
+    "Claim",
+    "ScreenedRun",
+    "read_regimes",
+    "overall_kind",
+    "regimes_text",
+    "has_runs",
+    "not_tested",
+    "count_text",
+    "with_count",
+    "judged_in",
+    "claim_of_runs",
+    "untested_claim",
+    "level_text",
+    "value_of_each",
+    "value_of_pairs",
+    "difference_of",
+    "class_changes",
+    "weakest_first",
+    "in_percent",
+    "change_text",
+    "change_verdict",
+    "change_within",
+    "mean_of",
+    "judged_mean",
+    "mean_within",
+    "reached",
+    "no_worse",
+    "no_more",
+    "as_good_as",
+    "reaches",
+    "rather_than",
+    "every_network",
+    "unanimous",
+    "weakest_kind",
+    "strongest_kind",
+    "weakest_of",
+    "all_of",
+    "judge_claims",
+    "claims_frame",
+    "count_verdicts",
+]
 
 # %% ../../nbs/evidence/08_claims.ipynb #fd87b0dd
 KINDS = (
@@ -55,6 +100,7 @@ class Verdict:
         if self.kind not in KINDS:
             raise InputError(f"a verdict must be one of {', '.join(KINDS)}. Got {self.kind!r}.")
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #cad766ee
 JudgeRuns = Callable[[Results], Verdict]  # the runs of one regime
 JudgeAll = Callable[[Mapping[str, Results]], Verdict]  # of all regimes, by name
@@ -73,6 +119,7 @@ class Claim:
     rule: str  # how it is judged, in words
     needs: tuple[str, ...]  # experiments
     judge: JudgeAll
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #1801b776
 # regime -> dataset, network, start
@@ -103,6 +150,7 @@ class ScreenedRun:
     results: ScreenedNetwork
     config: Mapping[str, Any] = field(default_factory=dict)
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #a9c94c47
 def read_regimes(
     directory: str | Path,  # with a folder of runs for each dataset
@@ -119,6 +167,7 @@ def read_regimes(
         runs = {number: ScreenedRun(results=row) for number, row in rows}
         found["digits"] = Results("digits", {"screened": runs})
     return found
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #2cdbb64b
 def overall_kind(
@@ -147,6 +196,7 @@ def regimes_text(
         ending = f" ({each.kind})" if differ and regime in deciding else ""
         parts.append(f"{_IN_WORDS[regime]}: {each.figures}{ending}")
     return "; ".join(parts)
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #aa96430e
 def has_runs(
@@ -183,6 +233,7 @@ def with_count(
     figures = f"{found.figures}, {count_text(len(results.seeds(*needs)))}"
     return Verdict(kind=found.kind, figures=figures)
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #6fe873a9
 def judged_in(
     judge_runs: JudgeRuns,
@@ -205,6 +256,7 @@ def judged_in(
 
     return judge
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #5a3d59de
 def claim_of_runs(
     judge_runs: JudgeRuns,
@@ -225,6 +277,7 @@ def untested_claim(
     "A claim that no stored run can judge."
     return Claim(needs=(), judge=lambda results: not_tested(why), rule="no run tells", **words)
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #caab96e0
 BELOW_0 = (-math.inf, 0)
 ABOVE_0 = (0, math.inf)
@@ -240,6 +293,7 @@ def level_text(
     if math.isnan(low):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #c2427c3d
 def value_of_each(
@@ -271,6 +325,7 @@ def difference_of(
     "The first less the second, network by network."
     return lambda results: [a - b for a, b in zip(first(results), second(results), strict=True)]
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #6a6b047b
 def class_changes(
     after: ReportRecord,
@@ -294,6 +349,7 @@ def in_percent(
 ) -> Interval:
     "A change and its interval, in percent of the level at the start."
     return tuple(100 * end / start for end in change)
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #331118bf
 def change_text(
@@ -334,6 +390,7 @@ def change_within(
 
     return judge
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #cc31daec
 def mean_of(
     values: Sequence[float],  # one a network
@@ -369,6 +426,7 @@ def mean_within(
     "The whole interval of a mean over networks lies where the claim puts it, or outside."
     return judged_mean(values_of, partial(verdict, where=where), what, digits)
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #e2260df3
 def reached(
     triple: Interval,
@@ -402,6 +460,7 @@ def no_more(
     mean, low, high = triple
     return no_worse((-mean, -high, -low), -figure)
 
+
 # %% ../../nbs/evidence/08_claims.ipynb #c6f638c8
 def as_good_as(
     values_of: Callable[[Results], Sequence[float]],  # one a network
@@ -419,6 +478,7 @@ def reaches(
 ) -> JudgeRuns:
     "A mean change over networks is clear of 0 and reaches the paper's figure."
     return judged_mean(values_of, partial(reached, figure=figure), what)
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #543aa6bb
 def rather_than(
@@ -438,6 +498,7 @@ def rather_than(
         return "undecided" if low <= other <= high else "supported"
 
     return judged_mean(values_of, kind_of, what, 2)
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #84591744
 def every_network(
@@ -463,6 +524,7 @@ def unanimous(
     if all(holds):
         return "supported"
     return "undecided" if any(holds) else "not supported"
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #cd781aef
 def weakest_kind(
@@ -494,6 +556,7 @@ def all_of(
 ) -> JudgeRuns:
     "Every part of a claim must hold."
     return lambda results: weakest_of([judge(results) for judge in judges])
+
 
 # %% ../../nbs/evidence/08_claims.ipynb #276ca46d
 def judge_claims(

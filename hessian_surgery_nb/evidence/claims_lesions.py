@@ -32,8 +32,23 @@ from .records import ReportRecord
 from .tables_isic import isic_methods, verdict
 
 # %% auto #0
-__all__ = ['CE', 'FL', 'CB', 'CE_HS', 'FL_HS', 'CB_HS', 'LESION_CLAIMS', 'LesionPair', 'lesion_pair', 'lesion_within',
-           'lesion_reaches', 'lesion_values', 'lesion_classes', 'lesion_claim']
+__all__ = [
+    "CE",
+    "FL",
+    "CB",
+    "CE_HS",
+    "FL_HS",
+    "CB_HS",
+    "LESION_CLAIMS",
+    "LesionPair",
+    "lesion_pair",
+    "lesion_within",
+    "lesion_reaches",
+    "lesion_values",
+    "lesion_classes",
+    "lesion_claim",
+]
+
 
 # %% ../../nbs/evidence/08e_claims_lesions.ipynb #69fe2bbd
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,7 @@ def lesion_pair(
             results, method.experiment, figure, other.experiment, **pick
         ),
     )
+
 
 # %% ../../nbs/evidence/08e_claims_lesions.ipynb #2ec5d1b0
 def lesion_within(
@@ -100,6 +116,7 @@ def lesion_reaches(
 
     return judge
 
+
 # %% ../../nbs/evidence/08e_claims_lesions.ipynb #fe57fe0f
 def lesion_values(
     name: str,  # of a method, as in Table 13
@@ -128,6 +145,7 @@ def lesion_classes(
     "The mean change of some classes lies where the claim puts it, or outside."
     label = f"{', '.join(classes)} {{}} pp"
     return mean_within(lesion_values(name, base, *classes), where, label)
+
 
 # %% ../../nbs/evidence/08e_claims_lesions.ipynb #ad4e877f
 def lesion_claim(

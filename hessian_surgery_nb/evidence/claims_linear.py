@@ -32,7 +32,14 @@ from .results import WalkAtLossRun
 from .tables import walk_figures
 
 # %% auto #0
-__all__ = ['WALK_CLAIMS', 'LINEAR_CLAIMS', 'CLAIMS_OF_THE_LINEAR_MODEL', 'row_cosine', 'leading_over_bulk']
+__all__ = [
+    "WALK_CLAIMS",
+    "LINEAR_CLAIMS",
+    "CLAIMS_OF_THE_LINEAR_MODEL",
+    "row_cosine",
+    "leading_over_bulk",
+]
+
 
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #e793324a
 def _first_spike(run: Any) -> tuple[np.ndarray, np.ndarray]:  # (C,), (C,)
@@ -69,6 +76,7 @@ def row_cosine(
 
     return value_of_pairs("sensitivity", "network", value)
 
+
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #8c2d9feb
 def _opposed_by_confusion(run: Any, confused: Any) -> float:
     "Rank correlation over pairs of classes."
@@ -88,6 +96,7 @@ def _curvature_change(run: Any) -> float:
 def _only_spikes_matter(run: Any) -> bool:
     "The bulk moves no class beyond twice its noise; a random direction, part spike, moves one."
     return run.bulk.change_in_noise < 2 < run.anywhere.change_in_noise
+
 
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #3d23741e
 def leading_over_bulk(
@@ -125,6 +134,7 @@ def _nine_directions(results: Results) -> Verdict:
         figures = f"{found.figures} on {count_text(len(walked))}"
         parts.append(Verdict(kind=found.kind, figures=figures))
     return weakest_of(parts)
+
 
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #fcbfcbcb
 _SENSITIVITY = (
@@ -244,6 +254,7 @@ _DIRECTIONS = (
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #1e4548d7
 WALK_CLAIMS = _SENSITIVITY + _BULK + _DIRECTIONS
 
+
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #5dbaa32e
 def _straightness(run: Any) -> float:
     "Share of the variance of the measured change that a line in the amplitude explains."
@@ -268,6 +279,7 @@ def _floor_gain(results: Results) -> list[float]:
     "How much more a fit with a floor explains than a pure power law."
     fits = linear_fits(results)
     return [a - b for a, b in zip(fits["additive_r2"], fits["power_r2"])]
+
 
 # %% ../../nbs/evidence/08b_claims_linear.ipynb #89c3cda3
 _RESPONSE = (

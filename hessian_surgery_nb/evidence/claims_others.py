@@ -27,7 +27,7 @@ from hessian_surgery_nb.evidence.older_papers import (
 from ..spectrum_type import TYPE_LIMIT
 
 # %% auto #0
-__all__ = ['OTHER_CLAIMS']
+__all__ = ["OTHER_CLAIMS"]
 
 # %% ../../nbs/evidence/08h_claims_others.ipynb #199faed6
 _ON_SMALL_NETWORKS = "small networks only, in the chapter; no stored run"
@@ -60,6 +60,7 @@ _PAPYAN = (
     ),
 )
 
+
 # %% ../../nbs/evidence/08h_claims_others.ipynb #9f47e52c
 def _always_positive(run: CriteriaRun) -> bool:
     kinds = [state.sets[0].spectrum.kind for state in run.states]
@@ -71,6 +72,7 @@ def _told_apart(run: CriteriaRun) -> bool:
     last = run.states[-1]
     verdicts = [last.of(name).verdict.verdict for name in ("unseen", "spoilt")]
     return verdicts == ["plausible", "doubtful"]
+
 
 # %% ../../nbs/evidence/08h_claims_others.ipynb #faf72dc1
 _TYPE = (

@@ -44,7 +44,8 @@ from .reading import Results
 from .results import AblationRow, AblationRun, AblationSetting
 
 # %% auto #0
-__all__ = ['LESION_SETTINGS', 'CLASS_CLAIMS', 'CLAIMS_OF_RARITY']
+__all__ = ["LESION_SETTINGS", "CLASS_CLAIMS", "CLAIMS_OF_RARITY"]
+
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #a2ebfe54
 def _row_of(run: AblationRun, p: float, box: bool = True) -> AblationRow:
@@ -79,6 +80,7 @@ def _worst_with_equal_weights(p: float) -> JudgeRuns:
 def _more_rejected(run: AblationRun) -> int:
     "Steps rolled back with squares, less those with square roots."
     return _row_of(run, 2.0).rolled_back - _row_of(run, 0.5).rolled_back
+
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #72080b86
 def _opposite_exponents(results: Mapping[str, Results]) -> Verdict:
@@ -226,11 +228,13 @@ _OTHER_EXPONENTS = (
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #c5eb6bb0
 LESION_SETTINGS = _NETWORK + _IMAGES + _ROOTS + _OTHER_EXPONENTS
 
+
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #a393a370
 def _gain_most(run: Any) -> bool:
     "Cat and dog are the two classes that gain most, held-out."
     gains = class_changes(run.after, run.before)
     return set(weakest_first(gains)[-2:]) == {"cat", "dog"}
+
 
 # %% ../../nbs/evidence/08f_claims_rarity.ipynb #0a5d3b4c
 _GAIN = (

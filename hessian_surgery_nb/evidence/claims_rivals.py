@@ -32,8 +32,19 @@ from .reading import Results, paired_change
 from .records import ReportRecord
 
 # %% auto #0
-__all__ = ['RIVAL_CLAIMS', 'EXPONENT_CLAIMS', 'CLAIMS_OF_RIVALS', 'epochs_text', 'with_epochs', 'with_longest', 'judged_longest',
-           'largest_loss', 'worst_change', 'last_answers']
+__all__ = [
+    "RIVAL_CLAIMS",
+    "EXPONENT_CLAIMS",
+    "CLAIMS_OF_RIVALS",
+    "epochs_text",
+    "with_epochs",
+    "with_longest",
+    "judged_longest",
+    "largest_loss",
+    "worst_change",
+    "last_answers",
+]
+
 
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #b285a8bc
 def _post_hoc(method: str) -> Callable[[Any], str]:
@@ -69,6 +80,7 @@ def with_epochs(
 
     return judge
 
+
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #43af73e4
 def with_longest(
     results: Results,
@@ -96,6 +108,7 @@ def judged_longest(
 
     return replace(claim, judge=judge)
 
+
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #3ae5a525
 def _surgery_beats(
     name: str,  # experiment of the rival
@@ -116,6 +129,7 @@ def _surgery_beats(
     claim = claim_of_runs(judge, "surgery_adam_p2", name, "network", **words)
     return judged_longest(claim, name) if name in ("focal", "balanced") else claim
 
+
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #b7eb6945
 def largest_loss(
     after: ReportRecord,
@@ -134,6 +148,7 @@ def _sacrifice(run: Any, rivals: Any) -> float:
 def _largest_loss_since_start(run: Any, start: Any) -> float:
     "Of any class, under fine-tuning, in pp."
     return largest_loss(run.held_out, start.held_out)
+
 
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #68ecdf83
 _FINE_TUNING = (
@@ -292,6 +307,7 @@ _COMBINED = (
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #dbe94f18
 RIVAL_CLAIMS = _FINE_TUNING + _MORE_FINE_TUNING + _TAU_NORM + _POST_HOC + _COMBINED
 
+
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #f9e23647
 def worst_change(
     run: Any,
@@ -315,6 +331,7 @@ def _more_rejected(run: Any, other: Any) -> int:
 
 
 _EXPONENTS = ("surgery_adam_p0.5", "surgery_adam_p1", "surgery_adam_p2")
+
 
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #767b3078
 def last_answers(run: Any) -> str:
@@ -344,6 +361,7 @@ def _bulk_raises(figure: str) -> JudgeRuns:
 def _spikes_kept(run: Any) -> float:
     "How much of their space an epoch leaves, mean of epochs."
     return float(np.mean(run.spikes_kept))
+
 
 # %% ../../nbs/evidence/08d_claims_rivals.ipynb #95f23d88
 _OF_EXPONENTS = (

@@ -45,7 +45,15 @@ from ..foundations.accuracy import class_means
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
-__all__ = ['THIRD_PHASE', 'OneRegime', 'MANY_CLAIMS', 'RANK_CLAIMS', 'PAPER_CLAIMS', 'tenth_changes', 'beyond']
+__all__ = [
+    "THIRD_PHASE",
+    "OneRegime",
+    "MANY_CLAIMS",
+    "RANK_CLAIMS",
+    "PAPER_CLAIMS",
+    "tenth_changes",
+    "beyond",
+]
 
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #f12f78fb
 THIRD_PHASE = 2  # from 0
@@ -78,6 +86,7 @@ def _later_price(run: Any) -> float:
     "Change of held-out global accuracy (pp) after the third phase."
     third, last = (run.phases[phase].measured.held_out for phase in (THIRD_PHASE, -1))
     return last.global_percent - third.global_percent
+
 
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #91011174
 def tenth_changes(
@@ -116,6 +125,7 @@ def _claim_of_many(judge_runs: JudgeRuns, **words: str) -> Claim:
     "A claim that runs on a hundred classes judge."
     return claim_of_runs(judge_runs, "deflated", "network", deciding=("many",), shown=(), **words)
 
+
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #143d9411
 OneRegime = tuple[str, str, Callable[[Results], Sequence[float]]]  # its name, experiment, values
 
@@ -145,6 +155,7 @@ def beyond(
 
     return judge
 
+
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #c55c6e7f
 def _percent_after_third(run: Any) -> float:
     "Held-out change of sigma, in percent."
@@ -154,6 +165,7 @@ def _percent_after_third(run: Any) -> float:
 def _percent_of_surgery(run: Any) -> float:
     "The same under surgery on ten classes."
     return 100 * (run.after.sigma_pp / run.before.sigma_pp - 1)
+
 
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #82546201
 _DIRECTIONS = (
@@ -291,6 +303,7 @@ _BESIDE_TEN = (
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #a04dddf0
 MANY_CLAIMS = _DIRECTIONS + _SIGMA + _LATER + _TENTHS + _BESIDE_TEN
 
+
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #3e392311
 def _energy_of_two(run: Any) -> float:
     "Percent of the energy of S in its first two singular directions."
@@ -312,6 +325,7 @@ def _rank_width(run: Any) -> float:
     "Width of the interval of the effective rank over images, in percent of it."
     low, high = run.rank_interval
     return 100 * (high - low) / run.effective_rank
+
 
 # %% ../../nbs/evidence/08g_claims_scale.ipynb #825e6e43
 def _rank_predicts(results: Mapping[str, Results]) -> Verdict:

@@ -29,8 +29,16 @@ from .results import SpectrumRun
 from .smaller_claims import worst_miss
 
 # %% auto #0
-__all__ = ['BULK_AND_OUTLIERS', 'SPECTRUM_CLAIMS', 'STABILITY_CLAIMS', 'CLAIMS_OF_SPECTRA', 'bulk_share', 'lowest_over_first',
-           'bulk_median']
+__all__ = [
+    "BULK_AND_OUTLIERS",
+    "SPECTRUM_CLAIMS",
+    "STABILITY_CLAIMS",
+    "CLAIMS_OF_SPECTRA",
+    "bulk_share",
+    "lowest_over_first",
+    "bulk_median",
+]
+
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #967d1240
 def _nine_found_after(steps: int) -> JudgeRuns:
@@ -38,10 +46,12 @@ def _nine_found_after(steps: int) -> JudgeRuns:
     missed = value_of_each("lanczos_steps", lambda run: worst_miss(run, steps, 9))
     return mean_within(missed, (-math.inf, 5), "the worst of nine is missed by {} %")
 
+
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #75b5edac
 def _flat_along_the_mean(run: LanczosStepsRun) -> bool:
     "The curvature along the global mean is below a tenth of the eighth eigenvalue."
     return run.global_mean.curvature < run.values[7] / 10
+
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #e529a213
 def bulk_share(
@@ -74,10 +84,12 @@ def bulk_median(
     passed = np.cumsum(weights[order]) / weights.sum()
     return float(sizes[order][np.searchsorted(passed, 0.5)])
 
+
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #0b1050c9
 def _weakest_two(accuracies: dict[str, float]) -> set[str]:
     "Names of the two weakest classes."
     return set(weakest_first(accuracies)[:2])
+
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #ccaed8e2
 _COUNTED = (
@@ -234,6 +246,7 @@ _CLASSES = (
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #befea724
 SPECTRUM_CLAIMS = _COUNTED + _NINTH + _LENGTH + _MEANING + _CLASSES
 
+
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #c4816f4a
 def _entry(table: str, images: int, column: str | int) -> Callable[[Results], list[float]]:
     "One number of a table of appendix A, by batch size and column; one value a network."
@@ -257,6 +270,7 @@ def _first_eigenvalue_ratio(results: Results) -> list[float]:
     few = _entry("eigenvalues", 64, 1)(results)
     many = _entry("eigenvalues", 512, 1)(results)
     return [one / other for one, other in zip(few, many)]
+
 
 # %% ../../nbs/evidence/08a_claims_spectra.ipynb #43dcbdcd
 _IMAGES = (

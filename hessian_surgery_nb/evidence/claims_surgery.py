@@ -39,7 +39,14 @@ from .reading import Results
 from .starts import method_changes
 
 # %% auto #0
-__all__ = ['PAPER_LOOPS', 'HEADLINE_CLAIMS', 'LOOP_CLAIMS', 'CLAIMS_OF_SURGERY', 'bargain', 'best_bargain']
+__all__ = [
+    "PAPER_LOOPS",
+    "HEADLINE_CLAIMS",
+    "LOOP_CLAIMS",
+    "CLAIMS_OF_SURGERY",
+    "bargain",
+    "best_bargain",
+]
 
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #ca391b39
 PAPER_LOOPS = ("surgery_gamma_p2", "surgery_paper_eps", "surgery_adam_p2")
@@ -80,6 +87,7 @@ def bargain(
     )
     return Verdict(kind=kind, figures=figures)
 
+
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #b839d70a
 def best_bargain(
     percent: float,  # change of sigma that the paper reports, of sigma before
@@ -98,6 +106,7 @@ def best_bargain(
         return Verdict(kind=strongest_kind(kinds), figures=" / ".join(parts))
 
     return judge
+
 
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #1b992712
 def _class_change(pick: Callable[[Any], str]) -> Callable[[Results], list[float]]:
@@ -122,6 +131,7 @@ def _strong_change(run: Any) -> float:
 def _minutes(run: Any) -> float:
     "Of all iterations."
     return sum(run.timing.iteration_seconds) / 60
+
 
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #7db429f2
 _BOTH_FIGURES = (
@@ -224,6 +234,7 @@ _PRICE = (
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #7db64424
 HEADLINE_CLAIMS = _BOTH_FIGURES + _CLASSES + _PRICE
 
+
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #7c138222
 def _kept_sigmas(run: Any) -> list[float]:
     "Sigma (pp) on the tuned images: the start, then every step that was kept."
@@ -259,6 +270,7 @@ def _oscillation(run: Any) -> float:
     "Correlation of what the steps do to cats and to dogs."
     return float(np.corrcoef(_moves(run, "cat"), _moves(run, "dog"))[0, 1])
 
+
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #5d99e61f
 def _protection_broken(run: Any) -> float:
     "Percent of protected classes that lost over 1 pp in a step that was kept."
@@ -276,6 +288,7 @@ def _protection_broken(run: Any) -> float:
 def _amplitude_rises(run: Any) -> bool:
     "The amplitude went up again at least once."
     return any(step.eps_next > step.eps for step in run.history)
+
 
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #ff8500ba
 def _beyond_simulation(simulated: Any, run: Any) -> float:
@@ -295,6 +308,7 @@ def _more_images(batches: Any, simulated: Any) -> float:
     most = max(batches.rows, key=lambda row: row.images)
     usual = next(row for row in simulated.rows if row.setting.amplitude == 1.0)
     return most.held_out.sigma_pp - usual.held_out.sigma_pp
+
 
 # %% ../../nbs/evidence/08c_claims_surgery.ipynb #0fa69a61
 _STEPS = (

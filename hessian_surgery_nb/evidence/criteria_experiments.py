@@ -40,8 +40,20 @@ from ..foundations.weight_files import load_weights
 from ..spectrum_type import SpectrumType, Verdict, generalisation, spectrum_type
 
 # %% auto #0
-__all__ = ['CRITERIA', 'blurred', 'spoilt', 'CriteriaSet', 'criteria_sets', 'kind_record', 'criteria_state', 'criteria_settings',
-           'criteria_along_training', 'clipping_settings', 'clipping_sgd']
+__all__ = [
+    "CRITERIA",
+    "blurred",
+    "spoilt",
+    "CriteriaSet",
+    "criteria_sets",
+    "kind_record",
+    "criteria_state",
+    "criteria_settings",
+    "criteria_along_training",
+    "clipping_settings",
+    "clipping_sgd",
+]
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #4e205006
 def blurred(
@@ -75,6 +87,7 @@ def spoilt(
     generator = torch.Generator().manual_seed(seed)
     grain = torch.randn(images.shape, generator=generator).to(images)
     return means + contrast * (flat - means) + noise * grain
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #ffea7205
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +134,7 @@ def criteria_sets(
         for name, (few, many) in parts.items()
     ]
 
+
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #d89c09f4
 def kind_record(
     found: SpectrumType,
@@ -142,6 +156,7 @@ def _verdict_record(verdict: Verdict) -> CriteriaVerdictRecord:
 
 def _kind_of(study: Study, model: nn.Module, images: Samples, **effort: int) -> SpectrumType:
     return spectrum_type(curvature(study, model, images), seed=study.seed, **effort)
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #4f3b81e2
 def _on_set(
@@ -179,6 +194,7 @@ def criteria_state(
         _on_set(study, model, part, found, trained=kinds[0]) for part, found in zip(sets, kinds)
     ]
     return CriteriaStateRecord(epochs=epochs, sets=records)
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #66a2c9ef
 def criteria_settings(
@@ -219,6 +235,7 @@ def criteria_along_training(
         effort = dict(num_probes=probes, num_matvecs=matvecs)
         states.append(criteria_state(study, model, epochs, sets, **effort))
     return CriteriaRun(states=states)
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #662c5a57
 def clipping_settings(
@@ -285,6 +302,7 @@ def clipping_sgd(
     "Train with SGD, gradients as they are or clipped, and ask of which kind the spectrum is."
     trainings = [_clipped_training(study, clip, probes, matvecs) for clip in clips]
     return ClippingRun(trainings=trainings)
+
 
 # %% ../../nbs/evidence/02k_criteria_experiments.ipynb #71973105
 CRITERIA = (

@@ -11,9 +11,25 @@ from dataclasses import dataclass
 from .records import ReportRecord, StoredRecord
 
 # %% auto #0
-__all__ = ['SpectrumKindRecord', 'RatioRecord', 'CriteriaVerdictRecord', 'ImageSetRecord', 'CriteriaStateRecord', 'CriteriaRun',
-           'KindAtRecord', 'ClippedTrainingRecord', 'ClippingRun', 'SolutionRecord', 'PathPointRecord', 'BarrierRecord',
-           'PathRecord', 'DirectionRecord', 'PlaceOnPathRecord', 'BatchSizesRun']
+__all__ = [
+    "SpectrumKindRecord",
+    "RatioRecord",
+    "CriteriaVerdictRecord",
+    "ImageSetRecord",
+    "CriteriaStateRecord",
+    "CriteriaRun",
+    "KindAtRecord",
+    "ClippedTrainingRecord",
+    "ClippingRun",
+    "SolutionRecord",
+    "PathPointRecord",
+    "BarrierRecord",
+    "PathRecord",
+    "DirectionRecord",
+    "PlaceOnPathRecord",
+    "BatchSizesRun",
+]
+
 
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #ed0e6456
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +48,7 @@ class SpectrumKindRecord(StoredRecord):
     certified: bool
     products: int  # Hessian-vector products
 
+
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #9e86e8f0
 @dataclass(frozen=True, kw_only=True)
 class RatioRecord(StoredRecord):
@@ -49,6 +66,7 @@ class CriteriaVerdictRecord(StoredRecord):
     verdict: str  # plausible, doubtful, open, not applicable
     reach: RatioRecord  # of r_e
     number: RatioRecord  # of K_H05
+
 
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #55cb3446
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +103,7 @@ class CriteriaRun(StoredRecord):
 
     states: Sequence[CriteriaStateRecord]
 
+
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #470b27cd
 @dataclass(frozen=True, kw_only=True)
 class KindAtRecord(StoredRecord):
@@ -111,6 +130,7 @@ class ClippingRun(StoredRecord):
     "SGD with gradients as they are, and clipped."
 
     trainings: Sequence[ClippedTrainingRecord]
+
 
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #6fc8e45d
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +172,7 @@ class PathRecord(StoredRecord):
     name: str  # straight, bent
     points: Sequence[PathPointRecord]
     barriers: Mapping[str, BarrierRecord]  # by what is measured, as in a point
+
 
 # %% ../../nbs/evidence/00c_criteria_results.ipynb #b50fa7f8
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from ..settings import SurgeryConfig
 from ..surgery_records import StepRecord
 
 # %% auto #0
-__all__ = ['FEW_IMAGES', 'phase_sizes', 'phases_settings', 'surgery_in_phases']
+__all__ = ["FEW_IMAGES", "phase_sizes", "phases_settings", "surgery_in_phases"]
 
 # %% ../../nbs/evidence/02c_deflation_experiments.ipynb #5d606e9e
 # where a class has a few dozen images; p as in Table 4
@@ -58,6 +58,7 @@ def phases_settings(
     scale = study.scale
     iterations = scale.phase_iterations
     return dict(FEW_IMAGES, phase=scale.phase, iterations=iterations, tau=study.tau)
+
 
 # %% ../../nbs/evidence/02c_deflation_experiments.ipynb #45b373ad
 def _phase_row(study: Study, phase: PhaseRecord, model: nn.Module) -> PhaseRow:
@@ -83,6 +84,7 @@ def _phase_row(study: Study, phase: PhaseRecord, model: nn.Module) -> PhaseRow:
 def _phase_step(step: StepRecord) -> PhaseStep:
     "The part of an iteration that is kept."
     return PhaseStep(**{item.name: getattr(step, item.name) for item in fields(PhaseStep)})
+
 
 # %% ../../nbs/evidence/02c_deflation_experiments.ipynb #c033b7db
 def surgery_in_phases(

@@ -13,7 +13,8 @@ from .records import StoredRecord
 from .study import Study
 
 # %% auto #0
-__all__ = ['no_settings', 'Experiment']
+__all__ = ["no_settings", "Experiment"]
+
 
 # %% ../../nbs/evidence/02h_experiment.ipynb #050acc59
 def no_settings(

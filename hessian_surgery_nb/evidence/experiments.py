@@ -61,7 +61,7 @@ from hessian_surgery_nb.evidence.training_experiments import (
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'experiments_for', 'experiments_named']
+__all__ = ["EXPERIMENTS", "experiments_for", "experiments_named"]
 
 # %% ../../nbs/evidence/03_experiments.ipynb #abf821ba
 _START = (
@@ -131,6 +131,7 @@ _ALONG_SPIKES = (
         depends_on=linearisation_settings,
     ),
 )
+
 
 # %% ../../nbs/evidence/03_experiments.ipynb #72b2e241
 def _surgery(
@@ -217,6 +218,7 @@ def _front_at_half_a_point(name: str) -> Experiment:
         summary=f"What half a point buys: {ALTERNATIVE_DIRECTIONS[name]}.",
         settings=dict(prices=(0.005,), rounds=1, directions=name),
     )
+
 
 # %% ../../nbs/evidence/03_experiments.ipynb #5db9eba4
 _FRONTS = (
@@ -367,6 +369,7 @@ _ALL = (
     *QUESTIONS,
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
+
 
 # %% ../../nbs/evidence/03_experiments.ipynb #07518b70
 def experiments_for(

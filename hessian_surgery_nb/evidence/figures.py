@@ -34,8 +34,18 @@ from ..sensitivity import plot_sensitivity
 from ..slq import SpectralDensity, plot_density
 
 # %% auto #0
-__all__ = ['figure_1', 'figure_2', 'linear_fits', 'figure_4', 'figure_5', 'plot_tradeoff', 'figure_3', 'plot_spikes',
-           'plot_noise']
+__all__ = [
+    "figure_1",
+    "figure_2",
+    "linear_fits",
+    "figure_4",
+    "figure_5",
+    "plot_tradeoff",
+    "figure_3",
+    "plot_spikes",
+    "plot_noise",
+]
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #3accbf24
 def figure_1(
@@ -69,11 +79,13 @@ def figure_2(
     matrix = SimpleNamespace(matrix=torch.tensor(run.matrix), noise=torch.tensor(run.noise))
     return plot_sensitivity(matrix, results.of("network")[0].classes, ax)
 
+
 # %% ../../nbs/evidence/06_figures.ipynb #7b0491e4
 def _r_squared(values: np.ndarray, fitted: np.ndarray) -> float:
     "Share of the variance that a fit explains."
     spread = ((values - values.mean()) ** 2).sum()
     return float(1 - ((values - fitted) ** 2).sum() / max(spread, 1e-300))
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #aa45c90a
 def _fit_sweep(eps: np.ndarray, predicted: np.ndarray, measured: np.ndarray, error: np.ndarray):
@@ -119,6 +131,7 @@ def _fit_sweep(eps: np.ndarray, predicted: np.ndarray, measured: np.ndarray, err
         power_r2=_r_squared(logarithm, np.log(power_law(relative, factor, power))),
     )
 
+
 # %% ../../nbs/evidence/06_figures.ipynb #fe636591
 def linear_fits(results: Results) -> dict[str, list[float]]:
     """Appendix D: slopes of predicted and measured change, and the error as c0 + c1 eps^q against a
@@ -137,6 +150,7 @@ def linear_fits(results: Results) -> dict[str, list[float]]:
         columns = ("eps", "predicted", "measured", "error")
         fits.append(_fit_sweep(*(np.array([getattr(row, key) for row in rows]) for key in columns)))
     return {key: [fit[key] for fit in fits] for key in fits[0]}
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #7cf9ce16
 def figure_4(
@@ -159,6 +173,7 @@ def figure_4(
         ax.plot(eps, norms, "o-", ms=3, lw=0.8, color=COLOURS[colour], label=key)
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #01f1bbcb
 def figure_5(
@@ -183,6 +198,7 @@ def figure_5(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+
 # %% ../../nbs/evidence/06_figures.ipynb #3a2f2438
 def _relative_to(start: ReportRecord):
     "Report -> change of global accuracy (pp), change of sigma (%)."
@@ -192,6 +208,7 @@ def _relative_to(start: ReportRecord):
         return overall, 100 * (report.sigma_pp / start.sigma_pp - 1)
 
     return point
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #338b0adb
 def plot_tradeoff(
@@ -229,6 +246,7 @@ def plot_tradeoff(
     ax.legend(frameon=False, fontsize=7, loc="upper right")
     return ax
 
+
 # %% ../../nbs/evidence/06_figures.ipynb #f0e7532b
 def figure_3(
     results: Results,
@@ -256,6 +274,7 @@ def figure_3(
     ax.plot(places, after[order], "o", ms=2.5, color=COLOURS["blue"], label="after")
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #9a1bc8c0
 def _tuned_changes(runs: list[StoredRecord]) -> list[float]:
@@ -285,6 +304,7 @@ def _plot_phases(ax, results: Results, name: str, spikes: list[int], on: str):
     # the interval is of the true change: it need not hold the one that was counted
     ax.vlines(places, low, high, color=colour, lw=1)
     ax.plot(places, change, "o-", ms=4, lw=1, color=colour, label=label)
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #1e463013
 def plot_spikes(
@@ -320,6 +340,7 @@ def plot_spikes(
     axes[-1].legend(frameon=False, fontsize=8)
     return axes
 
+
 # %% ../../nbs/evidence/06_figures.ipynb #086ec447
 _NOISE_COLOURS = ("red", "orange", "purple", "sky", "blue", "grey", "green")
 
@@ -339,6 +360,7 @@ def _noise_line(
     places = np.array([getattr(row, along) for row in chosen[0]])
     order = np.argsort(places)
     return places[order], np.mean(changes, 0)[order]
+
 
 # %% ../../nbs/evidence/06_figures.ipynb #58eb4705
 def plot_noise(

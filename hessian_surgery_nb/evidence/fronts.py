@@ -38,8 +38,17 @@ from ..linearised import linearised_operate
 from ..settings import SurgeryConfig
 
 # %% auto #0
-__all__ = ['ALTERNATIVE_DIRECTIONS', 'alternative_directions', 'front_along', 'front_in_small_steps', 'Predictions',
-           'predict_both_sets', 'bias_record', 'biases_at', 'front_of_biases']
+__all__ = [
+    "ALTERNATIVE_DIRECTIONS",
+    "alternative_directions",
+    "front_along",
+    "front_in_small_steps",
+    "Predictions",
+    "predict_both_sets",
+    "bias_record",
+    "biases_at",
+    "front_of_biases",
+]
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #37cde996
 ALTERNATIVE_DIRECTIONS = dict(
@@ -77,6 +86,7 @@ def alternative_directions(
         ranked = distance.abs()
     return _spikes_of_first(study, model, images, ranked)
 
+
 # %% ../../nbs/evidence/02e_fronts.ipynb #80351f2b
 def _some_of_training(study: Study, most: int = 10_000) -> Samples:
     images = study.splits.train
@@ -112,6 +122,7 @@ def _spikes_of_first(
     operator = curvature(study, model, images[rows])
     return top_eigenpairs(operator, study.num_spikes, tol=1e-2, seed=study.seed)
 
+
 # %% ../../nbs/evidence/02e_fronts.ipynb #6f822aed
 def _with_biases(
     study: Study, model: nn.Module, front: Front, point: Point, scope: str | None
@@ -145,6 +156,7 @@ def _price_record(point: Point, then_biases: WithBiasesRecord) -> PriceRecord:
         correct=pack_bits(point.correct),
         then_biases=then_biases,
     )
+
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #c81a1b1e
 def front_along(
@@ -185,10 +197,12 @@ def front_along(
     weights_norm = _norm(model.parameters())
     return FrontRun(points=points, matvecs=front.num_matvecs, weights_norm=weights_norm)
 
+
 # %% ../../nbs/evidence/02e_fronts.ipynb #58d94fb6
 def _norm(parts: Iterable[torch.Tensor]) -> float:
     "Of a vector in several parts."
     return math.sqrt(sum(part.detach().double().square().sum().item() for part in parts))
+
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #e6d170cf
 def front_in_small_steps(
@@ -230,6 +244,7 @@ def front_in_small_steps(
         points.append(_small_step_record(front, so_far, moved))
     return SmallStepsRun(points=points)
 
+
 # %% ../../nbs/evidence/02e_fronts.ipynb #5261a7aa
 def _small_step_record(front: Front, price: float, moved: float) -> SmallStepRecord:
     point = front.points[-1]
@@ -244,6 +259,7 @@ def _small_step_record(front: Front, price: float, moved: float) -> SmallStepRec
         held_out=report_record(point.held_out),
         correct=pack_bits(point.correct),
     )
+
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #84cad30b
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +311,7 @@ def biases_at(
     "Biases, tuned to a price."
     biases = tuned_to_price(seen.logits, seen.labels, price, seed=study.seed).alpha
     return bias_record(study, seen, price, biases)
+
 
 # %% ../../nbs/evidence/02e_fronts.ipynb #bf376d51
 def front_of_biases(

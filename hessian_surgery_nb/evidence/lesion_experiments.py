@@ -25,7 +25,7 @@ from hessian_surgery_nb.evidence.training_experiments import (
 )
 
 # %% auto #0
-__all__ = ['LESIONS']
+__all__ = ["LESIONS"]
 
 # %% ../../nbs/evidence/02i_lesion_experiments.ipynb #b7f2842e
 _LESION_STARTS = (
@@ -64,6 +64,7 @@ def _lesion_surgery(name: str, start: str, settings: Mapping[str, Any] = BOXED) 
         depends_on=lambda study: dict(iterations=study.scale.iterations, start=start),
     )
 
+
 # %% ../../nbs/evidence/02i_lesion_experiments.ipynb #2eb07184
 def _lesion_rivals(name: str, start: str) -> Experiment:
     return Experiment(
@@ -88,6 +89,7 @@ def _lesion_sensitivity(name: str, start: str) -> Experiment:
         suits=("isic",),
         depends_on=lambda study: dict(start=start),
     )
+
 
 # %% ../../nbs/evidence/02i_lesion_experiments.ipynb #c53a844d
 LESIONS = (

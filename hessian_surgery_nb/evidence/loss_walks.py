@@ -18,7 +18,8 @@ from ..lanczos import top_eigenpairs
 from ..walks import LossWalk, Place, walk_to_lengths, walk_to_losses
 
 # %% auto #0
-__all__ = ['KINDS', 'SETS', 'walks_at_loss']
+__all__ = ["KINDS", "SETS", "walks_at_loss"]
+
 
 # %% ../../nbs/evidence/02g_loss_walks.ipynb #4cf38a96
 def _place_record(place: Place) -> PlaceRecord:
@@ -42,6 +43,7 @@ def _some(part: Samples, count: int) -> Samples:
     "So many images, spread evenly over the set."
     rows = torch.linspace(0, len(part) - 1, min(count, len(part))).long()
     return part[rows]
+
 
 # %% ../../nbs/evidence/02g_loss_walks.ipynb #2216a582
 KINDS = "bulk", "leading", "anywhere"  # of directions

@@ -24,9 +24,26 @@ from ..foundations.testbed import COLOURS, Axes, new_axes
 from ..spectrum_type import R_LIMIT, TYPE_LIMIT
 
 # %% auto #0
-__all__ = ['ratio_of', 'criteria_frame', 'criteria_points', 'criteria_correlations', 'plot_criteria', 'choices', 'gain_of_choice',
-           'choice_frame', 'ever_negative', 'clipping_frame', 'only_clipped_negative', 'barrier_height',
-           'barriers_frame', 'largest_share', 'flatness_frame', 'solutions_frame', 'plot_paths']
+__all__ = [
+    "ratio_of",
+    "criteria_frame",
+    "criteria_points",
+    "criteria_correlations",
+    "plot_criteria",
+    "choices",
+    "gain_of_choice",
+    "choice_frame",
+    "ever_negative",
+    "clipping_frame",
+    "only_clipped_negative",
+    "barrier_height",
+    "barriers_frame",
+    "largest_share",
+    "flatness_frame",
+    "solutions_frame",
+    "plot_paths",
+]
+
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #78e9b5c0
 def ratio_of(
@@ -72,6 +89,7 @@ def criteria_frame(
     return (
         pd.DataFrame.from_dict(rows, orient="index").astype(object).fillna("").rename_axis("images")
     )
+
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #f3477ab4
 _OTHERS = "unseen", "spoilt", "of another kind"  # images that a network has not learned from
@@ -122,6 +140,7 @@ def criteria_correlations(
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("images")
 
+
 # %% ../../nbs/evidence/07d_older_papers.ipynb #bce7b346
 def plot_criteria(
     results: Results,
@@ -152,6 +171,7 @@ def plot_criteria(
     right.axhline(R_LIMIT, color=COLOURS["grey"], ls="--", lw=1)
     right.set_yscale("log")
     return axes
+
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #6b14bf1c
 _NEARLY = 2.0  # pp of training accuracy
@@ -198,6 +218,7 @@ def choice_frame(
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("accuracy on")
 
+
 # %% ../../nbs/evidence/07d_older_papers.ipynb #8ba0b988
 def ever_negative(
     training: ClippedTrainingRecord,
@@ -241,6 +262,7 @@ def only_clipped_negative(
     clipped = any(ever_negative(each) for each in run.trainings if each.clip is not None)
     free = any(ever_negative(each) for each in run.trainings if each.clip is None)
     return clipped and not free
+
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #d7b95ae8
 _MEASURES = {  # field of a point -> in words, unit
@@ -335,6 +357,7 @@ def solutions_frame(
         .fillna("")
         .rename_axis("network")
     )
+
 
 # %% ../../nbs/evidence/07d_older_papers.ipynb #2bc45548
 def plot_paths(

@@ -36,8 +36,20 @@ from ..foundations.weights import flatten, inner, unflatten
 from ..lanczos import top_eigenpairs
 
 # %% auto #0
-__all__ = ['PATHS', 'Bend', 'straight_line', 'path_settings', 'bend_path', 'PathImages', 'path_images', 'network_at', 'barrier',
-           'along_path', 'two_batch_sizes']
+__all__ = [
+    "PATHS",
+    "Bend",
+    "straight_line",
+    "path_settings",
+    "bend_path",
+    "PathImages",
+    "path_images",
+    "network_at",
+    "barrier",
+    "along_path",
+    "two_batch_sizes",
+]
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #86543dfa
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,7 @@ def straight_line(
 ) -> Bend:
     "The curve that does not bend."
     return Bend(first=first, pull=(first + last) / 2, last=last)
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #ef95e5e0
 _RECIPE = dict(lr=0.1, weight_decay=5e-4, optimizer="sgd", schedule="onecycle")
@@ -117,6 +130,7 @@ def _trained(study: Study, folder: Path, batch_size: int) -> tuple[nn.Module, Tr
     )
     return model, log
 
+
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #084d1494
 def bend_path(
     study: Study,
@@ -151,6 +165,7 @@ def bend_path(
         schedule.step()
         losses.append(loss.item())
     return Bend(first=line.first, pull=pull.detach(), last=line.last), losses
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #a3d0c04b
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +205,7 @@ def network_at(
             parameter.copy_(part)
     update_bn(statistics, placed, device=weights.device)
     return placed.eval()
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #35aa0668
 _Measured = dict[str, torch.Tensor]  # what -> one value an image
@@ -244,6 +260,7 @@ def along_path(
         barriers[what] = barrier([sign * found[what] for found in measured], places)
     return PathRecord(name=name, points=records, barriers=barriers)
 
+
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #34631641
 def _place_on_path(
     study: Study,
@@ -284,6 +301,7 @@ def _places(
         here = network_at(model, path.place(at), images.statistics)
         found.append(_place_on_path(study, here, name, line.tangent(at), bent.tangent(at)))
     return found
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #ce885572
 def _solution(
@@ -346,6 +364,7 @@ def two_batch_sizes(
         ],
         places=_places(study, template, line, bent, images),
     )
+
 
 # %% ../../nbs/evidence/02l_path_experiments.ipynb #5d6c47b1
 PATHS = (

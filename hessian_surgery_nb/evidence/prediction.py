@@ -18,7 +18,7 @@ from ..foundations.checks import InputError
 from ..foundations.testbed import COLOURS, new_axes
 
 # %% auto #0
-__all__ = ['beforehand', 'rank_correlation', 'predicted_correlations', 'plot_beforehand']
+__all__ = ["beforehand", "rank_correlation", "predicted_correlations", "plot_beforehand"]
 
 # %% ../../nbs/evidence/07_prediction.ipynb #8e6b528d
 _SCREENINGS = {  # operation -> the screening before it
@@ -47,6 +47,7 @@ def _row(data: str, start: str, seed: int, screening: SensitivityRun, run: Surge
         "obtained (%)": 100 * (1 - after / before),
     }
 
+
 # %% ../../nbs/evidence/07_prediction.ipynb #bb0aff56
 def beforehand(
     results: Sequence[Results],
@@ -70,6 +71,7 @@ def beforehand(
                 run = stored.runs[name][seed].results
                 found.append(_row(data, start, seed, known, run))
     return pd.DataFrame(found)
+
 
 # %% ../../nbs/evidence/07_prediction.ipynb #6f432b1d
 def rank_correlation(
@@ -129,6 +131,7 @@ def predicted_correlations(
         found = {key: rank_correlation(frame[key], frame[gain]) for key in known}
         columns[gain] = {key: interval_text(triple, 2) for key, triple in found.items()}
     return pd.DataFrame(columns)
+
 
 # %% ../../nbs/evidence/07_prediction.ipynb #1057d739
 def plot_beforehand(

@@ -42,7 +42,17 @@ from ..predicted_logits import logit_jacobian
 from ..sensitivity import Sensitivity
 
 # %% auto #0
-__all__ = ['QUESTIONS', 'short_run', 'along_direction', 'global_mean', 'lanczos_steps', 'confusion', 'participation', 'contrasts']
+__all__ = [
+    "QUESTIONS",
+    "short_run",
+    "along_direction",
+    "global_mean",
+    "lanczos_steps",
+    "confusion",
+    "participation",
+    "contrasts",
+]
+
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #810184e3
 def short_run(
@@ -68,6 +78,7 @@ def along_direction(
         inside=inner(vectors, unit).square().sum().item(),
     )
 
+
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #35656e02
 def global_mean(
     study: Study,
@@ -81,6 +92,7 @@ def global_mean(
     right = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
     weights = [(1 - right[labels == label]).sum() for label in labels.unique()]
     return columns @ torch.stack(weights).sqrt().to(columns)
+
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #36754039
 def lanczos_steps(
@@ -109,6 +121,7 @@ def lanczos_steps(
         loss_gradient=along_direction(operator, gradient.to(vectors), vectors),
     )
 
+
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #38ef143b
 def confusion(
     study: Study,
@@ -124,6 +137,7 @@ def confusion(
     }
     return ConfusionRun(classes=list(study.classes), **counts)
 
+
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #f3b44c0f
 def participation(
     columns: torch.Tensor,  # (C, K)
@@ -136,6 +150,7 @@ def participation(
     fourth = (squares.square() - 6 * squares * variances + 3 * variances.square()).sum(0)
     ratio = second.square() / fourth
     return ratio.where((second > 0) & (fourth > 0), torch.nan)
+
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #9b35efd4
 def _columns_record(sensitivity: Sensitivity) -> ColumnsRecord:
@@ -169,6 +184,7 @@ def contrasts(
             metric: _columns_record(jacobian.sensitivity(eps, metric=metric)) for metric in metrics
         },
     )
+
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #2bc888c5
 _MEASURED = (
@@ -213,6 +229,7 @@ _LONG = (
         depends_on=long_finetune_settings,
     ),
 )
+
 
 # %% ../../nbs/evidence/02j_question_experiments.ipynb #b86135ab
 def _after_surgery(

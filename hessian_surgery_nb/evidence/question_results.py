@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from .records import StoredRecord
 
 # %% auto #0
-__all__ = ['RitzRecord', 'DirectionRecord', 'LanczosStepsRun', 'ConfusionRun', 'ColumnsRecord', 'ContrastsRun']
+__all__ = [
+    "RitzRecord",
+    "DirectionRecord",
+    "LanczosStepsRun",
+    "ConfusionRun",
+    "ColumnsRecord",
+    "ContrastsRun",
+]
+
 
 # %% ../../nbs/evidence/00d_question_results.ipynb #0c0bf99a
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,7 @@ class LanczosStepsRun(StoredRecord):
     global_mean: DirectionRecord
     loss_gradient: DirectionRecord
 
+
 # %% ../../nbs/evidence/00d_question_results.ipynb #ea35f97f
 @dataclass(frozen=True, kw_only=True)
 class ConfusionRun(StoredRecord):
@@ -51,6 +60,7 @@ class ConfusionRun(StoredRecord):
     classes: Sequence[str]
     sensitivity: Sequence[Sequence[int]]  # (C, C)
     held_out: Sequence[Sequence[int]]  # (C, C)
+
 
 # %% ../../nbs/evidence/00d_question_results.ipynb #c76f1e3f
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,21 @@ from ..foundations.intervals import mean_interval, pooled_interval, shown
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
-__all__ = ['Results', 'read_results', 'over_seeds', 'right_answers', 'true_labels', 'right_answers_elsewhere',
-           'true_labels_elsewhere', 'paired_change', 'interval_text', 'without_empty_columns', 'reports_text',
-           'paper_pair', 'description']
+__all__ = [
+    "Results",
+    "read_results",
+    "over_seeds",
+    "right_answers",
+    "true_labels",
+    "right_answers_elsewhere",
+    "true_labels_elsewhere",
+    "paired_change",
+    "interval_text",
+    "without_empty_columns",
+    "reports_text",
+    "paper_pair",
+    "description",
+]
 
 # %% ../../nbs/evidence/04_reading.ipynb #c8cb1c54
 # tables of the paper that are about other data than CIFAR-10 -> labels of the runs that are like it
@@ -33,6 +45,7 @@ _OTHER_DATA = {
     "Table 13": ("isic",),
     "Table 8, ISIC-2019": ("isic",),
 }
+
 
 # %% ../../nbs/evidence/04_reading.ipynb #244f8ae0
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Results:
         "Whether the images are in the layout of ISIC-2019."
         return any("pixels" in run.config for runs in self.runs.values() for run in runs.values())
 
+
 # %% ../../nbs/evidence/04_reading.ipynb #dc03b96a
 @patch
 def caption(
@@ -102,6 +116,7 @@ def caption(
         f"{span}, commit {', '.join(commits)}, {minutes}."
     )
 
+
 # %% ../../nbs/evidence/04_reading.ipynb #61605f9d
 def read_results(
     directory: str | Path,  # of the JSON files
@@ -116,6 +131,7 @@ def read_results(
         run = read_run(path)
         runs.setdefault(run.experiment, {})[run.seed] = run
     return Results(label, runs)
+
 
 # %% ../../nbs/evidence/04_reading.ipynb #84a15a6f
 def over_seeds(
@@ -147,6 +163,7 @@ def true_labels_elsewhere(run: StoredRecord) -> Sequence[int]:
     "Labels of the test images of another kind."
     return run.other.labels
 
+
 # %% ../../nbs/evidence/04_reading.ipynb #50e36fa2
 def paired_change(
     results: Results,
@@ -175,6 +192,7 @@ def interval_text(
     "A change and its interval, as the tables show it."
     change, low, high = triple
     return f"{change:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
 
 # %% ../../nbs/evidence/04_reading.ipynb #47d8a7dc
 def without_empty_columns(

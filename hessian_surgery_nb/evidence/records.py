@@ -16,8 +16,20 @@ import pandas as pd
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ['stored_as', 'remaining_keys', 'StoredRecord', 'ClassRecord', 'ReportRecord', 'SpreadRecord', 'OtherRecord',
-           'MeasuredRecord', 'SummaryRecord', 'TableRecord', 'DiagnosisRecord']
+__all__ = [
+    "stored_as",
+    "remaining_keys",
+    "StoredRecord",
+    "ClassRecord",
+    "ReportRecord",
+    "SpreadRecord",
+    "OtherRecord",
+    "MeasuredRecord",
+    "SummaryRecord",
+    "TableRecord",
+    "DiagnosisRecord",
+]
+
 
 # %% ../../nbs/evidence/00a_records.ipynb #df3b5e34
 def stored_as(
@@ -57,6 +69,7 @@ def _rules(record: type) -> tuple[_Rule, ...]:
         )
         for item in fields(record)
     )
+
 
 # %% ../../nbs/evidence/00a_records.ipynb #9ba6536e
 _SCALARS = {float: (float, int, type(None)), int: (int,), str: (str,), bool: (bool,)}
@@ -98,12 +111,14 @@ def _expect(fits: bool, where: str, what: str, value: Any):
     if not fits:
         raise _misfit(f"{where} must be {what}, and is {value!r:.60}")
 
+
 # %% ../../nbs/evidence/00a_records.ipynb #81570eff
 def _misfit(what: str) -> InputError:
     return InputError(
         f"a stored run must hold what its experiment writes. {what}; "
         "remove the file to run it again."
     )
+
 
 # %% ../../nbs/evidence/00a_records.ipynb #0b0d197c
 def _plain(value: Any) -> Any:
@@ -115,6 +130,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
 
 # %% ../../nbs/evidence/00a_records.ipynb #92cc07a1
 class StoredRecord:
@@ -157,6 +173,7 @@ class StoredRecord:
             )
         return cls(**values)
 
+
 # %% ../../nbs/evidence/00a_records.ipynb #96de5511
 @dataclass(frozen=True, kw_only=True)
 class ClassRecord(StoredRecord):
@@ -196,6 +213,7 @@ class SpreadRecord(StoredRecord):
     sigma_pp: float
     global_percent: float
 
+
 # %% ../../nbs/evidence/00a_records.ipynb #87f97635
 @dataclass(frozen=True, kw_only=True)
 class OtherRecord(StoredRecord):
@@ -225,6 +243,7 @@ class SummaryRecord(StoredRecord):
     other: SpreadRecord | None = None
     correct: Mapping[str, str]  # set -> a bit an image
 
+
 # %% ../../nbs/evidence/00a_records.ipynb #b31a979a
 @dataclass(frozen=True, kw_only=True)
 class TableRecord(StoredRecord):
@@ -246,6 +265,7 @@ class TableRecord(StoredRecord):
     def frame(self) -> pd.DataFrame:
         "The table."
         return pd.DataFrame(self.data, self.index, self.columns)
+
 
 # %% ../../nbs/evidence/00a_records.ipynb #dffa9668
 @dataclass(frozen=True, kw_only=True)

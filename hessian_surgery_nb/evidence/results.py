@@ -23,14 +23,56 @@ from hessian_surgery_nb.evidence.records import (
 )
 
 # %% auto #0
-__all__ = ['TrainingRecord', 'NetworkRun', 'StartRun', 'StructureRun', 'DensityRecord', 'SpectrumRun', 'StabilityRun',
-           'WalkRecord', 'WalkRun', 'PlaceRecord', 'LossWalkRecord', 'WalkAtLossRun', 'ScreeningRecord', 'MatrixRecord',
-           'SensitivityRun', 'AmplitudePoint', 'LinearisationRun', 'IterationRecord', 'SurgeryTiming', 'SurgeryRun',
-           'AblationSetting', 'AblationRow', 'AblationRun', 'CandidateRecord', 'ChosenRecord', 'FineTuningRun',
-           'AfterSurgeryRun', 'PostHocRecord', 'PostHocRun', 'PredictedRecord', 'SimulationSetting', 'SimulationRow',
-           'SimulationRun', 'BatchSimulationRow', 'BatchSimulationRun', 'NoiseRow', 'NoiseRun', 'WithBiasesRecord',
-           'PriceRecord', 'FrontRun', 'SmallStepRecord', 'SmallStepsRun', 'BiasRecord', 'BiasesRun', 'PhaseStep',
-           'PhaseRow', 'DeflationRun']
+__all__ = [
+    "TrainingRecord",
+    "NetworkRun",
+    "StartRun",
+    "StructureRun",
+    "DensityRecord",
+    "SpectrumRun",
+    "StabilityRun",
+    "WalkRecord",
+    "WalkRun",
+    "PlaceRecord",
+    "LossWalkRecord",
+    "WalkAtLossRun",
+    "ScreeningRecord",
+    "MatrixRecord",
+    "SensitivityRun",
+    "AmplitudePoint",
+    "LinearisationRun",
+    "IterationRecord",
+    "SurgeryTiming",
+    "SurgeryRun",
+    "AblationSetting",
+    "AblationRow",
+    "AblationRun",
+    "CandidateRecord",
+    "ChosenRecord",
+    "FineTuningRun",
+    "AfterSurgeryRun",
+    "PostHocRecord",
+    "PostHocRun",
+    "PredictedRecord",
+    "SimulationSetting",
+    "SimulationRow",
+    "SimulationRun",
+    "BatchSimulationRow",
+    "BatchSimulationRun",
+    "NoiseRow",
+    "NoiseRun",
+    "WithBiasesRecord",
+    "PriceRecord",
+    "FrontRun",
+    "SmallStepRecord",
+    "SmallStepsRun",
+    "BiasRecord",
+    "BiasesRun",
+    "PhaseStep",
+    "PhaseRow",
+    "DeflationRun",
+]
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #e7b845f9
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +109,7 @@ class StartRun(StoredRecord):
     held_out: ReportRecord
     correct: str  # a bit a held-out image
     other: OtherRecord | None = None
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #b738e3e0
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +149,7 @@ class SpectrumRun(StoredRecord):
     votes: Sequence[int]  # (resamples,)
     resampled: Sequence[Sequence[float]]  # (resamples, m) eigenvalues
     density: DensityRecord
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #eb4ce6eb
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +220,7 @@ class WalkAtLossRun(StoredRecord):
     start: PlaceRecord
     walks: Sequence[LossWalkRecord]
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #94cc480c
 @dataclass(frozen=True, kw_only=True)
 class ScreeningRecord(StoredRecord):
@@ -212,6 +257,7 @@ class MatrixRecord(StoredRecord):
 class SensitivityRun(ScreeningRecord, MatrixRecord):
     "The sensitivity matrix at the start, and what it says beforehand."
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #7187a98b
 @dataclass(frozen=True, kw_only=True)
 class AmplitudePoint(StoredRecord):
@@ -223,6 +269,7 @@ class AmplitudePoint(StoredRecord):
     measured: float  # change of the class accuracies
     error: float  # their difference
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #fedd0b4c
 @dataclass(frozen=True, kw_only=True)
 class LinearisationRun(StoredRecord):
@@ -230,6 +277,7 @@ class LinearisationRun(StoredRecord):
 
     eps: float  # the amplitude that S was measured with
     sweep: Sequence[AmplitudePoint]
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #1a5e7fd8
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +309,7 @@ class SurgeryTiming(StoredRecord):
 
     iteration_seconds: Sequence[float]
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #b0443000
 @dataclass(frozen=True, kw_only=True)
 class SurgeryRun(StoredRecord):
@@ -282,6 +331,7 @@ class SurgeryRun(StoredRecord):
     def held_out(self) -> ReportRecord:
         "What it left, held-out: the name that other methods have for it."
         return self.after
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #d6513225
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +361,7 @@ class AblationRun(StoredRecord):
     "Surgery on the lesion network in several settings."
 
     rows: Sequence[AblationRow]
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #5c32af98
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +400,7 @@ class FineTuningRun(StoredRecord):
     other: OtherRecord | None = None
     at_price: ChosenRecord | None = None  # a point of balanced accuracy may be lost
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #ec2f289c
 @dataclass(frozen=True, kw_only=True)
 class AfterSurgeryRun(StoredRecord):
@@ -378,6 +430,7 @@ class PostHocRun(StoredRecord):
     "All methods that need no training."
 
     methods: Mapping[str, PostHocRecord] = remaining_keys()  # by name, as "tau-norm"
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #419bbfc3
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +472,7 @@ class SimulationRun(StoredRecord):
     start: PredictedRecord
     rows: Sequence[SimulationRow]
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #29468f75
 @dataclass(frozen=True, kw_only=True)
 class BatchSimulationRow(StoredRecord):
@@ -437,6 +491,7 @@ class BatchSimulationRun(StoredRecord):
 
     start: PredictedRecord
     rows: Sequence[BatchSimulationRow]
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #9d804dd8
 @dataclass(frozen=True, kw_only=True)
@@ -464,6 +519,7 @@ class NoiseRun(StoredRecord):
     signal_to_noise: Mapping[str, Sequence[float]]  # metric -> (K,), of a column of S
     start: SummaryRecord
     rows: Sequence[NoiseRow]
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #b48668dc
 @dataclass(frozen=True, kw_only=True)
@@ -498,6 +554,7 @@ class FrontRun(StoredRecord):
     points: Sequence[PriceRecord]
     matvecs: int
     weights_norm: float = stored_as("weights_length")
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #8b5cd895
 @dataclass(frozen=True, kw_only=True)
@@ -539,6 +596,7 @@ class BiasesRun(StoredRecord):
 
     points: Sequence[BiasRecord]
 
+
 # %% ../../nbs/evidence/00b_results.ipynb #bbbecd68
 @dataclass(frozen=True, kw_only=True)
 class PhaseStep(StoredRecord):
@@ -573,6 +631,7 @@ class PhaseRow(StoredRecord):
     held_out_overall: float
     steps: Sequence[PhaseStep]
     measured: SummaryRecord  # after the phase
+
 
 # %% ../../nbs/evidence/00b_results.ipynb #525ed5fe
 @dataclass(frozen=True, kw_only=True)

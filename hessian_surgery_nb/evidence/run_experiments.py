@@ -28,7 +28,8 @@ from ..foundations.named_networks import split_name
 from ..foundations.weight_files import load_weights
 
 # %% auto #0
-__all__ = ['request', 'perform', 'model_of']
+__all__ = ["request", "perform", "model_of"]
+
 
 # %% ../../nbs/evidence/03a_run_experiments.ipynb #be64b3ca
 def request(
@@ -54,6 +55,7 @@ def request(
     if study.is_named:
         asked["seen_pixels"] = study.scale.seen_pixels
     return asked | experiment.depends_on(study) | dict(experiment.settings)
+
 
 # %% ../../nbs/evidence/03a_run_experiments.ipynb #43dbd591
 def _network_of(study: Study) -> str:
@@ -98,6 +100,7 @@ def _results(study: Study, experiment: Experiment, folder: Path) -> StoredRecord
     "Do it, from what it starts from."
     starts = [StartingPoint(name=name, model=model_of(study, name)) for name in experiment.needs]
     return experiment.run(study, folder, *starts, **experiment.settings)
+
 
 # %% ../../nbs/evidence/03a_run_experiments.ipynb #6cd1c57c
 def model_of(

@@ -34,8 +34,18 @@ from ..settling import Settledness, class_bias, count_images, settledness
 from ..settling_methods import Settled, newton_in_spikes, settle
 
 # %% auto #0
-__all__ = ['gradient_images', 'network_state', 'state_at_start', 'training_snapshots', 'average_weights', 'along_training',
-           'temperature_settings', 'temperature', 'settling_settings', 'settling']
+__all__ = [
+    "gradient_images",
+    "network_state",
+    "state_at_start",
+    "training_snapshots",
+    "average_weights",
+    "along_training",
+    "temperature_settings",
+    "temperature",
+    "settling_settings",
+    "settling",
+]
 
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #be4fa8eb
 _FOLDS = 8  # of the images, for the errors of settledness
@@ -69,6 +79,7 @@ def gradient_images(
     size = _images_at_once(study, len(kept))
     return list(zip(train_set.x[kept].split(size), train_set.y[kept].split(size)))
 
+
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #07ab1514
 def _settledness_record(found: Settledness) -> SettlednessRecord:
     return SettlednessRecord(
@@ -84,6 +95,7 @@ def _settledness_record(found: Settledness) -> SettlednessRecord:
         images=found.num_images,
     )
 
+
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #c74baa9e
 def _measures(study: Study, seen: Predictions) -> dict[str, Any]:
     "Reports on both sets, and which held-out images are right."
@@ -93,6 +105,7 @@ def _measures(study: Study, seen: Predictions) -> dict[str, Any]:
         held_out=report_record(class_report_of(seen.held_logits, seen.held_labels, names)),
         correct=pack_bits(seen.held_logits.argmax(1) == seen.held_labels),
     )
+
 
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #176e4a14
 def network_state(
@@ -136,6 +149,7 @@ def state_at_start(
 ) -> TrajectoryRun:
     "The starting network."
     return TrajectoryRun(states=[network_state(study, start.model, "start", study.scale.epochs)])
+
 
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #0bf97bac
 _AVERAGED = (2, 4, 8)  # of the last snapshots
@@ -187,6 +201,7 @@ def along_training(
             states.append(network_state(study, averaged, f"mean of {number}", study.scale.epochs))
     return TrajectoryRun(states=states)
 
+
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #7bfddd36
 _PHASES = dict(cooling="cosine", heating="constant")  # schedule of the learning rate
 
@@ -228,6 +243,7 @@ def temperature(
         epochs += 1
     return TrajectoryRun(states=states)
 
+
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #52bfacb5
 def _left_as_it_is(model: nn.Module) -> Settled:
     return Settled(
@@ -257,6 +273,7 @@ def _ways(study: Study, model: nn.Module) -> dict[str, Callable[[], Settled]]:
             model, loss_fn, anneal_on, optimizer="sgd", lr=3e-3, **anneal
         ),
     }
+
 
 # %% ../../nbs/evidence/02f_settling_experiments.ipynb #c8e0b14a
 def settling_settings(

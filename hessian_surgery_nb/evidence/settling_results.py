@@ -12,7 +12,15 @@ from .records import ReportRecord, StoredRecord
 from .results import BiasRecord
 
 # %% auto #0
-__all__ = ['SettlednessRecord', 'ClassBiasRecord', 'StateRecord', 'TrajectoryRun', 'SettlingMethod', 'SettlingRun']
+__all__ = [
+    "SettlednessRecord",
+    "ClassBiasRecord",
+    "StateRecord",
+    "TrajectoryRun",
+    "SettlingMethod",
+    "SettlingRun",
+]
+
 
 # %% ../../nbs/evidence/00c_settling_results.ipynb #415f98e3
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class TrajectoryRun(StoredRecord):
     "A network at several times."
 
     states: Sequence[StateRecord]
+
 
 # %% ../../nbs/evidence/00c_settling_results.ipynb #9941b277
 @dataclass(frozen=True, kw_only=True)

@@ -47,10 +47,27 @@ from ..sensitivity import Sensitivity
 from ..settings import SurgeryConfig
 
 # %% auto #0
-__all__ = ['Solve', 'SWEEP', 'AGAINST_NOISE', 'first_order', 'forward_step', 'simulate_surgery', 'predicted_spread',
-           'predicted_on_both', 'both_jacobians', 'simulation_settings', 'varied_settings', 'simulate_settings',
-           'simulate_batches', 'central_step', 'consensus_step', 'every_way', 'fewer_images', 'noise_settings',
-           'noise_of_images']
+__all__ = [
+    "Solve",
+    "SWEEP",
+    "AGAINST_NOISE",
+    "first_order",
+    "forward_step",
+    "simulate_surgery",
+    "predicted_spread",
+    "predicted_on_both",
+    "both_jacobians",
+    "simulation_settings",
+    "varied_settings",
+    "simulate_settings",
+    "simulate_batches",
+    "central_step",
+    "consensus_step",
+    "every_way",
+    "fewer_images",
+    "noise_settings",
+    "noise_of_images",
+]
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #2132aef5
 Solve = Callable[[Sensitivity | torch.Tensor], torch.Tensor]  # S -> alpha (K,)
@@ -80,6 +97,7 @@ def forward_step(
     changes = [jacobian.accuracy(alpha + eps * unit) - now for unit in units]
     return solve(torch.stack(changes, 1) / eps)
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #b29004ce
 def _spread(accuracy: torch.Tensor) -> float:
     return accuracy.std(correction=0).item()
@@ -94,6 +112,7 @@ def _solver(accuracy: torch.Tensor, eps: float, config: SurgeryConfig) -> Solve:
         )
 
     return solve
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #0ba722cf
 def simulate_surgery(
@@ -125,6 +144,7 @@ def simulate_surgery(
             best = alpha
     return best
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #2eddf899
 def predicted_spread(
     jacobian: LogitJacobian,
@@ -153,6 +173,7 @@ def predicted_on_both(
         held_out=predicted_spread(held_out, alpha),
     )
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #5f28a429
 def both_jacobians(
     study: Study,
@@ -166,6 +187,7 @@ def both_jacobians(
         first_order(model, pairs, study.batches(part), 0.2 * eps, study.progress)
         for part in (splits.sensitivity, splits.held_out)
     )
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #2148fa93
 SWEEP = dict(
@@ -183,6 +205,7 @@ def simulation_settings(
 ) -> dict[str, Any]:
     "What simulations depend on."
     return dict(iterations=study.scale.iterations, tau=study.tau)
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #56fd555c
 def varied_settings(
@@ -210,6 +233,7 @@ def varied_settings(
         for length in (3, iterations)
     ]
     return [replace(each, spikes=min(each.spikes, 2 * count)) for each in alone + together]
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #5eb469b7
 def simulate_settings(
@@ -243,6 +267,7 @@ def _config(setting: SimulationSetting, eps: float) -> SurgeryConfig:
     amplitude = options.pop("amplitude")
     spikes = options.pop("spikes")
     return SurgeryConfig(eps=eps * amplitude, num_spikes=spikes, **options)
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #23a4d3e3
 def simulate_batches(
@@ -279,6 +304,7 @@ def simulate_batches(
     # where it starts does not depend on the batch
     return BatchSimulationRun(start=predicted_on_both(sensitivity, held_out), rows=rows)
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #a244e368
 def central_step(
     jacobian: LogitJacobian,
@@ -313,6 +339,7 @@ AGAINST_NOISE = dict(
     agreed=consensus_step,
     probability=functools.partial(central_step, metric="probability"),
 )
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #69040a57
 def every_way(
@@ -350,6 +377,7 @@ def fewer_images(
         return jacobian
     return jacobian[kept.to(jacobian.labels.device)]
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #f8398b5e
 def noise_settings(
     study: Study,
@@ -366,6 +394,7 @@ def _noise_plan(
     more_spikes = [(min(count, every), most) for count in spikes]
     fewer = [(every, min(count, most)) for count in (*images, most)]
     return list(dict.fromkeys(more_spikes + fewer))
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #bfb579b8
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +436,7 @@ class _NoiseProblem:
         sensitivity = self.jacobian.sensitivity(self.config.eps, metric=metric)
         return (sensitivity.matrix.norm(dim=0) / sensitivity.noise.norm(dim=0)).tolist()
 
+
 # %% ../../nbs/evidence/02d_simulations.ipynb #108b6833
 def _noise_problem(study: Study, model: nn.Module, price: float) -> _NoiseProblem:
     eps = first_amplitude(study, model)
@@ -430,6 +460,7 @@ def _noise_problem(study: Study, model: nn.Module, price: float) -> _NoiseProble
         config=config,
         price=price,
     )
+
 
 # %% ../../nbs/evidence/02d_simulations.ipynb #5ae3722a
 def noise_of_images(

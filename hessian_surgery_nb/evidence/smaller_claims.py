@@ -18,10 +18,28 @@ from .results import SurgeryRun
 from .prediction import rank_correlation
 
 # %% auto #0
-__all__ = ['steps_frame', 'damping_frame', 'amplitude_frame', 'row_cosines', 'opposed_frame', 'spike_1_frame', 'rank_frame',
-           'pair_confusion', 'opposed_and_confused', 'opposition_correlation', 'confusion_frame', 'lanczos_steps_frame',
-           'short_runs_frame', 'worst_miss', 'global_mean_frame', 'bulk_frame', 'contrasts_frame',
-           'participation_frame', 'rank_and_front']
+__all__ = [
+    "steps_frame",
+    "damping_frame",
+    "amplitude_frame",
+    "row_cosines",
+    "opposed_frame",
+    "spike_1_frame",
+    "rank_frame",
+    "pair_confusion",
+    "opposed_and_confused",
+    "opposition_correlation",
+    "confusion_frame",
+    "lanczos_steps_frame",
+    "short_runs_frame",
+    "worst_miss",
+    "global_mean_frame",
+    "bulk_frame",
+    "contrasts_frame",
+    "participation_frame",
+    "rank_and_front",
+]
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0008
 def _surgery_runs(results: Results) -> Iterator[SurgeryRun]:
@@ -54,6 +72,7 @@ def steps_frame(results: Results):
                 sigma = step.sigma
     return pd.DataFrame(rows)
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0009
 def damping_frame(
     results: Results,
@@ -73,6 +92,7 @@ def damping_frame(
             row |= {"count": len(group), "predicted (pp)": predicted, "obtained (pp)": obtained}
             rows.append(row)
     return pd.DataFrame(rows).set_index(["steps", by]).round(2)
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f000d
 def amplitude_frame(
@@ -97,6 +117,7 @@ def amplitude_frame(
             row["last / first"] = history[-1].eps_next / history[0].eps
             rows.append(row)
     return pd.DataFrame(rows).set_index(["experiment", "seed"]).round(2)
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0010
 def row_cosines(
@@ -126,6 +147,7 @@ def _moves(results: Results, seed: int, classes: Sequence[int]) -> list[float]:
             found.append(float(np.corrcoef(pair.T)[0, 1]))
     return found
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0011
 def opposed_frame(
     results: Results,
@@ -150,6 +172,7 @@ def opposed_frame(
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0014
 def spike_1_frame(results: Results):
     "Rank correlation over classes between the size of S and the error of the class."
@@ -167,6 +190,7 @@ def spike_1_frame(results: Results):
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f001d
 def rank_frame(results: Results):
     "Effective rank of S at each starting point; a row a seed. ISIC-2019."
@@ -182,6 +206,7 @@ def rank_frame(results: Results):
         runs = results.runs.get(name, {})
         columns[start] = {seed: run.results.effective_rank for seed, run in runs.items()}
     return pd.DataFrame(columns).rename_axis("seed").round(2)
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #822ba51d
 def pair_confusion(
@@ -212,6 +237,7 @@ def opposition_correlation(
 
     return float(spearmanr(*opposed_and_confused(matrix, counts)).statistic)
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #3abcef08
 def confusion_frame(results: Results):
     """Rank correlation over pairs of classes between the cosine of their rows of S and how often
@@ -235,6 +261,7 @@ def confusion_frame(results: Results):
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0017
 def _ritz_values(diagonal: np.ndarray, steps: int, seed: int) -> np.ndarray:  # descending
     "Plain Lanczos with reorthogonalisation on a diagonal matrix, from a random vector."
@@ -251,6 +278,7 @@ def _ritz_values(diagonal: np.ndarray, steps: int, seed: int) -> np.ndarray:  # 
     off = np.array(betas[:-1])
     tridiagonal = np.diag(alphas) + np.diag(off, 1) + np.diag(off, -1)
     return np.linalg.eigvalsh(tridiagonal)[::-1]
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0018
 def lanczos_steps_frame(
@@ -275,6 +303,7 @@ def lanczos_steps_frame(
         ]
     rows["the paper, Table 2"] = [f"{value:.1f}" for value in PAPER["Table 2"]]
     return pd.DataFrame(rows, index=range(1, 11)).rename_axis("rank")
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #7973299f
 def short_runs_frame(
@@ -306,6 +335,7 @@ def worst_miss(
     found = np.array([draw.values[place][:spikes] for draw in run.runs])
     return 100 * float(np.abs(found / values - 1).max(1).mean())
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #5f3449b7
 def global_mean_frame(results: Results):
     """Curvature along the global mean of gradients, how many eigenvalues are larger, and how much
@@ -323,6 +353,7 @@ def global_mean_frame(results: Results):
             row[f"{name} inside (%)"] = 100 * found.inside
         rows[seed] = row
     return pd.DataFrame(rows).T.rename_axis("seed").round(1)
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #ad4f0021
 def bulk_frame(results: Results):
@@ -344,6 +375,7 @@ def bulk_frame(results: Results):
             "lambda_9 / median": f"{run.values[8] / median:,.0f}",
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #9dd0b63b
 def contrasts_frame(
@@ -367,6 +399,7 @@ def contrasts_frame(
         rows[seed] = row
     return pd.DataFrame(rows).T.rename_axis("seed")
 
+
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #de0cdf6e
 def participation_frame(results: Results):
     "Classes that the first, the median and the last spike move; rank correlation with its number."
@@ -387,6 +420,7 @@ def participation_frame(results: Results):
             "rank correlation": spearmanr(range(len(spread)), spread, nan_policy="omit").statistic,
         }
     return pd.DataFrame(rows).T.rename_axis("seed").round(2)
+
 
 # %% ../../nbs/evidence/07b_smaller_claims.ipynb #fd359616
 def rank_and_front(

@@ -56,9 +56,25 @@ from ..slq import SpectralDensity, spectral_density
 from ..spike_validation import bulk_walk, count_spikes, stability
 
 # %% auto #0
-__all__ = ['RECIPES', 'start_settings', 'snapshot_path', 'train_start', 'starting_network', 'curvature_images', 'curvature',
-           'class_mean_structure', 'density_record', 'leading_spectrum', 'batch_stability', 'walks', 'first_amplitude',
-           'first_sensitivity', 'sensitivity_at_start', 'linearisation_settings', 'linearisation']
+__all__ = [
+    "RECIPES",
+    "start_settings",
+    "snapshot_path",
+    "train_start",
+    "starting_network",
+    "curvature_images",
+    "curvature",
+    "class_mean_structure",
+    "density_record",
+    "leading_spectrum",
+    "batch_stability",
+    "walks",
+    "first_amplitude",
+    "first_sensitivity",
+    "sensitivity_at_start",
+    "linearisation_settings",
+    "linearisation",
+]
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #ffd72f2f
 _CONSTANT = dict(
@@ -127,6 +143,7 @@ def train_start(
         **RECIPES[study.start],
     )
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #d6f11ccc
 def starting_network(
     study: Study,
@@ -159,6 +176,7 @@ def starting_network(
     (folder / "training.safetensors").unlink(missing_ok=True)
     return found
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #ad4cec4c
 def curvature_images(
     study: Study,
@@ -187,6 +205,7 @@ def curvature(
     if images is None:
         images = study.splits.hessian
     return HessianOperator(model, nn.CrossEntropyLoss(), images.pair)
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #6fbde4ea
 def class_mean_structure(
@@ -225,6 +244,7 @@ def class_mean_structure(
         matvecs_warm=warm.num_matvecs,
     )
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #294378b1
 def density_record(
     density: SpectralDensity,
@@ -236,6 +256,7 @@ def density_record(
         trace=density.trace,
         trace_stderr=density.trace_stderr,
     )
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #3665a271
 def leading_spectrum(
@@ -271,6 +292,7 @@ def leading_spectrum(
         density=density_record(density),
     )
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #f1ad04fb
 def batch_stability(
     study: Study,
@@ -298,6 +320,7 @@ def batch_stability(
         subspaces=TableRecord.of(found.subspaces()),
         timing=TableRecord.of(found.timing()),
     )
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #59215703
 def _walk(study: Study, model: nn.Module, within: str) -> WalkRecord:
@@ -328,6 +351,7 @@ def _walk(study: Study, model: nn.Module, within: str) -> WalkRecord:
         change_in_noise=found.change_in_noise,
     )
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #a52cefc4
 def walks(
     study: Study,
@@ -340,6 +364,7 @@ def walks(
         spikes=_walk(study, start.model, "spikes"),
         anywhere=_walk(study, start.model, "anywhere"),
     )
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #207b77b8
 def first_amplitude(
@@ -371,6 +396,7 @@ def first_sensitivity(
     )
     return pairs, sensitivity
 
+
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #ea9ef415
 def sensitivity_at_start(
     study: Study,
@@ -389,6 +415,7 @@ def sensitivity_at_start(
         accuracy=sensitivity.accuracy.tolist(),
         **screening.to_dict(),
     )
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #f31ff12c
 def linearisation_settings(
@@ -415,6 +442,7 @@ def linearisation(
     bar = tqdm(amplitudes, desc="amplitudes", leave=False, disable=not study.progress)
     sweep = [_at_amplitude(study, start.model, pairs, sensitivity, eps) for eps in bar]
     return LinearisationRun(eps=eps, sweep=sweep)
+
 
 # %% ../../nbs/evidence/02_spectrum_experiments.ipynb #9d44a212
 def _at_amplitude(

@@ -26,8 +26,18 @@ from ..foundations.checks import InputError
 from ..foundations.testbed import Axes, COLOURS, new_axes
 
 # %% auto #0
-__all__ = ['Pick', 'METHODS_OF_STARTS', 'priced', 'settled_by', 'post_hoc_part', 'method_cost', 'method_changes',
-           'network_changes', 'starts_frame', 'plot_ways']
+__all__ = [
+    "Pick",
+    "METHODS_OF_STARTS",
+    "priced",
+    "settled_by",
+    "post_hoc_part",
+    "method_cost",
+    "method_changes",
+    "network_changes",
+    "starts_frame",
+    "plot_ways",
+]
 
 # %% ../../nbs/evidence/07c_starts.ipynb #e5bf4d60
 Pick = Callable[[StoredRecord], StoredRecord | None]  # a run's results -> that part of them
@@ -66,6 +76,7 @@ def post_hoc_part(
 
 def _whole(run: StoredRecord) -> StoredRecord:
     return run
+
 
 # %% ../../nbs/evidence/07c_starts.ipynb #6492d35f
 # in words, experiment, part of its results
@@ -134,6 +145,7 @@ def _method_of(run: SettlingRun, part: StoredRecord) -> tuple[SettlingMethod, bo
             return method, part is not method
     raise InputError("a part must be one of the run's. Got another.")
 
+
 # %% ../../nbs/evidence/07c_starts.ipynb #41c127d9
 def _report(part: StoredRecord) -> ReportRecord:
     "Held-out, after the method."
@@ -158,6 +170,7 @@ def method_changes(
         found[figure] = paired_change(results, name, figure, pick=lambda run: pick(run).correct)
     return found
 
+
 # %% ../../nbs/evidence/07c_starts.ipynb #2a63af64
 def network_changes(
     results: Results,
@@ -173,6 +186,7 @@ def network_changes(
             fall = 100 * (1 - after.sigma_pp / before.sigma_pp)
             found[seed] = fall, after.global_percent - before.global_percent
     return found
+
 
 # %% ../../nbs/evidence/07c_starts.ipynb #3d3d1137
 def _row_of(method: str, found: dict[str, Any], cost: float) -> dict[str, Any]:
@@ -206,6 +220,7 @@ def starts_frame(
                 cost = method_cost(results, name, pick)
                 rows.append({"start": regime, **_row_of(method, found, cost)})
     return pd.DataFrame(rows).set_index(["start", "method"]).fillna("")
+
 
 # %% ../../nbs/evidence/07c_starts.ipynb #b6c5b79d
 _MARKS = {

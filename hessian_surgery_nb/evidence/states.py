@@ -15,8 +15,15 @@ from .starts import METHODS_OF_STARTS, network_changes
 from ..foundations.testbed import Axes, COLOURS, new_axes
 
 # %% auto #0
-__all__ = ['states_frame', 'network_states', 'groups_of', 'plot_bias_and_gain', 'foretold_frame', 'plot_temperature',
-           'phases_frame']
+__all__ = [
+    "states_frame",
+    "network_states",
+    "groups_of",
+    "plot_bias_and_gain",
+    "foretold_frame",
+    "plot_temperature",
+    "phases_frame",
+]
 
 # %% ../../nbs/evidence/07e_states.ipynb #4f9339e4
 _STATES = "state_at_start", "along_training", "temperature"  # experiments that hold states
@@ -56,6 +63,7 @@ def states_frame(
                     rows.append(key | _state_row(state))
     return pd.DataFrame(rows)
 
+
 # %% ../../nbs/evidence/07e_states.ipynb #768ebf7b
 def network_states(
     frame: Any,  # of states_frame
@@ -77,6 +85,7 @@ def groups_of(
 ) -> list[str]:  # one a row
     "Rows that come from one training run."
     return [f"{start} {seed}" for start, seed in zip(frame["start"], frame["seed"])]
+
 
 # %% ../../nbs/evidence/07e_states.ipynb #71f7341f
 _STATE_COLOURS = {"annealed": "blue", "constant rate": "red", "pretrained": "orange"}
@@ -101,6 +110,7 @@ def plot_bias_and_gain(
     ax.axhline(0, color=COLOURS["grey"], lw=0.8)
     ax.legend(frameon=False, fontsize=8)
     return ax
+
 
 # %% ../../nbs/evidence/07e_states.ipynb #60ce4efe
 _KNOWN = "class bias (%)", "predicted fall (% of the loss)"
@@ -135,6 +145,7 @@ def foretold_frame(
             rows.append(row)
     return pd.DataFrame(rows).set_index("method")
 
+
 # %% ../../nbs/evidence/07e_states.ipynb #6295af54
 def plot_temperature(
     frame: Any,  # of states_frame
@@ -155,6 +166,7 @@ def plot_temperature(
                 there = part[part["when"] == phase]
                 ax.plot(there["epochs"], there[column], "o", ms=4, color=COLOURS.get(colour, "k"))
     return axes
+
 
 # %% ../../nbs/evidence/07e_states.ipynb #fff7352f
 def phases_frame(

@@ -56,9 +56,26 @@ from .settling_results import SettlingRun, TrajectoryRun
 from ..foundations.checks import InputError
 
 # %% auto #0
-__all__ = ['RESULT_TYPES', 'Circumstances', 'StoredRun', 'read_run', 'BenchmarkConditions', 'BenchmarkFile', 'ScreenedNetwork',
-           'ScreeningFile', 'DiagnosedNetwork', 'DiagnosisFile', 'CoverageCell', 'CoverageConditions', 'CoverageFile',
-           'IntervalRecord', 'DemoRow', 'DemoSet', 'DemoFile', 'read_stored']
+__all__ = [
+    "RESULT_TYPES",
+    "Circumstances",
+    "StoredRun",
+    "read_run",
+    "BenchmarkConditions",
+    "BenchmarkFile",
+    "ScreenedNetwork",
+    "ScreeningFile",
+    "DiagnosedNetwork",
+    "DiagnosisFile",
+    "CoverageCell",
+    "CoverageConditions",
+    "CoverageFile",
+    "IntervalRecord",
+    "DemoRow",
+    "DemoSet",
+    "DemoFile",
+    "read_stored",
+]
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #3fe048b4
 _EXPERIMENTS = {
@@ -133,6 +150,7 @@ _EXPERIMENTS = {
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #5bce3584
 RESULT_TYPES = {name: kind for kind, names in _EXPERIMENTS.items() for name in names}
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #94639099
 @dataclass(frozen=True, kw_only=True)
 class Circumstances(StoredRecord):
@@ -149,6 +167,7 @@ class Circumstances(StoredRecord):
     seeds: Sequence[int]
     note: str | None = None  # by hand
     stretches: int | None = None  # that its seconds are a sum of; None: they are of the last
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #d980090d
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +204,7 @@ class StoredRun(StoredRecord):
         "Everything is drawn by it."
         return self.config["seed"]
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #c7cd1a66
 def _read_json(path: Path) -> dict[str, Any]:
     try:
@@ -200,6 +220,7 @@ def read_run(
 ) -> StoredRun:
     "A stored run of an experiment."
     return StoredRun.from_dict(_read_json(Path(path)), str(path))
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #86139c93
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +249,7 @@ class BenchmarkFile(StoredRecord):
     rows: Sequence[Mapping[str, Any]]  # its table; column -> value
     details: Mapping[str, Any] = remaining_keys()  # what the table sums up
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #d6cc88f3
 @dataclass(frozen=True, kw_only=True)
 class ScreenedNetwork(StoredRecord):
@@ -242,6 +264,7 @@ class ScreenedNetwork(StoredRecord):
     passes: int  # of surgery
     matvecs: int
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #299bdcc3
 @dataclass(frozen=True, kw_only=True)
 class ScreeningFile(StoredRecord):
@@ -250,6 +273,7 @@ class ScreeningFile(StoredRecord):
     command: str  # that makes it again
     about: BenchmarkConditions
     rows: Sequence[ScreenedNetwork]
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #8e2b1c77
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +295,7 @@ class DiagnosisFile(StoredRecord):
     command: str  # that makes it again
     about: BenchmarkConditions
     rows: Sequence[DiagnosedNetwork]
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #2c9741ac
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +331,7 @@ class CoverageConditions(StoredRecord):
     level: float
     seconds: float
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #f67cd940
 @dataclass(frozen=True, kw_only=True)
 class CoverageFile(StoredRecord):
@@ -313,6 +339,7 @@ class CoverageFile(StoredRecord):
 
     about: CoverageConditions
     cells: Sequence[CoverageCell]
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #3cd75b0f
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +370,7 @@ class DemoSet(StoredRecord):
     fingerprint: str
     classes: Sequence[int]  # (C,) images
 
+
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #48387844
 @dataclass(frozen=True, kw_only=True)
 class DemoFile(StoredRecord):
@@ -358,6 +386,7 @@ class DemoFile(StoredRecord):
     seconds: float
     sets: Sequence[Mapping[str, DemoSet]]  # one a seed
     held_out_sigma_pp: Mapping[str, Sequence[float]]  # method -> one a seed
+
 
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #a68cfe94
 def _kind(stored: Mapping[str, Any], name: str) -> type[StoredRecord]:

@@ -41,9 +41,31 @@ from hessian_surgery_nb.foundations.weight_files import (
 from ..isic import is_isic, lesion_splits, read_isic
 
 # %% auto #0
-__all__ = ['NETWORKS', 'STARTS', 'Scale', 'Workbench', 'shared_workbench', 'find_dataset', 'runs_label', 'Study', 'build_network',
-           'store_weights', 'weights_path', 'digest_of', 'start_path', 'store_start', 'StartingPoint', 'report_record',
-           'spread_record', 'Evaluation', 'evaluate', 'report', 'report_others', 'summarise']
+__all__ = [
+    "NETWORKS",
+    "STARTS",
+    "Scale",
+    "Workbench",
+    "shared_workbench",
+    "find_dataset",
+    "runs_label",
+    "Study",
+    "build_network",
+    "store_weights",
+    "weights_path",
+    "digest_of",
+    "start_path",
+    "store_start",
+    "StartingPoint",
+    "report_record",
+    "spread_record",
+    "Evaluation",
+    "evaluate",
+    "report",
+    "report_others",
+    "summarise",
+]
+
 
 # %% ../../nbs/evidence/01_study.ipynb #1ac72478
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +102,7 @@ class Scale:
     seen_pixels: int | None = None  # a side, to which a named network scales; None: as it wants
     start_epochs: int = 15  # of training on with another loss there; the paper's
 
+
 # %% ../../nbs/evidence/01_study.ipynb #557fe8ff
 class Workbench:
     "What a process keeps from one experiment to the next: of every kind the last thing made."
@@ -113,6 +136,7 @@ def shared_workbench() -> Workbench:
     "That of this process, for all its studies."
     return _HERE
 
+
 # %% ../../nbs/evidence/01_study.ipynb #d3b7f341
 # torchvision's ResNet-50, and the paper's, which has a bias on every convolution
 NETWORKS = "resnet20", "resnet50", "resnet50bias"
@@ -132,6 +156,7 @@ def find_dataset(
     folders = [named, *(dataset_folder(name, root) for name in names)]
     return next((folder for folder in folders if folder.is_dir()), named)
 
+
 # %% ../../nbs/evidence/01_study.ipynb #4de4e11b
 def runs_label(
     dataset: str,  # a name or a path
@@ -141,6 +166,7 @@ def runs_label(
     "Begins the names of stored runs, before the seed."
     label = f"{Path(dataset).name}_{network_label(network)}"
     return label if start == "annealed" else f"{label}_{start}"
+
 
 # %% ../../nbs/evidence/01_study.ipynb #a6eaf464
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +232,7 @@ class Study:
             return "isic"
         return "many" if self.held_back else "few"
 
+
 # %% ../../nbs/evidence/01_study.ipynb #dc2c0afd
 def _read_splits(study: Study) -> Splits:
     "Deal the images out."
@@ -240,6 +267,7 @@ def _read_images(study: Study) -> Any:  # what the splits are dealt from
         "images", key, lambda: read_dataset(study.dataset, progress=progress, **place)
     )
 
+
 # %% ../../nbs/evidence/01_study.ipynb #35206868
 @patch(as_prop=True)
 def splits(self: Study) -> Splits:
@@ -270,6 +298,7 @@ def batches(
     on_cpu = torch.device(self.device).type == "cpu"
     # what fits a core's cache: half as fast again as 250
     return part.batches(64 if on_cpu else 1000)
+
 
 # %% ../../nbs/evidence/01_study.ipynb #1c8d6a47
 def build_network(
@@ -316,6 +345,7 @@ def digest_of(
     "What tells weights from others."
     return hashlib.sha256(data).hexdigest()[:12]
 
+
 # %% ../../nbs/evidence/01_study.ipynb #bd0a0fe3
 def start_path(
     study: Study,
@@ -338,6 +368,7 @@ def store_start(
     write_atomic(path, weights_bytes(model, half=True, seed=study.seed))
     return load_weights(model, path)
 
+
 # %% ../../nbs/evidence/01_study.ipynb #027f354f
 @dataclass(frozen=True, kw_only=True)
 class StartingPoint:
@@ -345,6 +376,7 @@ class StartingPoint:
 
     name: str  # of that experiment
     model: nn.Module
+
 
 # %% ../../nbs/evidence/01_study.ipynb #faa8f3ca
 def report_record(
@@ -369,6 +401,7 @@ class Evaluation:
     correct: torch.Tensor  # (N,) bool
     labels: torch.Tensor  # (N,)
 
+
 # %% ../../nbs/evidence/01_study.ipynb #7be41c05
 def evaluate(
     study: Study,
@@ -389,6 +422,7 @@ def evaluate(
             labels=labels,
         )
     return found
+
 
 # %% ../../nbs/evidence/01_study.ipynb #aec3a7fd
 def report(

@@ -27,8 +27,17 @@ from ..settings import SurgeryConfig
 from ..surgery import operate
 
 # %% auto #0
-__all__ = ['BOXED', 'BOXED_COUNTED', 'ABLATION', 'surgery_run', 'surgery_iterations', 'scheduled_surgery', 'lesion_surgery',
-           'ablation']
+__all__ = [
+    "BOXED",
+    "BOXED_COUNTED",
+    "ABLATION",
+    "surgery_run",
+    "surgery_iterations",
+    "scheduled_surgery",
+    "lesion_surgery",
+    "ablation",
+]
+
 
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #c43dda66
 def surgery_run(
@@ -74,6 +83,7 @@ def surgery_run(
     shutil.rmtree(state)
     return SurgeryRun.from_dict(result.to_dict() | left)
 
+
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #3cca7a28
 def _state_folder(folder: Path, config: SurgeryConfig, images: Samples) -> Path:
     "Where a run with these settings keeps its state."
@@ -111,6 +121,7 @@ def scheduled_surgery(
     iterations = surgery_iterations(study, schedule)
     return surgery_run(study, folder, start, iterations=iterations, schedule=schedule, **settings)
 
+
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #381015ad
 BOXED = dict(box=True, p=0.5, schedule="adam")  # section 9.2
 # the same, rolled back for a fall beyond two standard errors of counting few images
@@ -126,6 +137,7 @@ def lesion_surgery(
     "Surgery along spikes of the images that suit the start."
     images = curvature_images(study, start.name)
     return surgery_run(study, folder, start, images, iterations=study.scale.iterations, **settings)
+
 
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #f94cb9eb
 ABLATION = (
@@ -152,6 +164,7 @@ def ablation(
     "Boxes or the ball, four exponents, the curvature of natural or stratified images."
     settings = [AblationSetting(**setting) for setting in grid]
     return AblationRun(rows=[_ablation_row(study, folder, start, each) for each in settings])
+
 
 # %% ../../nbs/evidence/02a_surgery_experiments.ipynb #f6a76b12
 def _ablation_row(

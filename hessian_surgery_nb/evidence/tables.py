@@ -32,9 +32,30 @@ from ..foundations.intervals import mean_interval, sigma_interval
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
-__all__ = ['ROWS_7', 'EXPONENTS', 'ROWS_9', 'table_1', 'table_2', 'table_4', 'table_5', 'table_6', 'walk_figures',
-           'table_6_at_loss', 'part_of', 'table_7', 'table_8', 'table_3', 'rule_of_table_3', 'table_9',
-           'stability_table', 'table_15', 'table_16', 'table_17', 'table_18']
+__all__ = [
+    "ROWS_7",
+    "EXPONENTS",
+    "ROWS_9",
+    "table_1",
+    "table_2",
+    "table_4",
+    "table_5",
+    "table_6",
+    "walk_figures",
+    "table_6_at_loss",
+    "part_of",
+    "table_7",
+    "table_8",
+    "table_3",
+    "rule_of_table_3",
+    "table_9",
+    "stability_table",
+    "table_15",
+    "table_16",
+    "table_17",
+    "table_18",
+]
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #92ab89ec
 def table_1(results: Results):
@@ -60,6 +81,7 @@ def table_1(results: Results):
     rows["sigma (pp), first seed"] = {"ours (%)": text}
     return without_empty_columns(pd.DataFrame(rows).T)
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #1977af45
 def table_2(results: Results):
     "Leading eigenvalues, and how many stand apart."
@@ -77,6 +99,7 @@ def table_2(results: Results):
         "ours": "; ".join(votes),
     }
     return without_empty_columns(pd.DataFrame(rows).T).rename_axis("rank")
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #54f1aa41
 def table_4(
@@ -113,6 +136,7 @@ def table_4(
         rows[f"{figure}, images and seeds"] = {"change": change}
     return without_empty_columns(pd.DataFrame(rows).T)
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #9c8d0c20
 def _trace(run: SurgeryRun, weak: list[str]) -> list[dict]:
     "The start of one operation and its steps, on the sensitivity set."
@@ -139,6 +163,7 @@ def _trace(run: SurgeryRun, weak: list[str]) -> list[dict]:
         rows.append(row)
     return rows
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #a81e8d87
 def table_5(
     results: Results,
@@ -160,6 +185,7 @@ def table_5(
         frame["paper, eps"] = pd.Series(printed["eps"])
     digits = dict.fromkeys(["global (%)", "sigma (pp)", "EMA", *weak], 2) | dict(eps=4)
     return without_empty_columns(frame.round(digits))
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #8c9d37ff
 def _overall(walk: WalkRecord, step: int) -> float:  # percent
@@ -186,6 +212,7 @@ def _walk_row(within: str, walks: list[WalkRecord]) -> dict:
         "in standard errors": over_seeds([walk.change_in_noise for walk in walks]),
     }
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #13fb2459
 def table_6(results: Results):
     "The walks: start and end, and the largest change of a class in units of its own noise."
@@ -205,6 +232,7 @@ def table_6(results: Results):
         row["cosine"] = printed["cosine to the first direction"][1]
         rows.append(row)
     return pd.DataFrame(rows).set_index("walk").T.astype(object).fillna("")
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #01b0eca3
 def _root_mean_square(numbers: np.ndarray) -> float:
@@ -244,6 +272,7 @@ def walk_figures(
         "counting noise": _root_mean_square(noise),
     }
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #4ca23978
 _LOSS_WALKS = (  # label, within, turning
     ("bulk", "bulk", False),
@@ -274,6 +303,7 @@ def table_6_at_loss(
                 row[name] = over_seeds([figure[name] for figure in figures], digits)
             rows[f"+{place.rise:g}", label] = row
     return pd.DataFrame(rows).T.rename_axis(["loss rises by", "walk"])
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #3a260b9b
 ROWS_7 = [  # method, experiment, part of its results (None: all of it)
@@ -308,6 +338,7 @@ def part_of(
         return run.methods.get(part)
     return getattr(run, part)
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #5c188ccd
 def _method_row(results: Results, method: str, name: str, part: str | None) -> dict | None:
     "One row of Table 7; None where it has not been run."
@@ -340,6 +371,7 @@ def table_7(results: Results):
             rows.append(row)
     return without_empty_columns(pd.DataFrame(rows).set_index("method"))
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #d9a38e74
 EXPONENTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -366,6 +398,7 @@ def table_8(results: Results):
             rows.append(row | paper_pair(printed.get(exponent, (None, None))))
     return without_empty_columns(pd.DataFrame(rows).set_index(["schedule", "p"]))
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #448eed21
 def _against_the_rule(results: Results, goal: str, name: str, chosen: str) -> tuple:
     "Change of the goal's figure against the rule's choice: mean, low, high (pp)."
@@ -386,6 +419,7 @@ def _rule_verdict(goal: str, change: tuple) -> str:
     if falls if goal == "sigma" else rises:
         return "contradicted"
     return "undecided"
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #1595e5c3
 def table_3(
@@ -417,6 +451,7 @@ def table_3(
             )
     return pd.DataFrame(rows).set_index(["goal", "against"])
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #ac3f0202
 def rule_of_table_3(
     results: Results,
@@ -447,6 +482,7 @@ def rule_of_table_3(
             "sigma against p = 2 (pp)": change,
         }
     return pd.DataFrame(rows).T.rename_axis("seed")
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #3f228e12
 ROWS_9 = (  # method, experiment
@@ -497,6 +533,7 @@ def table_9(results: Results):
         rows.append({"state": state, "global (%)": overall, "sigma (pp)": sigma})
     return without_empty_columns(pd.DataFrame(rows).set_index("state"))
 
+
 # %% ../../nbs/evidence/05_tables.ipynb #2174dd71
 _STABILITY = {15: "eigenvalues", 16: "cosines", 17: "subspaces", 18: "timing"}
 
@@ -535,6 +572,7 @@ def stability_table(
 def table_15(results: Results):
     "Leading eigenvalues of nested batches."
     return stability_table(results, 15)
+
 
 # %% ../../nbs/evidence/05_tables.ipynb #aeea54b8
 def table_16(results: Results):

@@ -29,8 +29,19 @@ from ..foundations.intervals import pooled_interval
 from ..foundations.runs import unpack_bits
 
 # %% auto #0
-__all__ = ['CLAIMS_13', 'CLASS_CLAIMS', 'LesionMethod', 'isic_methods', 'table_13', 'verdict', 'claims_13', 'class_change',
-           'class_claims', 'table_14', 'table_8_isic']
+__all__ = [
+    "CLAIMS_13",
+    "CLASS_CLAIMS",
+    "LesionMethod",
+    "isic_methods",
+    "table_13",
+    "verdict",
+    "claims_13",
+    "class_change",
+    "class_claims",
+    "table_14",
+    "table_8_isic",
+]
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #34fb3363
 _STARTS = {  # starting point -> its experiments: training, surgery, methods without training
@@ -70,6 +81,7 @@ def isic_methods(results: Results) -> dict[str, LesionMethod]:
             found[f"{start}, {method}"] = _without_training(rivals, method)
     return {name: method for name, method in found.items() if method.experiment in results}
 
+
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #bbe08433
 def _class_cells(reports: list[ReportRecord], counts: np.ndarray) -> list[str]:
     "Accuracy of every class with Wilson's interval (%), means over seeds."
@@ -103,6 +115,7 @@ def table_13(results: Results):
     columns += ["global (%)", "balanced (%)", "sigma (pp)"]
     return pd.DataFrame(rows, index=columns).T.rename_axis("method; class (held-out images)")
 
+
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #3af3c672
 _BELOW_0 = (-math.inf, 0)
 
@@ -114,6 +127,7 @@ _AT_MOST_5_LOST = (-5, math.inf)
 
 
 _SAME_WITHIN_2 = (-2, 2)
+
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #bb071c23
 def _dominance(method: str) -> list[tuple]:
@@ -219,6 +233,7 @@ CLAIMS_13 = (
     *_dominance("class-balanced, surgery"),
 )
 
+
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #e83b801b
 def verdict(
     triple: tuple[float, float, float],  # change, and the ends of its interval
@@ -234,6 +249,7 @@ def verdict(
     if high <= least or low >= most:
         return "not supported"
     return "undecided"
+
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #d5fbec97
 def claims_13(results: Results):
@@ -263,6 +279,7 @@ def claims_13(results: Results):
             }
         )
     return pd.DataFrame(rows).set_index("claim")
+
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #ac3f0502
 _AT_MOST_2_LOST = (-2, math.inf)
@@ -294,6 +311,7 @@ CLASS_CLAIMS = (
     ("BKL gains, class-balanced", "class-balanced, surgery", "class-balanced", "BKL", _ABOVE_0),
 )
 
+
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #ac3f0503
 def class_change(
     results: Results,
@@ -313,6 +331,7 @@ def class_change(
         pairs.append((old[chosen], new[chosen], torch.zeros_like(labels[chosen])))
     return tuple(100 * value for value in pooled_interval(pairs, "global"))
 
+
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #ac3f0504
 def class_claims(results: Results):
     "The claims of sections 9.4 and 9.5 about single classes, held-out changes over seeds."
@@ -328,6 +347,7 @@ def class_claims(results: Results):
         row |= {"change (pp)": interval_text(change), "on our data": verdict(change, where)}
         rows.append(row)
     return pd.DataFrame(rows).set_index("claim")
+
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #a42f5670
 def _rank_row(runs: list[StoredRecord]) -> list[str]:
@@ -360,6 +380,7 @@ def table_14(results: Results):
         rows[f"the paper, {name}"] = [*values, ""]
     figures = ["s1", "s2", "s3", "s1 / s2", "effective rank", "signal / noise"]
     return pd.DataFrame(rows, index=figures).T
+
 
 # %% ../../nbs/evidence/05b_tables_isic.ipynb #5a8b82a2
 def _ablation_row(results: Results, index: int) -> dict:

@@ -25,8 +25,25 @@ from hessian_surgery_nb.evidence.reading import (
 from .records import ReportRecord, StoredRecord
 
 # %% auto #0
-__all__ = ['FRONTS', 'NOISE', 'answers_after_phase', 'table_10', 'tenths', 'table_11', 'table_12', 'limits_frame', 'at_price',
-           'prices_frame', 'noise_row', 'most_of', 'has_biases', 'answers_at', 'noise_frame', 'spikes_frame']
+__all__ = [
+    "FRONTS",
+    "NOISE",
+    "answers_after_phase",
+    "table_10",
+    "tenths",
+    "table_11",
+    "table_12",
+    "limits_frame",
+    "at_price",
+    "prices_frame",
+    "noise_row",
+    "most_of",
+    "has_biases",
+    "answers_at",
+    "noise_frame",
+    "spikes_frame",
+]
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #b6b98914
 def answers_after_phase(
@@ -58,6 +75,7 @@ def _phase_row(results: Results, runs: list[StoredRecord], phase: int, first: in
     row |= {"paper, largest eigenvalue": largest, "paper, eps": eps}
     return row | paper_pair((overall, sigma))
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #df3cc95c
 def table_10(results: Results):
     """Deflated surgery, phase by phase: means over seeds on the sensitivity set, changes on
@@ -74,6 +92,7 @@ def table_10(results: Results):
         rows.append(_phase_row(results, runs, phase, first))
         first = record.spikes + 1
     return without_empty_columns(pd.DataFrame(rows).set_index("phase"))
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #2fc78d67
 def tenths(
@@ -111,6 +130,7 @@ def table_11(results: Results):
         rows.append(row | {"paper, before (%)": before, "paper, change (pp)": change})
     return without_empty_columns(pd.DataFrame(rows).set_index("tenth"))
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #f094231e
 def _total_row(
     runs: list[StoredRecord],
@@ -128,6 +148,7 @@ def _total_row(
         "change of sigma (pp)": interval_text(change("sigma"), 2),
         "change of global (pp)": interval_text(change("global"), 2),
     }
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #30354eb9
 def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
@@ -156,6 +177,7 @@ def _total_rows(results: Results, label: str, name: str) -> dict[str, dict]:
     row = _total_row(runs, before, after, change_elsewhere)
     return rows | {f"{label}, on test images of another kind": row}
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #ae6fe7a7
 def table_12(results: Results):
     "What it all brings, held-out."
@@ -175,6 +197,7 @@ def table_12(results: Results):
     for name, values in PAPER["Table 12"].items():
         rows[f"the paper, {name}"] = dict(zip(columns, values))
     return pd.DataFrame(rows).T.astype(object).fillna("")
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #1d28a707
 def _limits_row(setting: str, found: list[StoredRecord], starts: list[StoredRecord]) -> dict:
@@ -203,6 +226,7 @@ def _setting_text(changed: dict) -> str:
         shown["tau"] = "the mean"
     return ", ".join(f"{name} = {value}" for name, value in shown.items())
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #94f19964
 def limits_frame(results: Results):
     """The loop simulated on linearised logits, one setting varied at a time: held-out change of
@@ -229,6 +253,7 @@ def limits_frame(results: Results):
         rows.append(_limits_row(f"spikes of {row.images} images", found, starts))
     return pd.DataFrame(rows).drop_duplicates("setting").set_index("setting")
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #a89a88af
 FRONTS = dict(  # name of the experiment, without front_ -> what is moved
     biases="biases",
@@ -247,6 +272,7 @@ def at_price(
     "The point of a front at one price."
     point = [entry for entry in run.points if abs(entry.price - price) < 1e-9][-1]
     return point.then_biases if then else point
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #ef80e084
 def _price_row(results: Results, price: float, name: str, then: bool) -> dict:
@@ -288,6 +314,7 @@ def prices_frame(results: Results):
         rows.append(_price_row(results, price, name, then))
     return pd.DataFrame(rows).set_index(["price (pp)", "method"])
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #89c1f54f
 NOISE = dict(  # how the noise of S is dealt with -> in words
     accuracy="S from accuracies",
@@ -326,6 +353,7 @@ def has_biases(results: Results) -> bool:
     "Whether biases were tuned by the same solver on every network of the noise experiment."
     return results.seeds("noise", "front_biases") == results.seeds("noise")
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #397dc9cc
 def answers_at(row_of: Callable[[StoredRecord], StoredRecord]) -> Callable[[StoredRecord], str]:
     "Which held-out images were right at one end: a function of a run."
@@ -363,6 +391,7 @@ def _noise_cells(results: Results, how: str, spikes: int, images: int) -> dict:
         cells["test images of another kind"] = counted("other")
     return cells
 
+
 # %% ../../nbs/evidence/05a_tables_many.ipynb #7b20f347
 def _bias_cells(results: Results, spikes: int, images: int) -> dict:
     "The control: biases by the same solver, no weight moved."
@@ -398,6 +427,7 @@ def noise_frame(results: Results):
     if has_biases(results):
         rows["biases, by the solver"] = _bias_cells(results, spikes, images)
     return without_empty_columns(pd.DataFrame(rows).T)
+
 
 # %% ../../nbs/evidence/05a_tables_many.ipynb #8f080b4d
 def spikes_frame(results: Results):

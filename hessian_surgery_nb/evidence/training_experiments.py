@@ -48,9 +48,24 @@ from ..foundations.weights import flatten, inner
 from ..lanczos import top_eigenpairs
 
 # %% auto #0
-__all__ = ['FINETUNE', 'TRAINING_ON', 'cheapest_spread', 'fine_tuning', 'finetune_epochs', 'finetune_settings',
-           'long_finetune_settings', 'focal_fine_tuning', 'balanced_fine_tuning', 'class_balanced_loss',
-           'post_hoc_methods', 'fine_tuning_after_surgery', 'other_start_settings', 'focal_start', 'balanced_start']
+__all__ = [
+    "FINETUNE",
+    "TRAINING_ON",
+    "cheapest_spread",
+    "fine_tuning",
+    "finetune_epochs",
+    "finetune_settings",
+    "long_finetune_settings",
+    "focal_fine_tuning",
+    "balanced_fine_tuning",
+    "class_balanced_loss",
+    "post_hoc_methods",
+    "fine_tuning_after_surgery",
+    "other_start_settings",
+    "focal_start",
+    "balanced_start",
+]
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #6bf9042a
 def cheapest_spread(
@@ -64,6 +79,7 @@ def cheapest_spread(
     if allowed:
         return min(allowed, key=lambda i: candidates[i].sigma_pp)
     return max(tuned, key=lambda i: candidates[i].balanced_percent)
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #00e0c6f0
 FINETUNE = dict(
@@ -105,6 +121,7 @@ def _epochs(
         for number, file in enumerate(files, 1)
     ]
 
+
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #a8fba291
 def _candidate_record(study: Study, model: nn.Module, setting: str) -> CandidateRecord:
     "A candidate on the sensitivity set."
@@ -141,6 +158,7 @@ def fine_tuning(
         at_price=ChosenRecord(setting=paid.setting, **vars(at_price)),
     )
 
+
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #b9b351c3
 def finetune_epochs(
     study: Study,
@@ -162,6 +180,7 @@ def long_finetune_settings(
 ) -> dict[str, Any]:
     "What fine-tuning as long as the paper's depends on."
     return dict(FINETUNE, epochs=finetune_epochs(study, long=True))
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #3337eb4b
 def focal_fine_tuning(
@@ -199,6 +218,7 @@ def class_balanced_loss(
     "The loss of the class counts in training."
     return effective_number_loss(study.splits.train.counts, beta).to(study.device)
 
+
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #b8dbeb70
 def post_hoc_methods(
     study: Study,
@@ -228,6 +248,7 @@ def post_hoc_methods(
         for method in found
     }
     return PostHocRun(methods=methods)
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #39ad7849
 def _spikes(study: Study, model: nn.Module) -> torch.Tensor:  # (n, K)
@@ -259,6 +280,7 @@ def _where_it_went(
         shares.append(along.item())
         kept.append(subspace_overlap(spikes, _spikes(study, following)))
     return shares, kept
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #43001c30
 def fine_tuning_after_surgery(
@@ -302,6 +324,7 @@ def fine_tuning_after_surgery(
         spikes_kept=kept,
     )
 
+
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #79282c6f
 TRAINING_ON = dict(
     lr=1e-3, batch_size=64, weight_decay=5e-4, optimizer="adam", schedule="cosine", shift=4
@@ -341,6 +364,7 @@ def focal_start(
     model = start.model
     _train_on(study, folder / "training", model, FocalLoss(gamma), study.scale.start_epochs)
     return StartRun(weights=store_weights(study, folder, model), **vars(report(study, model)))
+
 
 # %% ../../nbs/evidence/02b_training_experiments.ipynb #84d481df
 def balanced_start(

@@ -31,8 +31,17 @@ from .same_function import warn_caller
 from .weights import check_mode, check_model
 
 # %% auto #0
-__all__ = ['predict', 'check_order', 'class_means', 'class_accuracy', 'ClassReport', 'error_ratio', 'class_report',
-           'class_report_of', 'wilson_interval']
+__all__ = [
+    "predict",
+    "check_order",
+    "class_means",
+    "class_accuracy",
+    "ClassReport",
+    "error_ratio",
+    "class_report",
+    "class_report_of",
+    "wilson_interval",
+]
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #790167cb
 _CLASS_NUMBERS = nn.CrossEntropyLoss()  # its rule for labels is the one for measuring accuracies
@@ -74,6 +83,7 @@ def _check_labels(labels: torch.Tensor):
     raise InputError(
         f"labels must be one whole number an image, shape (N,). Got {shown}; {way_out}"
     )
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #86279cf6
 @plainly()
@@ -117,6 +127,7 @@ def predict(
         )
     return _all_logits(parts, num_images, team), torch.cat(labels)
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #19db5996
 def _all_logits(
     parts: list[tuple[int, torch.Tensor]],  # first row and logits of this process's images
@@ -130,6 +141,7 @@ def _all_logits(
     for start, logits in parts:
         full[start : start + len(logits)] = logits
     return team.all_reduce(full)
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #b2c7935f
 def _check_repeats(net: Forward, batches: Iterable, batch: tuple, device: torch.device):
@@ -158,6 +170,7 @@ def _check_repeats(net: Forward, batches: Iterable, batch: tuple, device: torch.
         ChangingFunction,
     )
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #f561bba8
 def _plain_logits(net: Forward, inputs: Any, derivatives: bool = False) -> torch.Tensor:
     with torch.set_grad_enabled(derivatives):
@@ -174,6 +187,7 @@ def _contents(batch: tuple) -> list[float]:
     inputs, labels = split_batch(batch)
     return [checksum(tensor).item() for tensor in (labels, *tensors_in(inputs))]
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #aa36a770
 def _check_alone(net: Forward, batch: tuple, device: torch.device):
     "Where several processes share a batch, images must not see each other."
@@ -186,6 +200,7 @@ def _check_alone(net: Forward, batch: tuple, device: torch.device):
             "a batch can only be shared where images do not see each other. Logits of this "
             "network depend on what else is in the batch; use one process."
         )
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #3402f3e9
 def check_order(
@@ -220,6 +235,7 @@ def check_order(
 def _label_sums(contents: list[list[float]]) -> list[float]:
     return [sums[0] for sums in contents]
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #cbc521ff
 def class_means(
     per_image: torch.Tensor,  # (N, ...) numbers
@@ -250,6 +266,7 @@ def class_means(
     totals.index_add_(0, labels, per_image.double())
     return totals / counts.view(-1, *[1] * len(shape))
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #6d49ce96
 def class_accuracy(
     model: nn.Module,  # in evaluation mode
@@ -264,6 +281,7 @@ def class_accuracy(
     logits, labels = predict(model, data, state=state, forward=forward)
     correct = logits.argmax(1) == labels
     return class_means(correct, labels, logits.shape[1], names, where).cpu()
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #024d7a95
 @dataclass(frozen=True)
@@ -308,6 +326,7 @@ class ClassReport:
             f"({worst_name}), global {100 * self.overall:.1f} %)"
         )
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #3d9a5499
 @patch
 def to_dict(self: ClassReport) -> dict[str, Any]:
@@ -325,6 +344,7 @@ def to_dict(self: ClassReport) -> dict[str, Any]:
         ],
     )
 
+
 # %% ../../nbs/foundations/14_accuracy.ipynb #c1f4ffd1
 def error_ratio(
     accuracy: torch.Tensor | Sequence[float],  # (C,) in [0, 1]
@@ -334,6 +354,7 @@ def error_ratio(
     if errors.min() > 0:
         return (errors.max() / errors.min()).item()
     return math.inf if errors.max() > 0 else 1.0
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #5cc97c1d
 def class_report(
@@ -365,6 +386,7 @@ def class_report_of(
     accuracy = class_means(correct, labels, num_classes, names, f"the {measured_on} set").cpu()
     counts = torch.bincount(labels.cpu(), minlength=num_classes)
     return ClassReport(accuracy, counts, names, measured_on)
+
 
 # %% ../../nbs/foundations/14_accuracy.ipynb #a2d2a09e
 def wilson_interval(

@@ -21,7 +21,8 @@ from .networks import frozen_beside_adapters, gives_raw_logits
 from .weight_files import facts_in, load_weights
 
 # %% auto #0
-__all__ = ['Adjusted', 'fold_into_head', 'load_adjusted']
+__all__ = ["Adjusted", "fold_into_head", "load_adjusted"]
+
 
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b007
 def _as_buffer(
@@ -43,6 +44,7 @@ def _as_buffer(
     like = next((p for p in model.parameters() if p.is_floating_point()), given)
     precise = torch.promote_types(like.dtype, torch.float32)
     return given.clone().to(like.device, precise)
+
 
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b008
 class Adjusted(nn.Module):
@@ -100,6 +102,7 @@ class Adjusted(nn.Module):
                 raise
             return getattr(self.model, name)
 
+
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b010
 def _with_logits(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     "A network's output with changed logits."
@@ -128,6 +131,7 @@ def _as_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
         return dict(kwargs)
     return args[0] if len(args) == 1 else list(args)
 
+
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b013
 def _is_plain(model: nn.Module, head: nn.Module) -> bool:
     "Whether a head is a linear layer with a bias, computed from nothing, of single precision."
@@ -142,6 +146,7 @@ def _is_plain(model: nn.Module, head: nn.Module) -> bool:
     if sum(id(parameter) in ids for _, parameter in named) > 2:
         return False  # one of them has a second name: it is used elsewhere
     return not frozen_beside_adapters(model, head)
+
 
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b014
 @plainly()
@@ -188,6 +193,7 @@ def _decides_alike(
     found = functional_logits(net, state, X)
     rounding = 1e-4 * wanted.abs().max().item()
     return torch.allclose(found.log_softmax(1), wanted.log_softmax(1), rtol=1e-4, atol=rounding)
+
 
 # %% ../../nbs/foundations/13b_adjusted.ipynb #aa13b019
 def load_adjusted(

@@ -18,8 +18,20 @@ from .distributed import Team, current_team
 from .losses import LossFunction, is_cross_entropy
 
 # %% auto #0
-__all__ = ['Inputs', 'Batch', 'Data', 'as_batches', 'map_tensors', 'tensors_in', 'to_device', 'split_batch', 'rows_of',
-           'my_batches', 'check_batch', 'check_inputs']
+__all__ = [
+    "Inputs",
+    "Batch",
+    "Data",
+    "as_batches",
+    "map_tensors",
+    "tensors_in",
+    "to_device",
+    "split_batch",
+    "rows_of",
+    "my_batches",
+    "check_batch",
+    "check_inputs",
+]
 
 # %% ../../nbs/foundations/06_batches.ipynb #dee16269
 Inputs = Any  # a tensor, or tensors in dicts, lists and tuples
@@ -50,6 +62,7 @@ def as_batches(
     if isinstance(data, DataLoader):
         return _in_one_order(data)
     return data
+
 
 # %% ../../nbs/foundations/06_batches.ipynb #8efe3a8d
 _ORDERS = weakref.WeakKeyDictionary()  # a loader -> the same images, in an order written down
@@ -92,6 +105,7 @@ def _with_order_drawn(loader: DataLoader) -> DataLoader:
             options["batch_sampler"] = [list(rows) for rows in loader.batch_sampler]
     return DataLoader(loader.dataset, **options)
 
+
 # %% ../../nbs/foundations/06_batches.ipynb #e793e462
 def map_tensors(
     change: Callable[[torch.Tensor], Any],
@@ -120,6 +134,7 @@ def tensors_in(
     map_tensors(found.append, X)
     return found
 
+
 # %% ../../nbs/foundations/06_batches.ipynb #86bc382d
 def to_device(
     x: Inputs,
@@ -135,6 +150,7 @@ def to_device(
         return ordinary.to(device)
 
     return map_tensors(moved, x)
+
 
 # %% ../../nbs/foundations/06_batches.ipynb #76bed973
 def split_batch(
@@ -169,6 +185,7 @@ def _described(batch: object) -> str:
         return f"{kind} of length {len(batch)}"
     return kind
 
+
 # %% ../../nbs/foundations/06_batches.ipynb #967e3a5c
 def rows_of(
     batch: Batch,
@@ -183,6 +200,7 @@ def rows_of(
         return tensor
 
     return map_tensors(cut, X), y[rows]
+
 
 # %% ../../nbs/foundations/06_batches.ipynb #803bf807
 class _Shard:
@@ -219,6 +237,7 @@ def my_batches(
         return list(shard)
     return shard
 
+
 # %% ../../nbs/foundations/06_batches.ipynb #44b71d7e
 def check_batch(
     X: Inputs,
@@ -248,6 +267,7 @@ def _check_finite(tensor: torch.Tensor):
         "remove or mend them."
     )
 
+
 # %% ../../nbs/foundations/06_batches.ipynb #eade7ba7
 def _check_class_numbers(y: torch.Tensor, logits: torch.Tensor, ignored: int):
     "One class number for each prediction, and no class without an output."
@@ -265,6 +285,7 @@ def _check_class_numbers(y: torch.Tensor, logits: torch.Tensor, ignored: int):
             f"Got {labels.min().item()}..{labels.max().item()}; relabel, or use a network with "
             "more outputs."
         )
+
 
 # %% ../../nbs/foundations/06_batches.ipynb #b9842d0a
 def check_inputs(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 # %% auto #0
-__all__ = ['BLOCK', 'row_blocks', 'answers_with', 'BiasTrials', 'trial_accuracies']
+__all__ = ["BLOCK", "row_blocks", "answers_with", "BiasTrials", "trial_accuracies"]
 
 # %% ../../nbs/foundations/14c_bias_search.ipynb #11158690
 BLOCK = 2**18  # logits at a time, in double precision; they stay in the cache (choice)
@@ -34,6 +34,7 @@ def answers_with(
 ) -> torch.Tensor:  # (N,)
     "What is answered once biases are added."
     return torch.cat([(logits[rows].double() + biases).argmax(1) for rows in row_blocks(logits)])
+
 
 # %% ../../nbs/foundations/14c_bias_search.ipynb #1d46f0b4
 class BiasTrials:
@@ -83,6 +84,7 @@ class BiasTrials:
 
 def _add(table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, numbers: torch.Tensor):
     table.index_put_((rows, columns), numbers, accumulate=True)
+
 
 # %% ../../nbs/foundations/14c_bias_search.ipynb #7aaec82c
 def trial_accuracies(

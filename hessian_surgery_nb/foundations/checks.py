@@ -13,9 +13,26 @@ from dataclasses import dataclass, field, fields, is_dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['InputError', 'ChangingFunction', 'first_line', 'Constraint', 'check_value', 'WholeNumber', 'whole', 'seed_of',
-           'Interval', 'class_names', 'OneOf', 'Satisfies', 'OrValue', 'optional', 'constrained', 'constraints_of',
-           'check_values']
+__all__ = [
+    "InputError",
+    "ChangingFunction",
+    "first_line",
+    "Constraint",
+    "check_value",
+    "WholeNumber",
+    "whole",
+    "seed_of",
+    "Interval",
+    "class_names",
+    "OneOf",
+    "Satisfies",
+    "OrValue",
+    "optional",
+    "constrained",
+    "constraints_of",
+    "check_values",
+]
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #4dc760d1
 class InputError(ValueError):
@@ -28,6 +45,7 @@ class InputError(ValueError):
 class ChangingFunction(UserWarning):
     "Two passes over the same data gave two answers: network or data are not a fixed function."
 
+
 # %% ../../nbs/foundations/00_checks.ipynb #2504951e
 def first_line(
     error: BaseException,
@@ -35,6 +53,7 @@ def first_line(
     "What an error says, in one line; its class where it says nothing."
     lines = [*str(error).splitlines(), type(error).__name__]
     return lines[0]
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #b4d6d945
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Constraint:
     ) -> str | None:  # what the value must be and is not; None: it is allowed
         "The part of the rule that a value breaks. Subclasses say which."
         raise NotImplementedError
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #aa8e2fd9
 def check_value(
@@ -67,6 +87,7 @@ def check_value(
     if constraint.remedy:
         raise InputError(f"{message}; {constraint.remedy}.")
     raise InputError(f"{message}.")
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #8534447e
 @dataclass(frozen=True)
@@ -88,6 +109,7 @@ class WholeNumber(Constraint):
             return f"at least {self.least}"
         return f"at least {self.least} and below {self.below}"
 
+
 # %% ../../nbs/foundations/00_checks.ipynb #6575aeb4
 def whole(
     name: str,
@@ -105,6 +127,7 @@ def seed_of(
 ) -> int:
     "A seed that every generator takes."
     return whole("seed", seed, -(2**63), 2**63)
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #857fe46b
 def _low_end(low: float, included: bool) -> str:
@@ -130,6 +153,7 @@ def _high_end(high: float, included: bool) -> str:
         return f"at most {high:g}"
     return f"below {high:g}"
 
+
 # %% ../../nbs/foundations/00_checks.ipynb #ea267c1d
 @dataclass(frozen=True)
 class Interval(Constraint):
@@ -154,6 +178,7 @@ class Interval(Constraint):
             return self.rule
         ends = [_low_end(self.low, low_included), _high_end(self.high, high_included)]
         return " and ".join(filter(None, ends)) or "a number"
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #ae295e25
 def class_names(
@@ -184,6 +209,7 @@ def _by_number(names: Mapping) -> list:
         "a dictionary of names has the numbers of the classes, from 0 on, as keys or as values. "
         f"Got {dict(names)!r}; give a list."
     )
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #0147c340
 @dataclass(frozen=True)
@@ -217,6 +243,7 @@ class Satisfies(Constraint):
             return None
         return self.rule
 
+
 # %% ../../nbs/foundations/00_checks.ipynb #67ae05a6
 @dataclass(frozen=True)
 class OrValue(Constraint):
@@ -241,6 +268,7 @@ def optional(
     "What a constraint allows, or None."
     return OrValue(None, constraint, remedy=constraint.remedy)
 
+
 # %% ../../nbs/foundations/00_checks.ipynb #3cf7e1ff
 def constrained(
     default: object,  # of the field
@@ -259,6 +287,7 @@ def constraints_of(
         for each in fields(settings)
         if "constraint" in each.metadata
     }
+
 
 # %% ../../nbs/foundations/00_checks.ipynb #78382f8a
 def check_values(

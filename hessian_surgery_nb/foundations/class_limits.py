@@ -15,7 +15,15 @@ import torch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['find_class', 'checked_limits', 'ClassLimits', 'class_limits', 'AccuracyBounds', 'accuracy_bounds']
+__all__ = [
+    "find_class",
+    "checked_limits",
+    "ClassLimits",
+    "class_limits",
+    "AccuracyBounds",
+    "accuracy_bounds",
+]
+
 
 # %% ../../nbs/foundations/14a_class_limits.ipynb #dbacc312
 def find_class(
@@ -36,6 +44,7 @@ def find_class(
     raise InputError(
         f"{setting} must name classes of this network. Got {wanted!r}; {hint} {', '.join(shown)}?"
     )
+
 
 # %% ../../nbs/foundations/14a_class_limits.ipynb #7c28aa4f
 def checked_limits(
@@ -58,6 +67,7 @@ def checked_limits(
                 f"Got {limit!r} for {name!r}."
             )
     return {str(name): float(limit) for name, limit in limits.items()}
+
 
 # %% ../../nbs/foundations/14a_class_limits.ipynb #a1e5ebc3
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +102,7 @@ class ClassLimits:
         below = after.double().cpu() < self.least(before) - 1e-9  # rounding
         return [self.names[row] for row in below.nonzero()[:, 0].tolist()]
 
+
 # %% ../../nbs/foundations/14a_class_limits.ipynb #2ed2cdb9
 def class_limits(
     names: Sequence[str],  # C
@@ -108,6 +119,7 @@ def class_limits(
     if not falls and not lowest:
         return None
     return ClassLimits(names=tuple(map(str, names)), falls=falls, floors=lowest)
+
 
 # %% ../../nbs/foundations/14a_class_limits.ipynb #d95838bb
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,15 @@ from hessian_surgery_nb.foundations.recorded_products import (
 )
 
 # %% auto #0
-__all__ = ['COMPILED_ERROR', 'as_graph', 'signature', 'CannotCompile', 'Compiler', 'CompiledProduct']
+__all__ = [
+    "COMPILED_ERROR",
+    "as_graph",
+    "signature",
+    "CannotCompile",
+    "Compiler",
+    "CompiledProduct",
+]
+
 
 # %% ../../nbs/foundations/09j_compiled_products.ipynb #96e3a8ad
 def as_graph(
@@ -51,6 +59,7 @@ def as_graph(
     graph.output(tuple(nodes[name] for name in recording.outputs))
     return torch.fx.GraphModule({}, graph)
 
+
 # %% ../../nbs/foundations/09j_compiled_products.ipynb #0dbd8bb3
 def signature(
     recording: Recording,
@@ -58,6 +67,7 @@ def signature(
     "Equal where one compiled program serves two recordings."
     kept = tuple((t.shape, t.stride(), t.dtype, t.device) for t in recording.kept)
     return recording.source, tuple(map(repr, recording.constants)), kept
+
 
 # %% ../../nbs/foundations/09j_compiled_products.ipynb #2492a114
 COMPILED_ERROR = {  # |compiled - product| over |product| that is taken for rounding (choice)
@@ -133,6 +143,7 @@ class Compiler:
             raise CannotCompile(
                 f"the compiled product is {error:.1g} off, where rounding allows {allowed:g}"
             )
+
 
 # %% ../../nbs/foundations/09j_compiled_products.ipynb #0bee7b5a
 class CompiledProduct(KeptProduct):

@@ -21,9 +21,23 @@ from .checks import InputError
 from .images import fast_layout, nor_others, read_folder
 
 # %% auto #0
-__all__ = ['KNOWN_SPLITS', 'Samples', 'load_digits', 'image_folder', 'write_toy_images', 'draw_disc', 'torchvision_part',
-           'mend_torchvision', 'data_dir', 'dataset_folder', 'split_of', 'unseen_folder', 'check_same_classes',
-           'read_dataset']
+__all__ = [
+    "KNOWN_SPLITS",
+    "Samples",
+    "load_digits",
+    "image_folder",
+    "write_toy_images",
+    "draw_disc",
+    "torchvision_part",
+    "mend_torchvision",
+    "data_dir",
+    "dataset_folder",
+    "split_of",
+    "unseen_folder",
+    "check_same_classes",
+    "read_dataset",
+]
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #69b95e97
 def _check_samples(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, num_classes: int):
@@ -37,6 +51,7 @@ def _check_samples(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, num_clas
     largest = int(y.max())
     if smallest < 0 or largest >= num_classes:
         raise InputError(f"labels must lie in 0..{num_classes - 1}. Got {smallest}..{largest}.")
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #c942fa33
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Samples:
             f"{self.fingerprint})"
         )
 
+
 # %% ../../nbs/foundations/11_datasets.ipynb #e8b42b40
 @patch
 def batches(
@@ -94,6 +110,7 @@ def batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "The same data in pieces."
     return list(zip(fast_layout(self.x).split(size), self.y.split(size)))
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #41097568
 def load_digits() -> Samples:  # x (1797, 1, 8, 8) float32, zero mean and unit variance
@@ -109,6 +126,7 @@ def load_digits() -> Samples:  # x (1797, 1, 8, 8) float32, zero mean and unit v
         classes=tuple(map(str, range(10))),
         source="scikit-learn digits",
     )
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #3434f56a
 def image_folder(
@@ -128,6 +146,7 @@ def image_folder(
         classes=classes,
         source=path.name if source is None else source,
     )
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #650fea7f
 def write_toy_images(
@@ -153,6 +172,7 @@ def write_toy_images(
                 pixels = draw_disc(rng, colour, spread=0.15 * (1 + label), size=size)
                 Image.fromarray(pixels).save(folder / f"{number:03d}.png")
 
+
 # %% ../../nbs/foundations/11_datasets.ipynb #5ef46694
 def draw_disc(
     rng: np.random.Generator,
@@ -173,6 +193,7 @@ def draw_disc(
     image = np.where(inside, colour + rng.normal(0, spread, 3), background)
     image = image + rng.normal(0, noise, (size, size, 3))
     return (255 * image.clip(0, 1)).astype(np.uint8)
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #79c89bd3
 def torchvision_part(
@@ -211,6 +232,7 @@ def _declare_nms() -> torch.library.Library:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library  # keeps the declarations alive
 
+
 # %% ../../nbs/foundations/11_datasets.ipynb #cb261e58
 def data_dir() -> Path:
     "Where datasets lie."
@@ -224,6 +246,7 @@ def _data_root(root: str | Path | None) -> Path:
     if root is None or root == "":
         return data_dir()
     return Path(root).expanduser()
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #5c9ad29d
 def dataset_folder(
@@ -265,6 +288,7 @@ def unseen_folder(
             return folder / name
     return None
 
+
 # %% ../../nbs/foundations/11_datasets.ipynb #ec41702f
 def check_same_classes(
     learned: Iterable[str],  # class names of the training images
@@ -284,6 +308,7 @@ def check_same_classes(
             "every class must have test images, so that it can be measured. "
             f"{missing[0]} has none in {where}; add some."
         )
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #de5b9d3c
 # where torchvision keeps them
@@ -314,6 +339,7 @@ def _torchvision_cifar(name: str, root: Path, download: bool) -> tuple[Samples, 
     train, test = parts
     return train, test
 
+
 # %% ../../nbs/foundations/11_datasets.ipynb #e5e7dde9
 def read_dataset(
     name: str | Path,  # "cifar10", "cifar100", the name of a directory below root, or a path
@@ -341,6 +367,7 @@ def read_dataset(
             f"{root / name / 'test'}/CLASS/*.png, or set HESSIAN_SURGERY_DATA to where it is."
         )
     return _torchvision_cifar(name, root, download)
+
 
 # %% ../../nbs/foundations/11_datasets.ipynb #bf639431
 def _train_and_test(folder: Path, size: int | None, progress: bool) -> tuple[Samples, Samples]:

@@ -14,7 +14,8 @@ import torch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['FACTOR', 'StepChoice', 'choose_step', 'check_step']
+__all__ = ["FACTOR", "StepChoice", "choose_step", "check_step"]
+
 
 # %% ../../nbs/foundations/09f_difference_steps.ipynb #a591144c
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class StepChoice:
         if self.error == 0.0:
             return 0.0
         return self.error / self.size if self.size else math.inf
+
 
 # %% ../../nbs/foundations/09f_difference_steps.ipynb #487ce789
 FACTOR = 4.0  # between neighbours
@@ -81,6 +83,7 @@ def _as_choice(
     if distance == 0.0 and size == 0.0:
         distance = math.inf
     return StepChoice(scale=scale, error=distance, size=size)
+
 
 # %% ../../nbs/foundations/09f_difference_steps.ipynb #197cb7ab
 def check_step(

@@ -19,7 +19,16 @@ from fastcore.basics import patch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['LostRank', 'share', 'Team', 'current_team', 'check_one_process', 'Heartbeat', 'distributed']
+__all__ = [
+    "LostRank",
+    "share",
+    "Team",
+    "current_team",
+    "check_one_process",
+    "Heartbeat",
+    "distributed",
+]
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #daff1cd8
 class LostRank(RuntimeError):
@@ -33,6 +42,7 @@ def share(
 ) -> slice:
     "The part of them that one rank holds."
     return slice(rank * n // size, (rank + 1) * n // size)
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #db2272b3
 class Team:
@@ -57,6 +67,7 @@ class Team:
     def neighbours(self) -> int:
         "How many of them, this one included, share this machine and its memory."
         return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #1f0429aa
 @patch
@@ -96,6 +107,7 @@ def coordinates(self: Team, n: int) -> Iterator[tuple[slice, torch.Tensor]]:
         first = start - mine.start
         yield slice(first, first + len(places)), places
 
+
 # %% ../../nbs/foundations/03_distributed.ipynb #2aa320a5
 @contextmanager
 def _all_present(team: Team) -> Iterator:  # the module torch.distributed
@@ -124,6 +136,7 @@ def all_reduce(
         with _all_present(self) as dist:
             dist.all_reduce(t, group=self.group)
     return t
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #c04e3a62
 @patch
@@ -170,6 +183,7 @@ def reduce_scatter(
         send(total, rows.reshape(-1), group=self.group)
     return total
 
+
 # %% ../../nbs/foundations/03_distributed.ipynb #b544090c
 @patch
 def broadcast(self: Team, t: torch.Tensor) -> torch.Tensor:
@@ -207,6 +221,7 @@ def wait(self: Team):
     "Until all are here."
     self.all_reduce(torch.zeros(1))
 
+
 # %% ../../nbs/foundations/03_distributed.ipynb #3883d394
 _TEAMS = [Team()]
 
@@ -223,6 +238,7 @@ def check_one_process(
     size = current_team().size
     if size > 1:
         raise InputError(f"{what} runs in one process. Got {size}; start it without torchrun.")
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #47a6711a
 _KEEPER = "The one that keeps the signs of life (rank 0, or torchrun)"
@@ -261,10 +277,12 @@ class Heartbeat(threading.Thread):
             "start all of them again, with --resume where something is kept."
         )
 
+
 # %% ../../nbs/foundations/03_distributed.ipynb #1b226d16
 def _end_process(message: str):
     print(f"hessian-surgery: {message}", file=sys.stderr, flush=True)
     os._exit(3)
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #92201fe5
 @patch
@@ -299,6 +317,7 @@ def _signs_of(ranks: list[int], store: torch.distributed.Store) -> dict[int, byt
     given = [rank for rank in ranks if store.check([f"alive{rank}"])]
     return {rank: store.get(f"alive{rank}") for rank in given}
 
+
 # %% ../../nbs/foundations/03_distributed.ipynb #dc140f35
 @patch
 def start(self: Heartbeat):
@@ -328,6 +347,7 @@ def leave(self: Heartbeat):
         self.store.set(f"alive{self.rank}", word)
     except RuntimeError:
         pass  # whoever kept it has left before
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #fa108f82
 def _nothing_to_join() -> bool:
@@ -364,6 +384,7 @@ def _start_group(backend: str, patience: float) -> Heartbeat:
     watch = Heartbeat(dist.PrefixStore("watch", store), rank, size, patience)
     watch.start()
     return watch
+
 
 # %% ../../nbs/foundations/03_distributed.ipynb #b869d973
 @contextmanager

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['Lagrangian', 'WithLimits', 'ShiftedMargins', 'by_multipliers', 'minimise_within', 'fair_biases']
+__all__ = [
+    "Lagrangian",
+    "WithLimits",
+    "ShiftedMargins",
+    "by_multipliers",
+    "minimise_within",
+    "fair_biases",
+]
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #6d20ef02
 _CANDIDATES = 32  # of other classes, for each image (choice)
@@ -56,6 +63,7 @@ class ShiftedMargins:
         other = self.classes.gather(1, place[:, None])[:, 0]
         return self.own + biases[self.labels] - strongest, other
 
+
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #3c955352
 class _Smooth:
     "Variance of class accuracies and accuracy of all images, with slopes, at one temperature."
@@ -90,6 +98,7 @@ class _Smooth:
         uniform = torch.full_like(right, 1 / len(right))
         variance = accuracy.var(correction=0).item()
         return variance, slope(of_class[labels]), right.mean().item(), slope(uniform)
+
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #2be6ed51
 # of a point (P,), multipliers (L,) and their weight rho: value, slope (P,)
@@ -131,6 +140,7 @@ def by_multipliers(
             break
     return point
 
+
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #ab880fb0
 # of a point (P,): objective, its slope (P,), limits (L,), their slopes (L, P)
 WithLimits = Callable[[np.ndarray], tuple[float, np.ndarray, np.ndarray, np.ndarray]]
@@ -160,6 +170,7 @@ def minimise_within(
         steps=steps,
         precision=1e-8,
     )
+
 
 # %% ../../nbs/foundations/14b_fair_biases.ipynb #fd7ab480
 def fair_biases(

@@ -15,7 +15,8 @@ import torch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['FileColumns']
+__all__ = ["FileColumns"]
+
 
 # %% ../../nbs/foundations/13d_file_tensors.ipynb #7601dba7
 class FileColumns:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['fingerprint', 'data_fingerprint', 'model_fingerprint', 'code_fingerprint']
+__all__ = ["fingerprint", "data_fingerprint", "model_fingerprint", "code_fingerprint"]
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #dea33ebe
 _LIBRARIES = set(sys.stdlib_module_names) | {
@@ -37,6 +37,7 @@ def _of_a_library(
 ) -> bool:
     "Whether a module belongs to Python, PyTorch, NumPy, or a few others."
     return str(module).partition(".")[0] in _LIBRARIES
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #8b4ede94
 class _Digest:
@@ -71,6 +72,7 @@ class _Digest:
         self.met[id(value)] = len(self.met), value  # kept alive, so that no other gets its id
         return True
 
+
 # %% ../../nbs/foundations/04_fingerprints.ipynb #d7d41ba1
 def _read_tensor(digest: _Digest, tensor: torch.Tensor):
     tensor = tensor.detach()
@@ -98,6 +100,7 @@ def _read_array(digest: _Digest, array: np.ndarray):
     else:
         digest.hash.update(np.ascontiguousarray(array).tobytes())
 
+
 # %% ../../nbs/foundations/04_fingerprints.ipynb #c6c16dad
 def _read_items(digest: _Digest, values: list | tuple):
     digest.add_words("items", len(values))
@@ -118,6 +121,7 @@ def _read_mapping(digest: _Digest, mapping: Mapping):
 
 def _read_set(digest: _Digest, values: set | frozenset):
     digest.add_words("set", *sorted(fingerprint(value) for value in values))
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #92eae52f
 def _read_code(digest: _Digest, code: types.CodeType):
@@ -155,6 +159,7 @@ def _read_closure(digest: _Digest, function: types.FunctionType):
             digest.add(cell.cell_contents)
         except ValueError:
             digest.add_words("empty")
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #929e2340
 _NOT_BEHAVIOUR = {
@@ -194,6 +199,7 @@ def _unwrapped(value: object) -> object:
             return function
     return value
 
+
 # %% ../../nbs/foundations/04_fingerprints.ipynb #6f8b955a
 _LEFT_OUT = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
@@ -216,6 +222,7 @@ def _read_module(digest: _Digest, module: nn.Module):
             digest.add_words(name)
             digest.add(value)
 
+
 # %% ../../nbs/foundations/04_fingerprints.ipynb #e6e808df
 def _attributes(value: object) -> dict[str, object]:
     "What an object holds, in slots and in its dictionary, by name."
@@ -235,6 +242,7 @@ def _read_object(digest: _Digest, value: object):
     _read_class(digest, type(value))
     if not _of_a_library(type(value).__module__):
         _read_mapping(digest, _attributes(value))
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #a89c2cee
 def _read_plain(digest: _Digest, value: object):
@@ -260,6 +268,7 @@ def _read_namespace(digest: _Digest, value: types.ModuleType):
 def _read_builtin(digest: _Digest, value: Any):
     module = getattr(value, "__module__", "")
     digest.add_words("built in", module, getattr(value, "__qualname__", value.__name__))
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #579f6bb5
 # the first that fits: a NumPy double is a Python float too
@@ -289,6 +298,7 @@ def fingerprint(
     digest = _Digest()
     digest.add(value)
     return digest.hash.hexdigest()
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #6b128b48
 def _named_parts(X: object, y: torch.Tensor) -> Iterator[tuple[str, object]]:
@@ -331,6 +341,7 @@ def _add_part(
     _read_content(digest, part)
     return kind
 
+
 # %% ../../nbs/foundations/04_fingerprints.ipynb #7ca340ba
 def model_fingerprint(
     model: nn.Module,
@@ -349,6 +360,7 @@ def model_fingerprint(
         digest.add_words(name)
         _read_tensor(digest, tensor)
     return digest.hash.hexdigest()
+
 
 # %% ../../nbs/foundations/04_fingerprints.ipynb #d697acca
 def code_fingerprint(

@@ -24,8 +24,18 @@ from .pieces import is_sharded
 from .true_gradients import TrueGradients
 
 # %% auto #0
-__all__ = ['ForwardFunction', 'Forward', 'call_network', 'functional_logits', 'explain_missing_derivative', 'nodes_of',
-           'python_functions', 'dual_level', 'make_duals', 'logits_and_change']
+__all__ = [
+    "ForwardFunction",
+    "Forward",
+    "call_network",
+    "functional_logits",
+    "explain_missing_derivative",
+    "nodes_of",
+    "python_functions",
+    "dual_level",
+    "make_duals",
+    "logits_and_change",
+]
 
 # %% ../../nbs/foundations/09_forward.ipynb #70a6fbee
 ForwardFunction = Callable[[nn.Module, Inputs], torch.Tensor]  # (model, X) -> logits
@@ -64,6 +74,7 @@ class Forward(nn.Module):
             return self.model(*X)
         return self.model(X)
 
+
 # %% ../../nbs/foundations/09_forward.ipynb #99094e01
 def _lent_weights(net: Forward, weights: dict) -> dict[str, torch.Tensor]:
     "What the network runs on in place of its parameters: copies of all, if it may write them."
@@ -94,6 +105,7 @@ def _check_writes(net: Forward, wrote: bool, lent: dict, weights: dict):
             "a pass must write weights always or never. This network wrote some on this batch "
             "and none on the first; mend it."
         )
+
 
 # %% ../../nbs/foundations/09_forward.ipynb #4c2f13f4
 _REFUSALS = (
@@ -135,6 +147,7 @@ def call_network(
             "shape and type, or pass forward=."
         ) from e
 
+
 # %% ../../nbs/foundations/09_forward.ipynb #b8d71618
 @plainly(derivatives=False)
 def functional_logits(
@@ -166,6 +179,7 @@ def functional_logits(
     _check_writes(net, before != _versions(watched), lent, weights)
     return out
 
+
 # %% ../../nbs/foundations/09_forward.ipynb #0ee4c286
 _NO_DERIVATIVE = (
     "not implemented",
@@ -191,6 +205,7 @@ def explain_missing_derivative(
         said = str(e).splitlines()[0]
         raise InputError(f"{rule}. PyTorch says: {said}; {remedy}.") from e
 
+
 # %% ../../nbs/foundations/09_forward.ipynb #f5ed6abc
 def nodes_of(
     tensors: Iterable[torch.Tensor],
@@ -213,6 +228,7 @@ def python_functions(
     "Autograd functions written in Python by others, in the graphs of these tensors."
     classes = {getattr(node, "_forward_cls", None) for node in nodes_of(tensors)} - {None}
     return sorted(c.__qualname__ for c in classes if c.__module__ != LeanLayers.__module__)
+
 
 # %% ../../nbs/foundations/09_forward.ipynb #cf8e24c8
 _FORWARD_MODE = threading.RLock()
@@ -242,6 +258,7 @@ def _lacks_forward_mode(e: Exception) -> bool:
         words.append("not implemented")
     return any(word in str(e) for word in words)
 
+
 # %% ../../nbs/foundations/09_forward.ipynb #53f4376e
 @plainly()
 def logits_and_change(
@@ -263,6 +280,7 @@ def logits_and_change(
     if not logits.requires_grad:
         return logits, None
     return logits, _change_by_backward(logits, leaves, v)
+
 
 # %% ../../nbs/foundations/09_forward.ipynb #c0195bda
 def _change_by_backward(logits, leaves, v) -> torch.Tensor | None:

@@ -25,7 +25,8 @@ from .forward import Forward, call_network
 from .pieces import Layout
 
 # %% auto #0
-__all__ = ['Unit', 'GatheredWeights', 'lent_to', 'gathered_logits']
+__all__ = ["Unit", "GatheredWeights", "lent_to", "gathered_logits"]
+
 
 # %% ../../nbs/foundations/09g_gathered.ipynb #bf663c07
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Unit:
         rank = self.team.rank
         return tuple(part[: layout.count(rank)].clone() for layout, part in zip(layouts, parts))
 
+
 # %% ../../nbs/foundations/09g_gathered.ipynb #c01e0747
 class _Gather(torch.autograd.Function):
     "Some parameters from the pieces of all processes."
@@ -86,6 +88,7 @@ class _AddUp(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         "The other function of the two."
         return None, *_Gather.apply(ctx.unit, *gradients)
+
 
 # %% ../../nbs/foundations/09g_gathered.ipynb #49877808
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +169,7 @@ class GatheredWeights:
                     "its forward pass; use a layer that does not."
                 )
 
+
 # %% ../../nbs/foundations/09g_gathered.ipynb #add4d543
 @patch
 def _pack(self: GatheredWeights, t: torch.Tensor) -> torch.Tensor | _Reference:
@@ -198,6 +202,7 @@ def kept_as_pieces(self: GatheredWeights) -> Iterator[None]:
     finally:
         self._latest = None
 
+
 # %% ../../nbs/foundations/09g_gathered.ipynb #8f614d51
 class _OnDemand(dict):
     "A module's parameters, those that are cut gathered when they are asked for."
@@ -226,6 +231,7 @@ def _of_torch_distributed(hook: Any) -> bool:
 def _own_hooks(hooks: dict) -> OrderedDict:
     "The caller's."
     return OrderedDict((key, f) for key, f in hooks.items() if not _of_torch_distributed(f))
+
 
 # %% ../../nbs/foundations/09g_gathered.ipynb #aadd7b23
 @contextlib.contextmanager

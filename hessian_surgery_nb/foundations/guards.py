@@ -22,7 +22,8 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.modules import rnn as recurrent
 
 # %% auto #0
-__all__ = ['plainly', 'checksum', 'undisturbed']
+__all__ = ["plainly", "checksum", "undisturbed"]
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #22102b59
 def _take_off_hooks(autograd) -> list[tuple[Callable, Callable]]:
@@ -52,6 +53,7 @@ def _saved_as_they_are():
         if forbidden is not None:
             autograd._saved_tensors_hooks_disable(forbidden)
 
+
 # %% ../../nbs/foundations/01_guards.ipynb #b525a1be
 class _SharedBlock:
     "A context manager that many threads may be in at once: entered by the first, left by the last."
@@ -73,6 +75,7 @@ class _SharedBlock:
             self.num_inside -= 1
             if self.num_inside == 0:
                 self.stack.close()
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #742a889e
 def _precisions() -> list:
@@ -136,6 +139,7 @@ def plainly(
         stack.enter_context(_IN_FLOAT32)
         yield
 
+
 # %% ../../nbs/foundations/01_guards.ipynb #f5753d26
 _WIDTH = 4096
 
@@ -173,6 +177,7 @@ def _weighted_sum(flat: torch.Tensor) -> torch.Tensor:  # (entries,) -> float64 
         return sums[0]
     return _weighted_sum(sums)
 
+
 # %% ../../nbs/foundations/01_guards.ipynb #0b405234
 def checksum(
     t: torch.Tensor,  # of any shape and type
@@ -187,6 +192,7 @@ def checksum(
     numbers = torch.where(not_finite, torch.zeros_like(flat), flat)
     marks = torch.nan_to_num(flat.sign(), nan=2.0) * not_finite
     return _weighted_sum(numbers / numbers.abs().max().clamp(min=1.0) + 3 * marks)
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #032b01c6
 class _PlainCheckpoint:
@@ -221,6 +227,7 @@ def _without_recomputation():
     finally:
         for name, original in before.items():
             setattr(checkpointing, name, original)
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #4acaae64
 _GLOBAL_HOOKS = "_global_backward_pre_hooks", "_global_backward_hooks"
@@ -299,6 +306,7 @@ def _settings_of_pytorch():
         stack.enter_context(_with_recurrent_derivatives())
         yield
 
+
 # %% ../../nbs/foundations/01_guards.ipynb #3107e1bd
 _PYTORCH_SET_ASIDE = _SharedBlock(_settings_of_pytorch)
 
@@ -322,6 +330,7 @@ def _parts(value, seen: dict[int, object]) -> Iterator:
     inside = value.values() if kind is dict else value
     for part in inside:
         yield from _parts(part, seen)
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #c562fd15
 def _same_entries(container, entries) -> bool:
@@ -352,6 +361,7 @@ def _restore_tensor(tensor: torch.Tensor, before: torch.Tensor, version: int):
         tensor.data.copy_(before)
     else:
         tensor.data = before
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #18a8b8d4
 class _Snapshot:
@@ -395,6 +405,7 @@ class _Snapshot:
                 _refill(container, entries)
         for tensor, before, version in self.tensors:
             _restore_tensor(tensor, before, version)
+
 
 # %% ../../nbs/foundations/01_guards.ipynb #9f14077c
 _LOCKS = weakref.WeakKeyDictionary()  # a network -> the lock of the thread that evaluates it

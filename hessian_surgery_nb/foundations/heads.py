@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['HeadNames', 'trace_head', 'WithoutHead', 'check_head']
+__all__ = ["HeadNames", "trace_head", "WithoutHead", "check_head"]
+
 
 # %% ../../nbs/foundations/08b_heads.ipynb #084a712b
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ def _entry(model: nn.Module, name: str) -> torch.Tensor:
 def _arguments(input, weight, bias=None):
     "Of a linear layer, however they were given."
     return input, weight, bias
+
 
 # %% ../../nbs/foundations/08b_heads.ipynb #b9ea58dc
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class _LinearCalls(TorchFunctionMode):
             call = _LinearCall(output=out, weight=_names_of(self.model, weight), bias=biases)
             self.calls.append(call)
         return out
+
 
 # %% ../../nbs/foundations/08b_heads.ipynb #9c8e7cb3
 _MOVES = (  # names that autograd gives to operations that only move or choose entries
@@ -112,6 +115,7 @@ def _no_head(found: str) -> InputError:
         f"model, with its entries moved at most. {found}; use mode='recomputed'."
     )
 
+
 # %% ../../nbs/foundations/08b_heads.ipynb #8c108bc0
 def trace_head(
     model: nn.Module,
@@ -134,6 +138,7 @@ def trace_head(
 
     return HeadNames(weight=best(call.weight), bias=best(call.bias))
 
+
 # %% ../../nbs/foundations/08b_heads.ipynb #38f86a02
 class WithoutHead(TorchFunctionMode):
     "While active, the head of a model hands on what it is given."
@@ -153,6 +158,7 @@ class WithoutHead(TorchFunctionMode):
             if weight is _entry(self.model, self.head.weight):
                 return features
         return func(*args, **(kwargs or {}))
+
 
 # %% ../../nbs/foundations/08b_heads.ipynb #4bc98499
 @torch.no_grad()

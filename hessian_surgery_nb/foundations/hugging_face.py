@@ -24,8 +24,16 @@ from .datasets import mend_torchvision
 from .preparation import Preparation
 
 # %% auto #0
-__all__ = ['ADAPTER_FILES', 'Processor', 'ProcessorPreparation', 'check_preparation', 'hugging_face_network', 'has_adapters',
-           'adapter_files']
+__all__ = [
+    "ADAPTER_FILES",
+    "Processor",
+    "ProcessorPreparation",
+    "check_preparation",
+    "hugging_face_network",
+    "has_adapters",
+    "adapter_files",
+]
+
 
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b007
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ def _preparation_of(processor: Any) -> ProcessorPreparation:  # of transformers
     way = filters.get(int(said.get("resample") or 2), "bilinear")
     return ProcessorPreparation(**colours, interpolation=way, processor=Processor(processor))
 
+
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b008
 def check_preparation(
     preparation: ProcessorPreparation,
@@ -107,6 +116,7 @@ def _how_it_differs(preparation: ProcessorPreparation, picture: Any) -> str | No
     if difference > 1e-4:  # rounding of single precision is far below
         return f"gives values that differ by up to {difference:.3g}"
     return None
+
 
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b010
 def _import(name: str, what: str) -> ModuleType:
@@ -151,6 +161,7 @@ def _kind_of(folder: Path) -> str:  # name of the class in transformers that loa
         f"architecture ends in {' or '.join(_KINDS)}."
     )
 
+
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b011
 @contextlib.contextmanager
 def _quietly(logging: ModuleType):  # of transformers
@@ -194,6 +205,7 @@ def _pretrained(folder: Path, allowed: tuple[str, ...] = (), **options: Any) -> 
         )
     return network
 
+
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b012
 def hugging_face_network(
     folder: str | Path,  # of a network, or of adapters whose network is in another folder
@@ -226,6 +238,7 @@ def _has_processor(folder: Path) -> bool:
     names = "preprocessor_config.json", "processor_config.json"
     return any((folder / name).is_file() for name in names)
 
+
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b014
 def _base_of(folder: Path) -> Path:
     "The folder of the network that adapters belong to."
@@ -255,6 +268,7 @@ def _with_adapters(base: Path, folder: Path, classes: int | None) -> nn.Module:
         raise InputError(
             f"adapters must fit their network. {folder} and {base}: {first_line(error)}."
         ) from error
+
 
 # %% ../../nbs/foundations/12b_hugging_face.ipynb #ad12b015
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -23,9 +23,24 @@ import torch
 from .checks import InputError, whole
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'ORDERS', 'as_rgb', 'read_image', 'usable_cores', 'read_in_order', 'cache_dir', 'decoded',
-           'read_images', 'fast_layout', 'natural_key', 'class_order', 'subfolders', 'nor_others', 'class_files',
-           'read_folder']
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ORDERS",
+    "as_rgb",
+    "read_image",
+    "usable_cores",
+    "read_in_order",
+    "cache_dir",
+    "decoded",
+    "read_images",
+    "fast_layout",
+    "natural_key",
+    "class_order",
+    "subfolders",
+    "nor_others",
+    "class_files",
+    "read_folder",
+]
 
 # %% ../../nbs/foundations/10_images.ipynb #bd819415
 # as torchvision's ImageFolder
@@ -59,6 +74,7 @@ def _rgb_of_bytes(
     from PIL import Image
 
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
 
 # %% ../../nbs/foundations/10_images.ipynb #9bc817b7
 def read_image(
@@ -100,6 +116,7 @@ def _fit_to(size: int | None) -> Callable[[Any], Any]:
 
     return fit
 
+
 # %% ../../nbs/foundations/10_images.ipynb #bc26728e
 def usable_cores() -> int:
     "Processor cores that this process may use."
@@ -129,6 +146,7 @@ def read_in_order(
             yield from ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
 
 # %% ../../nbs/foundations/10_images.ipynb #21a9c3a7
 def cache_dir() -> Path:
@@ -162,6 +180,7 @@ def decoded(
         images[row] = image
     return images
 
+
 # %% ../../nbs/foundations/10_images.ipynb #64dd653b
 def read_images(
     files: Iterable[str | Path],
@@ -191,6 +210,7 @@ def _cache_file(files: list[str | Path], size: int | None) -> Path:
     made_from = repr(("scaled greys", size, stats))
     digest = hashlib.sha256(made_from.encode()).hexdigest()
     return cache_dir() / f"images-{digest[:20]}.safetensors"
+
 
 # %% ../../nbs/foundations/10_images.ipynb #a93796bf
 def _cached_images(file: Path, count: int) -> torch.Tensor | None:
@@ -225,6 +245,7 @@ def _cache_images(file: Path, images: torch.Tensor):
             stacklevel=3,
         )
 
+
 # %% ../../nbs/foundations/10_images.ipynb #03bef56b
 def fast_layout(
     inputs: torch.Tensor,  # (N, ...)
@@ -233,6 +254,7 @@ def fast_layout(
     if inputs.ndim == 4 and inputs.shape[1] == 3:
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs
+
 
 # %% ../../nbs/foundations/10_images.ipynb #6ccaa534
 ORDERS = "natural", "name"
@@ -256,6 +278,7 @@ def class_order(
         raise InputError(f"classes are in one of the orders {', '.join(ORDERS)}. Got {order!r}.")
     by_name = sorted(names)
     return sorted(by_name, key=natural_key) if order == "natural" else by_name
+
 
 # %% ../../nbs/foundations/10_images.ipynb #a3dc0e51
 # what macOS and network drives leave beside images; other such things begin with a dot
@@ -298,6 +321,7 @@ def _entries(folder: Path) -> list[Path]:
             "change its permissions, or remove it."
         ) from e
 
+
 # %% ../../nbs/foundations/10_images.ipynb #66f9e7ee
 def subfolders(path: Path) -> list[Path]:
     "The folders in a folder, hidden ones left out."
@@ -335,6 +359,7 @@ def class_files(
             f"{path / empty[0]} has none{nor_others(empty, 'have')}; fill or remove it."
         )
     return files
+
 
 # %% ../../nbs/foundations/10_images.ipynb #9e04608c
 def read_folder(

@@ -15,7 +15,14 @@ import torch
 from .checks import InputError
 
 # %% auto #0
-__all__ = ['PairedAnswers', 'sigma_interval', 'paired_interval', 'mean_interval', 'shown', 'pooled_interval']
+__all__ = [
+    "PairedAnswers",
+    "sigma_interval",
+    "paired_interval",
+    "mean_interval",
+    "shown",
+    "pooled_interval",
+]
 
 # %% ../../nbs/foundations/17_intervals.ipynb #18c0d51c
 _TINY = 1e-300  # keeps zero from dividing
@@ -55,6 +62,7 @@ def _divided(values, by):  # 0 / 0 is 0
 def _by_method(values):  # (..., 2, k) -> those of a (..., k), those of b (..., k)
     return values[..., 0, :], values[..., 1, :]
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #7bd21385
 def _sampling_variance(rates, images):  # (..., 2, C), (..., C) -> (..., 2, C)
     return rates * (1 - rates) / images[..., None, :]
@@ -81,6 +89,7 @@ def _without_sampling(
         true_variance = np.clip(squared, 0, None)
         share = np.sqrt(_divided(true_variance, variance))[..., None]
     return squared, likely
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0bf
 def _difference_variance(
@@ -115,6 +124,7 @@ def _profiles(
         differ = profiles.std(-1, keepdims=True) > 0
         profiles = np.where(differ, profiles, instead)
     return profiles
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #ee8a875b
 def _bisect(
@@ -151,6 +161,7 @@ def _accuracies_of_sigma(
 
     shape = flattened(_bisect(missing, 1e-6, 1 - 1e-6, sigma.shape))
     return _divided(sigma[..., None] * shape, shape.std(-1, keepdims=True))
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #e96a7927
 @lru_cache(maxsize=8)
@@ -193,6 +204,7 @@ def _draw_errors(
     square = np.stack([square_a, square_b], -2) / classes
     return _Errors(a, shared, own, square - mean**2)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0b5
 class _Sampling:
     "What the choice of images does to sigma. Leading axes of every array: independent problems."
@@ -233,6 +245,7 @@ class _Sampling:
         squared = deviations.var(-1)[..., None] + 2 * mixed + errors.variance
         return _root(squared)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0b7
 def _quantile(
     draws: np.ndarray,  # (..., draws)
@@ -258,6 +271,7 @@ def _both_sigmas(
     a = np.maximum(a, np.maximum(0, -change))
     return np.stack([a, a + change], -1)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #aa922ccc
 def _sigma_ends(
     tables: np.ndarray,  # (..., C, 4)
@@ -282,6 +296,7 @@ def _sigma_ends(
     single_image = np.sqrt(classes - 1) / classes / sampling.images.max(-1)
     return np.where(maybe_none, 0, low), np.maximum(high, single_image)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #e3ad54fd
 def _change_ends(
     tables: np.ndarray,  # (..., C, 4)
@@ -302,6 +317,7 @@ def _change_ends(
     low = _bisect(partial(excess, quantile=1 - tail), -0.5, 0.5, counted.shape)
     high = _bisect(partial(excess, quantile=tail), -0.5, 0.5, counted.shape)
     return low, high
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0b8
 def sigma_interval(
@@ -336,6 +352,7 @@ def paired_interval(
     low, high = _change_ends(tables, level, draws, seed)
     return float(low), float(high)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #ee658fe8
 def mean_interval(
     values: Sequence[float],  # one a seed
@@ -358,6 +375,7 @@ def mean_interval(
     half = quantile * numbers.std(ddof=1) / np.sqrt(len(numbers))
     return mean, float(mean - half), float(mean + half)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0bb
 def shown(
     triple: tuple[float, float, float],  # mean, low, high
@@ -368,6 +386,7 @@ def shown(
     if np.isnan(low):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #8e908ca4
 PairedAnswers = tuple[
@@ -394,6 +413,7 @@ def _mean_ends(
     half = np.maximum(t.ppf(upper, degrees) * np.sqrt(between + shared), least)
     mean = changes.mean(-1)
     return mean - half, mean + half
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #b68619aa
 def _pooled_ends(
@@ -422,6 +442,7 @@ def _pooled_ends(
     low, high = _mean_ends(changes, within, shared, level)
     return true_change(low), true_change(high)
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #380856ab
 _FIGURES = "sigma", "global", "balanced"
 
@@ -449,6 +470,7 @@ def _change_of(table: np.ndarray, figure: str) -> float:
         a, b = (accuracy * _figure_weights(table, figure)).sum(-1)
     return b - a
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #78b392f6
 def _shared_covariance(
     pairs: list[PairedAnswers],
@@ -471,6 +493,7 @@ def _shared_covariance(
     products = torch.stack(pulls) @ torch.stack(pulls).T
     seeds = len(pairs)
     return ((products.sum() - products.trace()) / (seeds * (seeds - 1))).item()
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #0274077b
 def _accuracy_ends(
@@ -495,6 +518,7 @@ def _accuracy_ends(
     half = norm.ppf((1 + level) / 2) * np.sqrt(within)
     return changes[0] - half, changes[0] + half
 
+
 # %% ../../nbs/foundations/17_intervals.ipynb #e472a52c
 def _nothing_changes(
     pairs: list[PairedAnswers],
@@ -516,6 +540,7 @@ def _same_classes(tables: list[np.ndarray]) -> np.ndarray:  # (S, C, 4)
             "leave images of the others out."
         )
     return np.stack(tables)
+
 
 # %% ../../nbs/foundations/17_intervals.ipynb #a1c4e0bc
 def pooled_interval(

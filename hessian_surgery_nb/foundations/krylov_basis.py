@@ -17,9 +17,28 @@ from .distributed import Team
 from .weights import vector_norm
 
 # %% auto #0
-__all__ = ['Operator', 'as_real', 'chunks', 'distributed_norm', 'finite_norm', 'matvec', 'project_out', 'orthogonalise',
-           'linear_combination', 'tridiagonal_matrix', 'random_unit', 'random_direction', 'random_argument',
-           'random_piece', 'sum_columns', 'start_vector', 'fix_signs', 'rounding_floor', 'operator_floor']
+__all__ = [
+    "Operator",
+    "as_real",
+    "chunks",
+    "distributed_norm",
+    "finite_norm",
+    "matvec",
+    "project_out",
+    "orthogonalise",
+    "linear_combination",
+    "tridiagonal_matrix",
+    "random_unit",
+    "random_direction",
+    "random_argument",
+    "random_piece",
+    "sum_columns",
+    "start_vector",
+    "fix_signs",
+    "rounding_floor",
+    "operator_floor",
+]
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #2fd27614
 class Operator(Protocol):
@@ -33,6 +52,7 @@ class Operator(Protocol):
     team: Team
 
     def __matmul__(self, vector: torch.Tensor) -> torch.Tensor: ...
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #8d67b4e2
 def as_real(
@@ -54,6 +74,7 @@ def _tensor_of(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #a0214adc
 def chunks(
@@ -92,6 +113,7 @@ def finite_norm(
         "check the weights, or use float32 instead of a shorter type."
     )
 
+
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #5e458cef
 def matvec(
     op: Operator,
@@ -102,6 +124,7 @@ def matvec(
         return (op @ piece).detach()
     vector = op.team.gather(piece, op.shape[0])
     return op.team.shard((op @ vector).detach())
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #bc5b33af
 def project_out(
@@ -137,6 +160,7 @@ def orthogonalise(
     overlaps[first] = project_out(vector, basis[first], team)
     return overlaps + project_out(vector, basis, team)
 
+
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #a7faee8f
 def linear_combination(
     coefficients: torch.Tensor,  # (k, m)
@@ -165,6 +189,7 @@ def tridiagonal_matrix(
     upper = torch.diag(off_diagonal, 1)
     lower = torch.diag(off_diagonal, -1)
     return torch.diag(diagonal) + upper + lower
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #06b5e6d2
 def random_unit(
@@ -200,6 +225,7 @@ def random_argument(
     vector = torch.randn(op.shape[0], generator=generator, dtype=torch.float64)
     vector = vector.to(op.device, op.dtype)
     return vector / vector.norm()
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #ac6832cc
 _DRAWN = 1 << 20  # numbers at a time
@@ -242,6 +268,7 @@ def random_piece(
         pass  # what is left, so that the generator stands at the same place everywhere
     return piece.to(op.device, op.dtype)
 
+
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #e9d69d5a
 def sum_columns(
     subspace: torch.Tensor | object,  # (n, j), or Eigenpairs
@@ -253,6 +280,7 @@ def sum_columns(
     ones = torch.ones(1, vectors.shape[1], dtype=torch.float64)
     linear_combination(ones, vectors.T, total)
     return total[0]
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #fc901162
 def start_vector(
@@ -284,6 +312,7 @@ def start_vector(
     unit = vector / distributed_norm(vector, op.team).to(vector)
     return unit.to(op.device, op.dtype)
 
+
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #8b5eff9a
 def fix_signs(
     vectors: torch.Tensor,  # (k, n), or this process's coordinates of them; changed in place
@@ -298,6 +327,7 @@ def fix_signs(
             along += vectors[:, part][:, some].double() @ sines[some]
     signs = torch.where(team.all_reduce(along) < 0, -1.0, 1.0)
     vectors.mul_(signs.to(vectors.dtype)[:, None])
+
 
 # %% ../../nbs/foundations/18_krylov_basis.ipynb #5c8bf1be
 def rounding_floor(

@@ -27,9 +27,25 @@ from .missed_pairs import Chain, no_chain
 from .weights import inner
 
 # %% auto #0
-__all__ = ['WANTED_ENDS', 'Search', 'RitzPairs', 'KrylovState', 'first_state', 'is_full', 'multiply_newest', 'append_next',
-           'diagonalise', 'with_ritz_pairs', 'drop_coupling', 'handle_breakdown', 'separate_waiting', 'thick_restart',
-           'request_text', 'save_state', 'load_state']
+__all__ = [
+    "WANTED_ENDS",
+    "Search",
+    "RitzPairs",
+    "KrylovState",
+    "first_state",
+    "is_full",
+    "multiply_newest",
+    "append_next",
+    "diagonalise",
+    "with_ritz_pairs",
+    "drop_coupling",
+    "handle_breakdown",
+    "separate_waiting",
+    "thick_restart",
+    "request_text",
+    "save_state",
+    "load_state",
+]
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #e3e6c8f0
 WANTED_ENDS = {
@@ -37,6 +53,7 @@ WANTED_ENDS = {
     "SA": (-1,),
     "LM": (1, -1),
 }  # at which ends of the spectrum the wanted eigenvalues are
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #086578ab
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,7 @@ class Search:
         rows = torch.from_file(path, shared=True, size=count * local, dtype=self.basis_dtype)
         return rows.view(count, local)
 
+
 # %% ../../nbs/foundations/20_krylov_state.ipynb #09f7edeb
 @dataclass(frozen=True, kw_only=True)
 class RitzPairs:
@@ -88,6 +106,7 @@ class RitzPairs:
     values: torch.Tensor  # (m,) float64
     coefficients: torch.Tensor  # (m, m) float64, a column a Ritz vector: its place in the basis
     residuals: torch.Tensor  # (m,) float64, bounds on |H y - theta y|, matvecs taken as exact
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #23065341
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +150,7 @@ class KrylovState:
         "What rows have in common with vectors that may still be multiplied: the next one first."
         return torch.cat([self.coupling[None], self.waiting_coupling])
 
+
 # %% ../../nbs/foundations/20_krylov_state.ipynb #2aa61ec3
 def first_state(
     search: Search,
@@ -156,6 +176,7 @@ def first_state(
 def is_full(search: Search, state: KrylovState) -> bool:
     "Is no row free?"
     return state.num_rows + len(state.waiting) >= search.max_basis
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #a5814989
 def multiply_newest(search: Search, state: KrylovState) -> KrylovState:
@@ -189,6 +210,7 @@ def multiply_newest(search: Search, state: KrylovState) -> KrylovState:
         chain=state.chain.extended(overlaps[m].item(), norm),
         resumed=False,
     )
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #3941efb9
 def _first_coupled(coupling: torch.Tensor) -> int:  # coupling: (m,)
@@ -229,6 +251,7 @@ def _bordered(matrix: torch.Tensor, border: torch.Tensor) -> torch.Tensor:  # (m
 def _with_zero_column(couplings: torch.Tensor) -> torch.Tensor:  # (j, m) -> (j, m + 1)
     return torch.cat([couplings, torch.zeros(len(couplings), 1, dtype=torch.float64)], 1)
 
+
 # %% ../../nbs/foundations/20_krylov_state.ipynb #f9dfe29c
 def append_next(search: Search, state: KrylovState) -> KrylovState:
     "Write what comes next into its row, and the state to the directory, if there is one."
@@ -244,6 +267,7 @@ def append_next(search: Search, state: KrylovState) -> KrylovState:
     if search.run_dir is not None:
         save_state(search, state)
     return state
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #98f4307d
 def diagonalise(
@@ -278,6 +302,7 @@ def _residual_bounds(state: KrylovState, coefficients: torch.Tensor) -> torch.Te
 def _rounding_of(state: KrylovState, coefficients: torch.Tensor) -> torch.Tensor:  # (m,)
     weighted = coefficients * state.rounding_error[:, None]
     return (weighted**2).sum(0).sqrt()
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #0df3584d
 def drop_coupling(state: KrylovState, coupling: torch.Tensor) -> KrylovState:  # coupling: (m,)
@@ -320,6 +345,7 @@ def _whole_space(state: KrylovState) -> KrylovState:
         dropped_coupling=state.dropped_coupling[:0],
     )
 
+
 # %% ../../nbs/foundations/20_krylov_state.ipynb #42497db1
 def separate_waiting(search: Search, state: KrylovState) -> KrylovState:
     """Make the vectors that wait orthogonal to what comes next, and to each other.
@@ -346,6 +372,7 @@ def separate_waiting(search: Search, state: KrylovState) -> KrylovState:
 
 def _inner(a: torch.Tensor, b: torch.Tensor, team: Team) -> float:
     return team.all_reduce(inner(a, b)).item()
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #2e33c0d1
 def thick_restart(
@@ -382,6 +409,7 @@ def thick_restart(
         generation=generation,
     )
 
+
 # %% ../../nbs/foundations/20_krylov_state.ipynb #f6fd411e
 _LAYOUT = 2  # of the file that a run_dir holds
 
@@ -399,6 +427,7 @@ def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:  # (m,) or (m, m),
     padded = torch.zeros(*[size] * tensor.ndim, dtype=tensor.dtype)
     padded[tuple(slice(0, length) for length in tensor.shape)] = tensor
     return padded
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #bbf1acbe
 def save_state(search: Search, state: KrylovState):
@@ -429,6 +458,7 @@ def save_state(search: Search, state: KrylovState):
     os.replace(draft, search.run_dir / _STATE_FILE)
     for old in range(state.generation):
         (search.run_dir / f"basis{old}.bin").unlink(missing_ok=True)
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #5f1038d3
 def load_state(search: Search) -> KrylovState | None:
@@ -468,6 +498,7 @@ def load_state(search: Search) -> KrylovState | None:
         resumed=True,
         generation=generation,
     )
+
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #0cd7c95a
 def _check_request(search: Search):

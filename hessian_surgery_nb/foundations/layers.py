@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['SMALL', 'ConvGeometry', 'per_channel', 'LeanLayers', 'are_plain']
+__all__ = ["SMALL", "ConvGeometry", "per_channel", "LeanLayers", "are_plain"]
 
 # %% ../../nbs/foundations/08_layers.ipynb #c46b51e5
 SMALL = 4  # pixels; up to here a kernel larger than one by one is taken apart into taps
@@ -50,6 +50,7 @@ def _as_matrices(x, w, geometry: ConvGeometry) -> bool:
     if _is_one_by_one(w) and geometry.padding == [0, 0]:
         return True
     return math.prod(_output_size(x, w, geometry)) <= SMALL
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #ccc79d1a
 class _Tap(NamedTuple):
@@ -89,6 +90,7 @@ def _taps(x, w, geometry: ConvGeometry) -> Iterator[_Tap]:
                 inputs = (slice(None), in_rows, in_columns)
                 yield _Tap(row, column, outputs, inputs)
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #d2bdceb6
 def _rows(t):
     "All axes but the last made one."
@@ -114,6 +116,7 @@ def _add_parts(shape: tuple, like, parts: Iterable[tuple[tuple, torch.Tensor]]):
     if total is None:
         total = like.new_zeros(shape)
     return total.permute(0, 3, 1, 2)
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #1ce1c25e
 def _taps_forward(x, w, geometry: ConvGeometry, plus=None):
@@ -146,6 +149,7 @@ def _taps_to_input(gy, x, w, geometry: ConvGeometry):
 
     return _add_parts((len(x), *x.shape[2:], x.shape[1]), gy, parts())
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #747b5b84
 def _taps_to_weight(gy, x, w, geometry: ConvGeometry):
     "The gradient for the kernel."
@@ -159,6 +163,7 @@ def _taps_to_weight(gy, x, w, geometry: ConvGeometry):
     for (row, column), part in parts.items():
         grad_w[:, :, row, column] = part
     return grad_w
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #6526c777
 def _conv(x, w, geometry: ConvGeometry, plus=None):
@@ -188,6 +193,7 @@ def _conv_grads(gy, x, w, geometry: ConvGeometry, for_x: bool, for_w: bool):
     )
     return grad_x, grad_w
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #324d66c3
 class _Conv(torch.autograd.Function):
     "y = x * w."
@@ -216,6 +222,7 @@ def _unread(lean: LeanLayers | None) -> bool:
 def _no_gradient(w):
     "A zero of the right shape that takes no memory."
     return w.new_zeros(()).expand(w.shape)
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #aa72d0fe
 class _ConvBackward(torch.autograd.Function):
@@ -258,6 +265,7 @@ class _ConvBackward(torch.autograd.Function):
             _, grad_w = _conv_grads(gy, dx, w, ctx.geometry, False, True)
         return dy, grad_x, grad_w, None, None, None, None
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #43838c57
 class _Linear(torch.autograd.Function):
     "y = x w', x of any number of leading axes."
@@ -295,6 +303,7 @@ class _UnreadWeight(torch.autograd.Function):
         gy, x = ctx.saved_tensors
         return F.linear(x, dw), gy @ dw, None
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #8f87d51b
 class _Affine(torch.autograd.Function):
     "y = x s + t, a scale and a shift per channel (axis 1)."
@@ -320,6 +329,7 @@ def per_channel(
 def _over_channels(t):
     "Sums over all axes but that of the channels."
     return t.sum([0, *range(2, t.ndim)])
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #8aa85df5
 class _AffineBackward(torch.autograd.Function):
@@ -351,6 +361,7 @@ def _plus_product(total, a, b):
     if total is None:
         return a * b
     return torch.addcmul(total, a, b)
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #c95d48ed
 class LeanLayers(TorchFunctionMode):
@@ -384,6 +395,7 @@ class LeanLayers(TorchFunctionMode):
                 return out
         return func(*args, **kwargs)
 
+
 # %% ../../nbs/foundations/08_layers.ipynb #ef1dad84
 def _layers_stay() -> bool:
     """Whether layers run as they are.
@@ -394,6 +406,7 @@ def _layers_stay() -> bool:
         return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and not getattr(hooks[0], "measures", False)
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #d00a65ce
 def are_plain(
@@ -420,6 +433,7 @@ def _for_each_axis(value, axes: int) -> list[int]:
     if len(value) == 1:
         return list(value) * axes
     return list(value)
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #8c5110ed
 def _swap_conv(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -448,6 +462,7 @@ def _swap_linear(mode, input, weight, bias=None):
     if b is None:
         return y
     return y + b
+
 
 # %% ../../nbs/foundations/08_layers.ipynb #70d96cbb
 def _swap_batch_norm(

@@ -18,7 +18,8 @@ from .preparation import Preparation
 from .weight_files import half_types, named_part
 
 # %% auto #0
-__all__ = ['in_single_precision', 'as_stored', 'load_network']
+__all__ = ["in_single_precision", "as_stored", "load_network"]
+
 
 # %% ../../nbs/foundations/13c_loading.ipynb #ac13c007
 def in_single_precision(
@@ -33,6 +34,7 @@ def in_single_precision(
         network.stored_types = types
     return network
 
+
 # %% ../../nbs/foundations/13c_loading.ipynb #ac13c010
 def as_stored(
     network: nn.Module,
@@ -42,6 +44,7 @@ def as_stored(
     state = network.state_dict()
     rounded = {name: state[name].to(kind).to(state[name]) for name, kind in types.items()}
     return {name: t for name, t in rounded.items() if not torch.equal(t, state[name])}
+
 
 # %% ../../nbs/foundations/13c_loading.ipynb #ac13c013
 def load_network(

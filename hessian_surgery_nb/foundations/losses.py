@@ -19,8 +19,17 @@ from .checks import InputError
 from .distributed import Team, current_team
 
 # %% auto #0
-__all__ = ['LossFunction', 'as_loss_module', 'known_reduction', 'is_cross_entropy', 'call_loss', 'loss_denominator', 'Reference',
-           'LossDivisor', 'infer_reduction']
+__all__ = [
+    "LossFunction",
+    "as_loss_module",
+    "known_reduction",
+    "is_cross_entropy",
+    "call_loss",
+    "loss_denominator",
+    "Reference",
+    "LossDivisor",
+    "infer_reduction",
+]
 
 # %% ../../nbs/foundations/05_losses.ipynb #c72ce809
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (output, target) -> scalar
@@ -56,6 +65,7 @@ def as_loss_module(
         return _FUNCTIONS[loss_fn]()
     return loss_fn
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #29e391b7
 def known_reduction(
     loss_fn: LossFunction,
@@ -81,6 +91,7 @@ def is_cross_entropy(
         return False
     return known_reduction(loss_fn) is not None
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #665b70df
 _FAULTS_OF_INPUT = (
     RuntimeError,
@@ -95,6 +106,7 @@ _FAULTS_OF_INPUT = (
 def _kind_and_shape(tensor: torch.Tensor) -> str:
     "A tensor in an error message, such as float32 (40, 3)."
     return f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #a00a37f1
 def call_loss(
@@ -124,6 +136,7 @@ def call_loss(
     raise InputError(
         f"a loss must return one number, as a tensor. Got {shown}; use reduction='mean' or 'sum'."
     )
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #8611f182
 def loss_denominator(
@@ -155,6 +168,7 @@ def _denominator_of_cross_entropy(
     if loss_fn.weight is None:
         return float(len(kept))
     return loss_fn.weight.to(target.device, torch.float64)[kept].sum().item()
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #df76bcdd
 def _loss_in_double(
@@ -188,6 +202,7 @@ class Reference:
         "Whether it has the shape of an image of this batch."
         same_logits = logits.shape[1:] == self.high.shape[1:]
         return same_logits and labels.shape[1:] == self.label.shape[1:]
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #8ebefc5a
 def _reference(
@@ -228,6 +243,7 @@ def _choose_references(
             break
     return found
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #c6467266
 @dataclass(frozen=True, kw_only=True)
 class _Weighing:
@@ -261,6 +277,7 @@ def _weigh(
     loss_both, _ = _loss_in_double(loss_fn, all_logits, all_labels)
     return _weigh_losses(loss_batch, loss_row, loss_both, m, unit)
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #2f63e279
 def _weigh_losses(
     batch: float, row: float, both: float, repeats: int, unit: float
@@ -286,6 +303,7 @@ def _weigh_losses(
         return _Weighing(adds=adds, weight=0.0, error=0.0)
     weight = repeats * share / (1 - share)
     return _Weighing(adds=adds, weight=weight, error=error / max(share * (1 - share), 1e-12))
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #e96199cf
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +334,7 @@ def _answer(
     ]
     return _agreement(weighings)
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #c7483180
 def _agreement(weighings: list[_Weighing]) -> _Answer:
     "What several weighings say together."
@@ -329,6 +348,7 @@ def _agreement(weighings: list[_Weighing]) -> _Answer:
     if contradicts or not _confirmed(best, sure):
         return _Answer(kind="neither", weight=best.weight, error=best.error)
     return _Answer(kind="mean", weight=_rounded(best.weight, best.error), error=best.error)
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #7baefafb
 def _confirmed(best: _Weighing, sure: list[_Weighing]) -> bool:
@@ -346,6 +366,7 @@ def _rounded(weight: float, error: float) -> float:
     if abs(weight - nearest) <= max(error * weight, 1e-12 * weight):
         return float(nearest)
     return weight
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #9483d16d
 class LossDivisor:
@@ -380,6 +401,7 @@ class LossDivisor:
     def sums(self) -> bool:
         return self.reduction == "sum"
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #98828d67
 @patch
 def prepare(
@@ -404,6 +426,7 @@ def _of_first_rank(reference: Reference, team: Team) -> Reference:
     # copies: a broadcast writes where it arrives
     return Reference(*[team.broadcast(part.detach().clone()) for part in parts])
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #1627f53d
 @patch
 def __call__(
@@ -425,6 +448,7 @@ def __call__(
         )
     self.found = kind
     return 1.0 if kind == "sum" else weight
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #3f5fb07e
 def _num_rows(labels: torch.Tensor) -> int:
@@ -455,6 +479,7 @@ def _as_said(
         f"axis, or a sum), or give all data as a single batch{alone}."
     )
 
+
 # %% ../../nbs/foundations/05_losses.ipynb #78e2f995
 @patch
 def _ask(
@@ -481,6 +506,7 @@ def _ask(
             f"and the loss is a {answer.kind}; leave it out."
         )
     return answer.kind, answer.weight
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #8703813a
 def _refuse_contradictions(answers: list[_Answer], num_rows: int):
@@ -509,6 +535,7 @@ def _check_unit(self: LossDivisor, one: _Answer, two: _Answer, num_rows: int):
         f"over images: a batch of {num_rows} weighs {one.weight:.6g} against one image, "
         f"{two.weight:.6g} against another; use a single batch."
     )
+
 
 # %% ../../nbs/foundations/05_losses.ipynb #323209b6
 def infer_reduction(

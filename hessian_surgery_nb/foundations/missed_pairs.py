@@ -14,8 +14,21 @@ from .distributed import Team
 from .krylov_basis import tridiagonal_matrix
 
 # %% auto #0
-__all__ = ['MAX_ODDS', 'share_beyond', 'odds_of_small_share', 'Chain', 'no_chain', 'Wanted', 'found_more', 'chain_edges',
-           'count_beyond', 'worth_searching', 'certain_ranks', 'odds_after_restart']
+__all__ = [
+    "MAX_ODDS",
+    "share_beyond",
+    "odds_of_small_share",
+    "Chain",
+    "no_chain",
+    "Wanted",
+    "found_more",
+    "chain_edges",
+    "count_beyond",
+    "worth_searching",
+    "certain_ranks",
+    "odds_after_restart",
+]
+
 
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #85b9184f
 def share_beyond(
@@ -40,6 +53,7 @@ def share_beyond(
             break
     return 1 / total
 
+
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #8554ecbc
 MAX_ODDS = 1e-3  # that a certificate overlooked something
 
@@ -61,6 +75,7 @@ def odds_of_small_share(
     # room = count + 1: the density has a pole at 1
     pole = (half_room - half - 1).clamp(max=0.0) * torch.log1p(-share.clamp(max=1 - 1e-16))
     return (bound + pole).exp().clamp(max=1.0)
+
 
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #5a435e09
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +114,7 @@ def no_chain() -> Chain:
     nothing = torch.zeros(0, 0, dtype=torch.float64)
     return Chain(alpha=empty, beta=empty, inside=nothing, coupling=nothing, start_levels=empty)
 
+
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #06a32434
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -128,6 +144,7 @@ def found_more(chain: Chain, wanted: Wanted) -> bool:
         return True
     return bool((wanted.levels > chain.start_levels + 0.25 * wanted.threshold).any())
 
+
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #a1b07ab6
 def chain_edges(
     chain: Chain,
@@ -156,6 +173,7 @@ def _grid(first: float, middle: float, last: float) -> torch.Tensor:  # (97,)
     lower = torch.linspace(first, middle, 65, dtype=torch.float64)[:-1]
     upper = torch.linspace(middle, last, 33, dtype=torch.float64)
     return torch.cat([lower, upper])
+
 
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #41fdb8e8
 _EDGE_SHARE = 0.05  # of a waiting vector lies near the edge of what is outside, at most (choice)
@@ -189,6 +207,7 @@ def worth_searching(
     if not wanted.next_value < wanted.hardest:
         return True
     return count_beyond(wanted.hardest, wanted.next_value, inside, coupling, wanted) < k
+
 
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #11176cf6
 def certain_ranks(
@@ -230,6 +249,7 @@ def _count_inside(chain: Chain, wanted: Wanted) -> torch.Tensor:  # (k,)
         count = count + (values[:, None] > wanted.levels).sum(0)
     return count
 
+
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #89914e7b
 def _rank_is_certain(
     i: int, level: float, hidden: int, edges: torch.Tensor, chain: Chain, wanted: Wanted
@@ -254,6 +274,7 @@ def _can_succeed(
     if hidden > 1:
         return True
     return count_beyond(level, best, chain.inside, chain.coupling, wanted) <= i
+
 
 # %% ../../nbs/foundations/19_missed_pairs.ipynb #8ac6c9a4
 def odds_after_restart(chain: Chain, wanted: Wanted, team: Team = Team()) -> float:

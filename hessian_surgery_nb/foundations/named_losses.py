@@ -17,7 +17,7 @@ from .named_networks import function_of
 from .training import FocalLoss
 
 # %% auto #0
-__all__ = ['named_loss']
+__all__ = ["named_loss"]
 
 # %% ../../nbs/foundations/15a_named_losses.ipynb #ae15a006
 _NAMES = "ce, focal, focal:GAMMA, label-smoothing:SHARE, package.module:function, file.py:function"
@@ -55,6 +55,7 @@ def _number(name: str, given: str, default: float, least: float, most: float) ->
             f"what follows the name of a loss is a number in {least:g}..{most:g}. Got {name!r}."
         )
     return value
+
 
 # %% ../../nbs/foundations/15a_named_losses.ipynb #ae15a007
 def _own_loss(name: str, found: Callable) -> LossFunction:

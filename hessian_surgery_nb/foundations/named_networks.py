@@ -24,7 +24,8 @@ from .preparation import Preparation
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['function_of', 'split_name', 'make_network', 'Resized', 'named_network', 'network_label']
+__all__ = ["function_of", "split_name", "make_network", "Resized", "named_network", "network_label"]
+
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #51c35c93
 def _torchvision_preparation(name: str, offered) -> Preparation:  # weights of that network
@@ -63,6 +64,7 @@ def _torchvision(name: str, classes: int | None) -> tuple[nn.Module, Preparation
             f"weights of {name} could not be fetched ({error}); name a file of weights."
         ) from error
     return network, preparation
+
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #0bd8bacc
 def _import_timm() -> ModuleType:
@@ -111,6 +113,7 @@ def _timm_preparation(name: str, seen: Mapping) -> Preparation:  # what timm say
     colours = tuple(seen["mean"]), tuple(seen["std"])
     return Preparation(ways[seen["crop_mode"]], crop, *colours, seen["interpolation"])
 
+
 # %% ../../nbs/foundations/13a_named_networks.ipynb #73734198
 def _import_from(place: str) -> ModuleType:
     "A module on the path, or the file of one."
@@ -141,6 +144,7 @@ def function_of(
         raise InputError(f"{place} has no function {name!r}.")
     return make
 
+
 # %% ../../nbs/foundations/13a_named_networks.ipynb #7c4f3105
 def _outputs_wanted(make: Callable[..., Any], classes: int | None) -> dict[str, int]:
     "The number of classes, under the name that a function has for it, if it has one."
@@ -165,6 +169,7 @@ def _function(place: str, name: str, classes: int | None) -> tuple[nn.Module, Pr
     if not isinstance(network, nn.Module):
         raise InputError(f"{place}:{name} must return an nn.Module. Got {type(network).__name__}.")
     return network, Preparation()
+
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #cd0197bb
 def split_name(
@@ -199,6 +204,7 @@ def make_network(
         )
     return _function(source, name, classes)
 
+
 # %% ../../nbs/foundations/13a_named_networks.ipynb #12aa7e5a
 class Resized(nn.Module):
     "A network that sees its images scaled to so many pixels a side."
@@ -225,6 +231,7 @@ class Resized(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pixels={self.pixels}"
+
 
 # %% ../../nbs/foundations/13a_named_networks.ipynb #e27384eb
 def named_network(

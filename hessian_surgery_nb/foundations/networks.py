@@ -19,8 +19,18 @@ from .guards import plainly
 from .testbed import seeded
 
 # %% auto #0
-__all__ = ['num_params', 'digits_net', 'BasicBlock', 'resnet20', 'resnet50', 'copy_model', 'find_head', 'frozen_beside_adapters',
-           'gives_raw_logits']
+__all__ = [
+    "num_params",
+    "digits_net",
+    "BasicBlock",
+    "resnet20",
+    "resnet50",
+    "copy_model",
+    "find_head",
+    "frozen_beside_adapters",
+    "gives_raw_logits",
+]
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #e0562e4a
 def num_params(
@@ -28,6 +38,7 @@ def num_params(
 ) -> int:
     "Trainable parameters; shared ones count once."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #5ac324db
 def digits_net(
@@ -52,6 +63,7 @@ def digits_net(
             nn.Linear(8 * width, classes),
         )
 
+
 # %% ../../nbs/foundations/12_networks.ipynb #6506fbeb
 def _conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     "A convolution without bias and its batch norm; in evaluation as one convolution."
@@ -65,6 +77,7 @@ def _conv_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: torch.Tensor) -> to
         conv.stride,
         conv.padding,
     )
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #248ac905
 class BasicBlock(nn.Module):
@@ -100,6 +113,7 @@ class BasicBlock(nn.Module):
         before = self.new_channels // 2
         return nn.functional.pad(short, (0, 0, 0, 0, before, self.new_channels - before))
 
+
 # %% ../../nbs/foundations/12_networks.ipynb #b04264c0
 def resnet20(
     *,
@@ -128,6 +142,7 @@ def resnet20(
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model.eval()
 
+
 # %% ../../nbs/foundations/12_networks.ipynb #f5b16d59
 def resnet50(
     *,
@@ -149,6 +164,7 @@ def resnet50(
         if conv_bias and isinstance(module, nn.Conv2d):
             module.bias = nn.Parameter(torch.zeros(module.out_channels))
     return net.eval()
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #6e529aa9
 def _tensors_within(value: object) -> Iterator[torch.Tensor]:
@@ -188,6 +204,7 @@ def copy_model(
             f"{type(model).__name__} failed ({type(error).__name__}: {first_line(error)}); "
             "remove that attribute, or build the network anew."
         ) from error
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #2ef49ecb
 @plainly()
@@ -229,6 +246,7 @@ def find_head(
         )
     return name, head
 
+
 # %% ../../nbs/foundations/12_networks.ipynb #f1b06532
 def frozen_beside_adapters(
     model: nn.Module,
@@ -251,6 +269,7 @@ def _refuse_shared_weights(model: nn.Module, name: str, head: nn.Linear):
                 "a method that changes the head needs weights that are the head's "
                 f"alone. {name} shares some with {other_name}; leave that method out."
             )
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #1a8827c1
 _Layers = dict[str, nn.Linear]  # name -> module
@@ -290,6 +309,7 @@ def _logits_with_hook(
         for handle in handles:
             handle.remove()
 
+
 # %% ../../nbs/foundations/12_networks.ipynb #3487ab26
 def _recorder(outputs: dict[nn.Module, list[torch.Tensor]]) -> Callable:
     "A forward hook that keeps what each layer gives."
@@ -314,6 +334,7 @@ def _are_logits_of(output: torch.Tensor, logits: torch.Tensor) -> bool:
     tolerance = 1e-4 * output.abs().max().item()
     candidates = (output, output.log_softmax(-1))
     return any(torch.allclose(logits, c, rtol=1e-4, atol=tolerance) for c in candidates)
+
 
 # %% ../../nbs/foundations/12_networks.ipynb #1257b882
 @plainly()

@@ -47,8 +47,19 @@ from hessian_surgery_nb.foundations.vocabulary import (
 from .weights import select_params
 
 # %% auto #0
-__all__ = ['EachBatch', 'Objective', 'cut_batch', 'LoadedBatch', 'BatchLoss', 'PassRecord', 'record_row', 'DataPass',
-           'loss_and_gradient', 'FeatureRows']
+__all__ = [
+    "EachBatch",
+    "Objective",
+    "cut_batch",
+    "LoadedBatch",
+    "BatchLoss",
+    "PassRecord",
+    "record_row",
+    "DataPass",
+    "loss_and_gradient",
+    "FeatureRows",
+]
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #1605852d
 class Objective:
@@ -91,6 +102,7 @@ def _check_loss(loss_fn):
             "such as nn.CrossEntropyLoss()."
         )
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #a9e25848
 @patch(as_prop=True)
 def params(self: Objective) -> dict[str, nn.Parameter]:
@@ -118,6 +130,7 @@ def weights(self: Objective) -> list[torch.Tensor]:
 def leaves(self: Objective) -> list[torch.Tensor]:
     "The selected parameters, to differentiate for."
     return [weight.requires_grad_() for weight in self.weights()]
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #076a5d33
 @patch
@@ -157,6 +170,7 @@ def first_batch(
         raise InputError("data must hold at least one batch. Got none.")
     return first
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #a50af7a6
 def cut_batch(
     batch: Batch,
@@ -188,6 +202,7 @@ class BatchLoss:
     undivided: torch.Tensor  # scalar
     denominator: float  # 1 for a sum
     record: torch.Tensor  # (5,) float64, a row of a PassRecord
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #0c839c5b
 @dataclass(frozen=True)
@@ -221,6 +236,7 @@ class PassRecord:
         "What they were divided by."
         return self.rows[:, 4]
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #32accf94
 def record_row(
     logits: torch.Tensor,
@@ -235,6 +251,7 @@ def record_row(
     return torch.stack(
         [checksum(logits), norm, checksum(labels), loss, loss.new_tensor(denominator)]
     )
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #3bf3d539
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +277,7 @@ class DataPass:
         data = self.objective.data
         one_batch = isinstance(data, list) and len(data) == 1
         return one_batch and not self.micro_batch and self.objective.team.size == 1
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #41905947
 @patch
@@ -295,6 +313,7 @@ def loss_at(self: DataPass, leaves: Iterable[torch.Tensor], batch: LoadedBatch) 
         return self.loss_of_rows(rows, chunked_loss(*rows.given), batch)
     return self.loss(self.objective.logits(leaves, batch.inputs), batch)
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #3312eb60
 @patch
 def _denominator(self: DataPass, logits: torch.Tensor, batch: LoadedBatch) -> float:  # 1 for a sum
@@ -318,6 +337,7 @@ def _seen_earlier(self: DataPass, batch: LoadedBatch) -> bool:
         return False
     return bool(self.earlier.labels[batch.position] == checksum(batch.labels))
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #39e27dd6
 @patch
 def _prepare_divisor(self: DataPass):
@@ -338,6 +358,7 @@ def _prepare_divisor(self: DataPass):
         self.objective.divisor.prepare(torch.cat(all_logits), torch.cat(all_labels))
     else:
         self.objective.divisor.prepare(all_logits[0], all_labels[0])
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #4ca2ff25
 # of a pass and a batch: whatever adds up, and the loss of the batch
@@ -374,6 +395,7 @@ def total_weight(self: DataPass, record: PassRecord) -> float:  # 1 for a sum
         )
     return total
 
+
 # %% ../../nbs/foundations/09a_objective.ipynb #7a10ac58
 def loss_and_gradient(
     data_pass: DataPass,
@@ -389,6 +411,7 @@ def loss_and_gradient(
     return loss, torch.autograd.grad(
         loss.undivided, leaves, allow_unused=True, materialize_grads=True
     )
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #67c6ced0
 @patch
@@ -428,6 +451,7 @@ def features(
     "What the head is given."
     with WithoutHead(self.model, self.head):
         return self.logits(leaves, X)
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #5e0cfa62
 @dataclass(frozen=True, kw_only=True)
@@ -481,6 +505,7 @@ class FeatureRows:
             if slot is not None:
                 total[slot] = total[slot] + part
         return tuple(total)
+
 
 # %% ../../nbs/foundations/09a_objective.ipynb #cacd18c9
 @patch

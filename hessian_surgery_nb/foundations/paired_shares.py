@@ -11,8 +11,15 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['PairedCounts', 'paired_counts', 'discordant_p_value', 'paired_share_interval', 'simultaneous_level',
-           'simultaneous_intervals']
+__all__ = [
+    "PairedCounts",
+    "paired_counts",
+    "discordant_p_value",
+    "paired_share_interval",
+    "simultaneous_level",
+    "simultaneous_intervals",
+]
+
 
 # %% ../../nbs/foundations/17a_paired_shares.ipynb #ad701c35
 class PairedCounts(NamedTuple):
@@ -45,6 +52,7 @@ def paired_counts(
     padded = [np.pad(part, (0, size - len(part))) for part in parts]
     return PairedCounts(*padded)
 
+
 # %% ../../nbs/foundations/17a_paired_shares.ipynb #6d659a56
 def _likely_lost(
     change: np.ndarray,  # (...,) delta
@@ -70,6 +78,7 @@ def _paired_score(
     error = np.sqrt(images * np.clip(variance, 1e-300, None))
     return (gained - lost - images * change) / error
 
+
 # %% ../../nbs/foundations/17a_paired_shares.ipynb #9ae530ee
 def discordant_p_value(
     gained: np.ndarray | int,  # (...,)
@@ -80,6 +89,7 @@ def discordant_p_value(
 
     fewer = np.minimum(gained, lost)
     return np.minimum(1.0, 2 * binom.cdf(fewer, np.add(gained, lost), 0.5))
+
 
 # %% ../../nbs/foundations/17a_paired_shares.ipynb #a8ae404a
 def paired_share_interval(
@@ -107,6 +117,7 @@ def paired_share_interval(
     low, high = end(quantile), end(-quantile)
     luck = discordant_p_value(gained, lost) > 1 - level
     return np.where(luck, np.minimum(low, 0), low), np.where(luck, np.maximum(high, 0), high)
+
 
 # %% ../../nbs/foundations/17a_paired_shares.ipynb #b9afcec0
 def simultaneous_level(

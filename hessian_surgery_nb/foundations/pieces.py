@@ -19,8 +19,21 @@ from .checks import InputError
 from .distributed import Team, share
 
 # %% auto #0
-__all__ = ['Box', 'cut_box', 'boxes_of', 'Layout', 'owned_places', 'as_local', 'is_dtensor', 'is_sharded', 'blocks_of', 'reshard',
-           'layouts_of', 'PieceTeam']
+__all__ = [
+    "Box",
+    "cut_box",
+    "boxes_of",
+    "Layout",
+    "owned_places",
+    "as_local",
+    "is_dtensor",
+    "is_sharded",
+    "blocks_of",
+    "reshard",
+    "layouts_of",
+    "PieceTeam",
+]
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #86faea1a
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,7 @@ class Box:
     def slices(self) -> tuple[slice, ...]:
         "Where it lies in the parameter."
         return tuple(slice(first, first + size) for first, size in zip(self.start, self.shape))
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #22f2bf22
 def cut_box(
@@ -76,6 +90,7 @@ def boxes_of(
         Box(start=start, shape=shape, holders=tuple(ranks))
         for (start, shape), ranks in holders.items()
     )
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #ce2fbdd1
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +160,7 @@ class Layout:
                 rows[rank, : self.count(rank)] = entries[box.owned(rank)]
         return rows
 
+
 # %% ../../nbs/foundations/03a_pieces.ipynb #78056cd2
 _AT_ONCE = 1 << 18  # places
 
@@ -165,6 +181,7 @@ def owned_places(
             rest = rest // size
             stride *= full
         yield places
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #32ce1aaa
 def as_local(
@@ -222,6 +239,7 @@ def reshard(
     for module in _fully_sharded(model):
         module.reshard()
 
+
 # %% ../../nbs/foundations/03a_pieces.ipynb #4f88b0ba
 def layouts_of(
     parameters: dict[str, torch.Tensor],  # DTensors; a plain tensor counts as copied to all
@@ -253,6 +271,7 @@ def _check_complete(layout: Layout):
         f"{math.prod(layout.shape)} entries, the {layout.size} processes of this run hold "
         f"{entries}; open `with distributed():` around everything, and make the mesh of all."
     )
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #621963fa
 def _held_box(
@@ -289,6 +308,7 @@ def _cuts(
             late.append(turn)
     early = [turn for turn in range(len(axes)) if turn not in late]
     return axes, early + late
+
 
 # %% ../../nbs/foundations/03a_pieces.ipynb #206a69ce
 class PieceTeam(Team):

@@ -24,8 +24,19 @@ from .vocabulary import CHUNK
 from .weights import check_mode
 
 # %% auto #0
-__all__ = ['MODES', 'GradientGraph', 'graph_bytes', 'free_memory', 'Plan', 'PlanRequest', 'MemoryLine', 'choose_plan',
-           'is_separable', 'make_plan']
+__all__ = [
+    "MODES",
+    "GradientGraph",
+    "graph_bytes",
+    "free_memory",
+    "Plan",
+    "PlanRequest",
+    "MemoryLine",
+    "choose_plan",
+    "is_separable",
+    "make_plan",
+]
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #ee8f46da
 def graph_bytes(
@@ -54,6 +65,7 @@ def free_memory(
         return torch.cuda.mem_get_info(device)[0]
     team = current_team() if team is None else team
     return psutil.virtual_memory().available // team.neighbours
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #60e234a2
 MODES = {
@@ -85,6 +97,7 @@ class Plan:
             return f"Plan({self.mode}{cut})"
         needed, allowed = f"{self.needed / 1e9:.2g} GB", f"{self.allowed / 1e9:.2g} GB"
         return f"Plan({self.mode}{cut}: about {needed} of {allowed} allowed)"
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #9a2785db
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,7 @@ class PlanRequest:
         if self.memory is not None and not self.memory > 0:
             raise InputError(f"memory must be a positive number of bytes. Got {self.memory!r}.")
 
+
 # %% ../../nbs/foundations/09d_plans.ipynb #63918130
 @dataclass(frozen=True)
 class MemoryLine:
@@ -142,6 +156,7 @@ class MemoryLine:
         if self.slope == 0:
             return max(1, largest)
         return max(1, int((allowed - self.needed(0)) / self.slope))
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #4816119b
 def choose_plan(
@@ -166,6 +181,7 @@ def choose_plan(
         return Plan(after, micro_batch, largest, allowed)
     pieces = line.images_in(allowed, max(images))
     return Plan(after, pieces, line.needed(pieces), allowed)
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #85e50da8
 def _is_sound(objective: Objective, batch: Batch) -> bool:
@@ -200,6 +216,7 @@ def is_separable(
 def _count(labels: torch.Tensor) -> int:
     "Images that labels are for; 1 where there is one label without an axis."
     return len(labels) if labels.ndim else 1
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #711bc35e
 # of a loss as a function without arguments, and of leaves: builds the gradient's graph
@@ -244,6 +261,7 @@ def _memory_line(
     slope = max(size_of_more - size_of_few, 0) / max(more - few, 1)
     return MemoryLine(more, size_of_more, slope)
 
+
 # %% ../../nbs/foundations/09d_plans.ipynb #6d7495fb
 def _chunks_or_whole(objective: Objective, small: Batch, images: int) -> str:
     "The mode of Gauss-Newton products: chunked where a batch has more logits than a chunk."
@@ -260,6 +278,7 @@ def _chunks_or_whole(objective: Objective, small: Batch, images: int) -> str:
         warn_caller(f"Logits of a batch, {size:.1g} GB, are made whole: {error}")
         return "recomputed"
     return "chunked"
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #9072bf99
 def _automatic_plan(
@@ -290,6 +309,7 @@ def _automatic_plan(
     if plan.micro_batch == request.micro_batch or is_separable(objective, small, large):
         return plan
     return choose_plan(mode, line, images, allowed, **how, may_cut=False)
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #737f7894
 def _check_plan(
@@ -325,6 +345,7 @@ def _most_cautious(plan: Plan, objective: Objective) -> Plan:
     wanted = torch.tensor([float(mode == plan.mode) for mode in modes])
     last = int(team.all_reduce(wanted).nonzero().max())
     return replace(plan, mode=modes[last])
+
 
 # %% ../../nbs/foundations/09d_plans.ipynb #0667bbc9
 def make_plan(

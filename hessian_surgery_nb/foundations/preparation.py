@@ -17,7 +17,7 @@ from .datasets import torchvision_part
 from .images import read_image
 
 # %% auto #0
-__all__ = ['FILTERS', 'Preparation']
+__all__ = ["FILTERS", "Preparation"]
 
 # %% ../../nbs/foundations/12a_preparation.ipynb #ab12a007
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -65,6 +65,7 @@ class Preparation:
         std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
         scaled = (images.float() / 255).sub_(mean).div_(std)  # in place: a batch may be large
         return scaled.contiguous(memory_format=torch.channels_last)
+
 
 # %% ../../nbs/foundations/12a_preparation.ipynb #ab12a008
 def _check_colours(mean: tuple[float, ...], std: tuple[float, ...]):

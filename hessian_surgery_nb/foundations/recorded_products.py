@@ -25,8 +25,21 @@ from .same_function import weights_fingerprint
 from .watched import WatchedObjective
 
 # %% auto #0
-__all__ = ['RECORD_AT', 'Name', 'Step', 'NotRecordable', 'Recorder', 'Recording', 'changed_meanwhile', 'record', 'KeptProduct',
-           'relative_error', 'allowed_bytes', 'fingerprint_of']
+__all__ = [
+    "RECORD_AT",
+    "Name",
+    "Step",
+    "NotRecordable",
+    "Recorder",
+    "Recording",
+    "changed_meanwhile",
+    "record",
+    "KeptProduct",
+    "relative_error",
+    "allowed_bytes",
+    "fingerprint_of",
+]
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #74e5c823
 class Name(str):
@@ -69,6 +82,7 @@ def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
             found += _tensors(value)
     return found
 
+
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #8343b006
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)  # another object for the same numbers
@@ -110,6 +124,7 @@ class Recorder(TorchDispatchMode):
         else:
             self._note(function, arguments, options, out)
         return out
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #bf583d72
 @patch
@@ -162,6 +177,7 @@ def _name_of(self: Recorder, t: torch.Tensor) -> Name:
     self._note(_aten.as_strided.default, (whole, *geometry), {}, t)
     return self._names[place[0]][place]
 
+
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #d54396cc
 @patch
 def _keep(self: Recorder, t: torch.Tensor) -> Name:
@@ -195,6 +211,7 @@ def _copy_before_writing(self: Recorder, function: Callable, args: tuple, kwargs
             self.steps.append(Step(_aten.clone.default, (before,), {}, (name,), True))
             self._marked[_storage(t)] = StorageWeakRef(t.untyped_storage()), name
             self._names.pop(_storage(t), None)  # kept parts of it had other names
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #905f62fd
 def _last_uses(steps: Sequence[Step], outputs: Sequence[Name]) -> dict[Name, int]:
@@ -247,6 +264,7 @@ class _Source:
             results = f"[{results}]"
         self.lines.append(f"{results} = {self.text(step.function)}({', '.join(given)})")
 
+
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #92bfb103
 @dataclass(frozen=True, kw_only=True)
 class Recording:
@@ -282,6 +300,7 @@ def changed_meanwhile() -> InputError:
         "were changed in place during a search, or by the network itself; change them before or "
         "after."
     )
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #8848c4d5
 def record(
@@ -326,6 +345,7 @@ def _compiled(text, steps, outputs, recorder, constants) -> Recording:
         constants=constants,
         program=scope["program"],
     )
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #a74c1393
 RECORD_AT = 33  # which product is noted (choice)
@@ -386,6 +406,7 @@ def relative_error(
     off = sum((a - b).double().square().sum() for a, b in zip(found, wanted))
     norm = sum(b.double().square().sum() for b in wanted)
     return (off / norm.clamp(min=1e-300)).sqrt().item()
+
 
 # %% ../../nbs/foundations/09i_recorded_products.ipynb #46ad7f6a
 def allowed_bytes(

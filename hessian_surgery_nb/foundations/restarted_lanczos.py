@@ -36,7 +36,16 @@ from hessian_surgery_nb.foundations.missed_pairs import (
 )
 
 # %% auto #0
-__all__ = ['assess', 'check_missed_pairs', 'postpone_next', 'recall_waiting', 'random_restart', 'start_chain', 'choose_next']
+__all__ = [
+    "assess",
+    "check_missed_pairs",
+    "postpone_next",
+    "recall_waiting",
+    "random_restart",
+    "start_chain",
+    "choose_next",
+]
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #2d126779
 def assess(
@@ -64,6 +73,7 @@ def assess(
         return state, wanted, accepted
     still = _values_converged(search, state, wanted.threshold)
     return state, wanted, accepted & still[: len(accepted)]
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #6e1f18b5
 def _wanted(search: Search, state: KrylovState, threshold: float) -> Wanted:
@@ -104,6 +114,7 @@ def _values_converged(search: Search, state: KrylovState, threshold: float) -> t
     gain[: len(oldest)] = newest[: len(oldest)] - oldest
     return gain <= threshold
 
+
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #f767344d
 def check_missed_pairs(
     search: Search,
@@ -122,6 +133,7 @@ def check_missed_pairs(
         )
     chain = replace(state.chain, found_nothing=hopeful)
     return replace(state, chain=chain), certain
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #4375e89c
 def _lack(search: Search, state: KrylovState, couplings: torch.Tensor) -> torch.Tensor:
@@ -162,9 +174,11 @@ def _forget_waiting(state: KrylovState, i: int) -> KrylovState:
         waiting_coupling=_without_row(state.waiting_coupling, i),
     )
 
+
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #72b41d43
 def _without_row(rows: torch.Tensor, i: int) -> torch.Tensor:
     return torch.cat([rows[:i], rows[i + 1 :]])
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #aacbc704
 def recall_waiting(search: Search, state: KrylovState, i: int) -> KrylovState:
@@ -188,6 +202,7 @@ def recall_waiting(search: Search, state: KrylovState, i: int) -> KrylovState:
         coupling=coupling,
         chain=replace(state.chain, unbroken=False),
     )
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #286447b0
 def random_restart(search: Search, state: KrylovState, wanted: Wanted) -> KrylovState:
@@ -223,6 +238,7 @@ def _new_chain(state: KrylovState, wanted: Wanted) -> Chain:
         cut_short=False,
     )
 
+
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #04aa8911
 def _make_room_for_chain(search: Search, state: KrylovState) -> KrylovState:
     "Restart, if the basis has too few free rows for a chain."
@@ -232,6 +248,7 @@ def _make_room_for_chain(search: Search, state: KrylovState) -> KrylovState:
     if size == search.n or free >= max(2, (size - search.k) // 3):
         return state
     return thick_restart(search, state, search.k + (size - search.k - places) // 4)
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #01340b72
 def start_chain(search: Search, state: KrylovState, wanted: Wanted) -> KrylovState:
@@ -247,6 +264,7 @@ def start_chain(search: Search, state: KrylovState, wanted: Wanted) -> KrylovSta
             return state
     state = _make_room_for_chain(search, state)
     return random_restart(search, state, wanted)
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #dfc0a0ca
 def choose_next(
@@ -285,6 +303,7 @@ def _next_for_certainty(search: Search, state: KrylovState, wanted: Wanted) -> K
     if worth or (failed and is_full(search, state)):
         return start_chain(search, state, wanted)
     return _next_by_coupling(search, state, wanted)
+
 
 # %% ../../nbs/foundations/21_restarted_lanczos.ipynb #aae60758
 def _next_by_coupling(search: Search, state: KrylovState, wanted: Wanted) -> KrylovState:

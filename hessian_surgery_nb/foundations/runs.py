@@ -31,7 +31,17 @@ from .checks import InputError
 from .weight_files import write_atomic
 
 # %% auto #0
-__all__ = ['check_out', 'out_dir', 'json_bytes', 'circumstances', 'pack_bits', 'unpack_bits', 'RunStore', 'Stopwatch']
+__all__ = [
+    "check_out",
+    "out_dir",
+    "json_bytes",
+    "circumstances",
+    "pack_bits",
+    "unpack_bits",
+    "RunStore",
+    "Stopwatch",
+]
+
 
 # %% ../../nbs/foundations/16_runs.ipynb #f017acb4
 def check_out(
@@ -73,6 +83,7 @@ def out_dir(
         ) from error
     return path
 
+
 # %% ../../nbs/foundations/16_runs.ipynb #c6b8c84c
 _LIST_OF_NUMBERS = re.compile(r'\[\n([^][{}"]*)\n *\]')
 
@@ -104,6 +115,7 @@ def _plain(value: object) -> object:
 def _on_one_line(found: re.Match) -> str:
     "A list of numbers without its line breaks."
     return "[" + " ".join(found[1].split()) + "]"
+
 
 # %% ../../nbs/foundations/16_runs.ipynb #3588df4e
 def _git(*args: str) -> subprocess.CompletedProcess:
@@ -146,6 +158,7 @@ def circumstances(
         commit=_commit(),
     )
 
+
 # %% ../../nbs/foundations/16_runs.ipynb #6e26ecfd
 def pack_bits(
     correct: torch.Tensor,  # (N,) bool
@@ -163,6 +176,7 @@ def unpack_bits(
     packed = np.frombuffer(base64.b64decode(letters), dtype=np.uint8)
     bits = np.unpackbits(packed)[: int(count)]
     return torch.from_numpy(bits.astype(bool))
+
 
 # %% ../../nbs/foundations/16_runs.ipynb #34de3da6
 @dataclass(frozen=True)
@@ -209,6 +223,7 @@ class RunStore:
         self._compare_origin(path, run.get("made_from"))
         return run
 
+
 # %% ../../nbs/foundations/16_runs.ipynb #41540476
 @patch
 def _compare_config(self: RunStore, path: Path, then: dict[str, Any], now: dict[str, Any]):
@@ -245,6 +260,7 @@ def _compare_origin(self: RunStore, path: Path, then: dict[str, str] | None):
             stacklevel=2,
         )
 
+
 # %% ../../nbs/foundations/16_runs.ipynb #ac3f0402
 class Stopwatch:
     "Seconds of this stretch of a run and of those before it that were cut off."
@@ -279,6 +295,7 @@ class Stopwatch:
         "Remove the file: the run is stored."
         self.path.unlink(missing_ok=True)
 
+
 # %% ../../nbs/foundations/16_runs.ipynb #ac3f0405
 @patch
 def _noted(self: Stopwatch) -> dict[str, Any]:
@@ -306,6 +323,7 @@ def _note_regularly(self: Stopwatch):
             self._note()
         except OSError:
             continue
+
 
 # %% ../../nbs/foundations/16_runs.ipynb #e75ec83d
 @patch

@@ -20,7 +20,8 @@ from .objective import PassRecord
 from .pieces import as_local
 
 # %% auto #0
-__all__ = ['same_pass', 'weights_fingerprint', 'warn_caller', 'ModelWatch']
+__all__ = ["same_pass", "weights_fingerprint", "warn_caller", "ModelWatch"]
+
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #d48b504a
 def same_pass(
@@ -41,6 +42,7 @@ def same_pass(
     same_loss = (a.losses - b.losses).abs() <= fraction * size + 1e-300
     return bool((same_logits & (same_loss | a.losses.isnan())).all())
 
+
 # %% ../../nbs/foundations/09b_same_function.ipynb #bac3b962
 def weights_fingerprint(
     model: nn.Module,
@@ -49,6 +51,7 @@ def weights_fingerprint(
     tensors = [as_local(t) for t in (*model.parameters(), *model.buffers())]
     numbers = torch.stack([checksum(t).cpu() for t in tensors]).tolist()
     return [(t.data_ptr(), number) for t, number in zip(tensors, numbers)]
+
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #7e40b2e4
 def warn_caller(
@@ -66,6 +69,7 @@ def warn_caller(
 def _is_ours(module: str) -> bool:
     "Of this package, or of what its decorators call functions through."
     return module.partition(".")[0] in (__name__.partition(".")[0], "contextlib")
+
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #51b4490a
 class ModelWatch:
@@ -97,6 +101,7 @@ class ModelWatch:
         "From now on each pass should see this."
         self.record = record
         self.weights = weights_fingerprint(self.model)
+
 
 # %% ../../nbs/foundations/09b_same_function.ipynb #b6b6d668
 @patch

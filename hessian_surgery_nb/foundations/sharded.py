@@ -52,7 +52,8 @@ from .watched import WatchedObjective
 from .weights import flatten, inner, vector_norm
 
 # %% auto #0
-__all__ = ['StepwisePass', 'ShardedObjective']
+__all__ = ["StepwisePass", "ShardedObjective"]
+
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #0328ab22
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ def _num_rows(batch: Batch) -> int:
 def _cut(batch: Batch, rows: slice) -> Batch:
     X, y = split_batch(batch)
     return rows_of(batch, rows) if y.ndim else (X, y)
+
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #21ff39b3
 class ShardedObjective(WatchedObjective):
@@ -197,6 +199,7 @@ class ShardedObjective(WatchedObjective):
     def _layers(self):
         return contextlib.nullcontext()
 
+
 # %% ../../nbs/foundations/09h_sharded.ipynb #bfd0c9d4
 def _units(model: nn.Module, selected: Sequence[str], team: Team) -> list[Unit]:
     "Parameters of one block, one type, and all selected or none, travel together."
@@ -234,6 +237,7 @@ def _check_request(model: nn.Module, request: PlanRequest, options: dict):
             "FullyShardedDataParallel, which makes one flat weight of many; use fully_shard."
         )
 
+
 # %% ../../nbs/foundations/09h_sharded.ipynb #5f66c83b
 def _small_loss(objective: ShardedObjective) -> Callable[[list[torch.Tensor]], torch.Tensor]:
     "The loss of two images as a function of the pieces."
@@ -264,6 +268,7 @@ def _second_derivative(
             outputs, leaves, directions, allow_unused=True, materialize_grads=True
         )
     return flatten(parts), foreign
+
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #c658988f
 def _why_not_exact(objective: ShardedObjective) -> str | None:
@@ -298,6 +303,7 @@ def _why_not_exact(objective: ShardedObjective) -> str | None:
     if min(errors) < 0.05:
         return None
     return f"second derivatives of {', '.join(foreign)} do not agree with differences"
+
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #f3e3124f
 def _plan_of_pieces(objective: ShardedObjective, request: PlanRequest) -> Plan:
@@ -348,6 +354,7 @@ def agree(
         "an exact product needs the same graph in every process. The gradient of "
         f"{name} is constant in some and not in others; use mode='difference'."
     )
+
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #6ae74c2b
 @patch

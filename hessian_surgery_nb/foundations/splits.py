@@ -20,8 +20,21 @@ from .datasets import Samples
 from .testbed import COLOURS, new_axes
 
 # %% auto #0
-__all__ = ['input_digests', 'check_disjoint', 'Splits', 'shuffled_rows', 'random_rows', 'long_tail_counts', 'long_tail_splits',
-           'plot_counts', 'normalised', 'image_splits', 'sharpness', 'held_back_splits']
+__all__ = [
+    "input_digests",
+    "check_disjoint",
+    "Splits",
+    "shuffled_rows",
+    "random_rows",
+    "long_tail_counts",
+    "long_tail_splits",
+    "plot_counts",
+    "normalised",
+    "image_splits",
+    "sharpness",
+    "held_back_splits",
+]
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #9372aa88
 def input_digests(
@@ -62,6 +75,7 @@ def _row_bytes(
     rows = dense.contiguous().reshape(len(dense), dense[0].numel())
     return (row.tobytes() for row in rows.view(torch.uint8).numpy())
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #34ec0e26
 def check_disjoint(
     **sets: Iterable | None,  # name -> data; None is skipped
@@ -96,6 +110,7 @@ def _first_rows(data: Iterable) -> dict[bytes, int]:
         rows.setdefault(digest, row)
     return rows
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #a0188278
 @dataclass(frozen=True, kw_only=True)
 class Splits:
@@ -120,6 +135,7 @@ class Splits:
             f"sensitivity {len(self.sensitivity)}, held_out {len(self.held_out)})"
         )
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #48cf54ff
 def shuffled_rows(
     labels: torch.Tensor,  # (N,)
@@ -139,6 +155,7 @@ def random_rows(
     "Some rows, whatever their class."
     return torch.randperm(len(samples), generator=generator)[:count]
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #e81c0c2c
 def long_tail_counts(
     classes: int,  # C
@@ -150,6 +167,7 @@ def long_tail_counts(
         raise InputError(f"head and ratio must be at least 1. Got {head} and {ratio}.")
     steps = max(classes - 1, 1)
     return [max(1, round(head * ratio ** (-rank / steps))) for rank in range(classes)]
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #dc59dfb6
 def long_tail_splits(
@@ -187,6 +205,7 @@ def long_tail_splits(
         seed=seed,
     )
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #65415dec
 def _check_class_sizes(samples: Samples, least: int):
     short = [name for name, n in zip(samples.classes, samples.counts.tolist()) if n < least]
@@ -195,6 +214,7 @@ def _check_class_sizes(samples: Samples, least: int):
             f"every class needs at least {least} images. "
             f"Classes {', '.join(short[:5])} have fewer; lower measure."
         )
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #82410f4f
 def plot_counts(
@@ -211,6 +231,7 @@ def plot_counts(
     )
     ax.bar(samples.classes, samples.counts.tolist(), color=COLOURS["sky"])
     return ax
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #482a74e7
 def normalised(
@@ -239,6 +260,7 @@ def _colour_statistics(
     variance = share @ levels**2 - mean**2
     return mean, variance.sqrt().clamp(min=1e-6)
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #8c1cec7e
 def _without(samples: Samples, others: Samples) -> Samples:
     "Images that are not among the others, each once."
@@ -249,6 +271,7 @@ def _without(samples: Samples, others: Samples) -> Samples:
             seen.add(digest)
             rows.append(row)
     return samples[torch.tensor(rows, dtype=torch.int64)]
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #d75285e0
 def image_splits(
@@ -286,6 +309,7 @@ def image_splits(
         seed=seed,
     )
 
+
 # %% ../../nbs/foundations/11a_splits.ipynb #8f5daa49
 def sharpness(
     samples: Samples,  # uint8
@@ -308,6 +332,7 @@ def _check_same_kind(train: Samples, test: Samples):
             "(report, or --held-back N M).",
             stacklevel=3,
         )
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #b6ea8ca9
 def held_back_splits(
@@ -348,6 +373,7 @@ def held_back_splits(
     if report == 0:
         return Splits(**parts, held_out=test)
     return Splits(**parts, held_out=normalised(train[to_report], learned), other=test)
+
 
 # %% ../../nbs/foundations/11a_splits.ipynb #352fd5f6
 def _held_back_rows(

@@ -19,7 +19,8 @@ from .checks import InputError
 from .images import cache_dir
 
 # %% auto #0
-__all__ = ['MEMORY', 'Stored', 'DiskRows', 'spool_dir', 'store_rows', 'memory_of', 'some_rows']
+__all__ = ["MEMORY", "Stored", "DiskRows", "spool_dir", "store_rows", "memory_of", "some_rows"]
+
 
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #13d182b0
 class DiskRows:
@@ -79,6 +80,7 @@ class DiskRows:
     def __repr__(self) -> str:
         return f"DiskRows{tuple(self.shape)}"
 
+
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #2b6273f6
 MEMORY = 2**30  # bytes of inputs that a command keeps in memory
 
@@ -113,6 +115,7 @@ def spool_dir() -> Path:
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
 
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #b5635d05
 Stored = Inputs  # tensors or DiskRows, alone or in dicts: one row of each for every input
@@ -154,6 +157,7 @@ def _row_bytes(tensors: list[torch.Tensor]) -> int:
 def _sizes(piece: Inputs) -> str:
     "The shapes of one row, in words."
     return " and ".join(str(tuple(tensor.shape[1:])) for tensor in tensors_in(piece))
+
 
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #2051e72c
 def _fits(needed: int, memory: int) -> bool:

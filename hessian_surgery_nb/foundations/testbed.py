@@ -15,8 +15,21 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% auto #0
-__all__ = ['COLOURS', 'Axes', 'relative_error', 'rounding', 'seeded', 'planted_matrix', 'spiked_spectrum', 'new_axes',
-           'softmax_hessian', 'tiny_mlp', 'tiny_data', 'dense_hessian']
+__all__ = [
+    "COLOURS",
+    "Axes",
+    "relative_error",
+    "rounding",
+    "seeded",
+    "planted_matrix",
+    "spiked_spectrum",
+    "new_axes",
+    "softmax_hessian",
+    "tiny_mlp",
+    "tiny_data",
+    "dense_hessian",
+]
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #24ea88d0
 def _as_float64(value: torch.Tensor | np.ndarray | Sequence | float) -> torch.Tensor:
@@ -43,6 +56,7 @@ def relative_error(
         return error / size
     return error
 
+
 # %% ../../nbs/foundations/02_testbed.ipynb #30005dd0
 def rounding(
     dtype: torch.dtype,  # a floating-point type
@@ -50,6 +64,7 @@ def rounding(
 ) -> float:  # a tolerance for a relative error
     "A tolerance that follows the type: so many units of its rounding."
     return operations * torch.finfo(dtype).eps
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #37d35795
 @contextlib.contextmanager
@@ -60,6 +75,7 @@ def seeded(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #57217288
 def planted_matrix(
@@ -78,6 +94,7 @@ def planted_matrix(
     A = (A + A.T) / 2  # symmetric to the last bit
     return A.to(dtype), V.to(dtype)
 
+
 # %% ../../nbs/foundations/02_testbed.ipynb #86f9f7bf
 def spiked_spectrum(
     n: int,  # matrix size
@@ -92,6 +109,7 @@ def spiked_spectrum(
     bulk_values = (normal.abs() * bulk / 3).clamp(max=bulk)
     spike_values = torch.tensor(spikes, dtype=torch.float64)
     return torch.cat([spike_values, bulk_values]).sort(descending=True).values
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #0a60cef8
 COLOURS = dict(
@@ -127,6 +145,7 @@ def new_axes(
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
     return ax
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #46a3460f
 def softmax_hessian(
@@ -167,11 +186,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:  # (N, C) each
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
 
+
 # %% ../../nbs/foundations/02_testbed.ipynb #a43a3376
 def _weights_before_biases(num_classes: int, num_features: int) -> np.ndarray:  # (C d + C,)
     "Where the entries of (W | b), row by row, stand when all of W comes before b."
     places = np.arange(num_classes * (num_features + 1)).reshape(num_classes, num_features + 1)
     return np.concatenate([places[:, :num_features].ravel(), places[:, num_features]])
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #567cc857
 def tiny_mlp(
@@ -189,6 +210,7 @@ def tiny_mlp(
     model = nn.Sequential(*layers[:-1])
     return model.to(dtype).eval()
 
+
 # %% ../../nbs/foundations/02_testbed.ipynb #f83e7d79
 def tiny_data(
     num: int = 40,  # images
@@ -204,6 +226,7 @@ def tiny_data(
     centres = 2 * torch.randn(classes, size, generator=generator, dtype=dtype)
     noise = torch.randn(num, size, generator=generator, dtype=dtype)
     return centres[y] + noise, y
+
 
 # %% ../../nbs/foundations/02_testbed.ipynb #14c3b897
 def dense_hessian(

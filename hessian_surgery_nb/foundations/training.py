@@ -35,7 +35,8 @@ from hessian_surgery_nb.foundations.weight_files import (
 from .weights import flatten, inner, unflatten
 
 # %% auto #0
-__all__ = ['TrainLog', 'shifted', 'train', 'FocalLoss', 'effective_number_loss']
+__all__ = ["TrainLog", "shifted", "train", "FocalLoss", "effective_number_loss"]
+
 
 # %% ../../nbs/foundations/15_training.ipynb #486fe2bf
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainLog:
             f"TrainLog({len(self.loss)} epochs, loss {self.loss[0]:.3f} -> {self.loss[-1]:.3f}, "
             f"training accuracy {self.accuracy[-1]:.1%})"
         )
+
 
 # %% ../../nbs/foundations/15_training.ipynb #a51c7cb6
 _CHOICES = dict(
@@ -88,6 +90,7 @@ class _Settings:
             if chosen not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}. Got {chosen!r}.")
 
+
 # %% ../../nbs/foundations/15_training.ipynb #ca3035bc
 def _make_optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
     params = [p for p in model.parameters() if p.requires_grad]
@@ -111,6 +114,7 @@ def _make_scheduler(
         return schedulers.CosineAnnealingLR(optimizer, steps)
     return schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
+
 # %% ../../nbs/foundations/15_training.ipynb #c65fed22
 def shifted(
     images: torch.Tensor,  # (N, C, H, W)
@@ -132,6 +136,7 @@ def shifted(
     padded = nn.functional.pad(images, (pixels,) * 4).permute(0, 2, 3, 1)
     which = torch.arange(num_images, device=images.device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
 
 # %% ../../nbs/foundations/15_training.ipynb #8549edf0
 @dataclass(kw_only=True)
@@ -164,6 +169,7 @@ def _save_run(run: _Run, file: Path, request: dict):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, tensors, facts)
 
+
 # %% ../../nbs/foundations/15_training.ipynb #f2d55242
 def _plain_numbers(state: dict) -> dict:
     "What of a scheduler's state changes, and JSON can hold."
@@ -174,6 +180,7 @@ def _plain_numbers(state: dict) -> dict:
 
 def _without(group: dict, name: str) -> dict:
     return {k: v for k, v in group.items() if k != name}
+
 
 # %% ../../nbs/foundations/15_training.ipynb #78115433
 def _load_run(run: _Run, file: Path, request: dict):
@@ -209,6 +216,7 @@ def _made_from(
         made_from["removed_from"] = removed_from
     return made_from
 
+
 # %% ../../nbs/foundations/15_training.ipynb #96b4bcf6
 def _step(
     run: _Run,
@@ -228,6 +236,7 @@ def _step(
     run.scheduler.step()
     correct = (logits.argmax(1) == labels).sum()
     return loss.detach(), correct, shortened
+
 
 # %% ../../nbs/foundations/15_training.ipynb #632f6d12
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +287,7 @@ def _clip_gradients(
     norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
     return norm.item() > largest
 
+
 # %% ../../nbs/foundations/15_training.ipynb #3b25abdd
 def _near(
     data: tuple[torch.Tensor, torch.Tensor],  # images and labels
@@ -290,6 +300,7 @@ def _near(
     if images.device != device and images.nbytes > free_memory(device) / 4:
         return data
     return images.to(device), labels.to(device)
+
 
 # %% ../../nbs/foundations/15_training.ipynb #68daf945
 def _train_epoch(
@@ -336,6 +347,7 @@ def _train_epoch(
 
 def _steps_an_epoch(labels: torch.Tensor, settings: _Settings) -> int:
     return max(1, len(labels) // settings.batch_size)
+
 
 # %% ../../nbs/foundations/15_training.ipynb #5ff7ebc7
 @plainly()
@@ -412,6 +424,7 @@ def train(
     model.eval().zero_grad()
     return TrainLog(*zip(*run.log))
 
+
 # %% ../../nbs/foundations/15_training.ipynb #4da0e7bf
 def _new_run(model: nn.Module, settings: _Settings, steps: int) -> _Run:
     optimizer = _make_optimizer(model, settings)
@@ -457,6 +470,7 @@ def _check_loss(loss: float, epoch: int, lr: float):
             f"training must stay finite. Got a loss of {loss} in epoch {epoch + 1}; "
             f"lower lr, now {lr}."
         )
+
 
 # %% ../../nbs/foundations/15_training.ipynb #9d08ea76
 class FocalLoss(nn.Module):

@@ -19,8 +19,19 @@ from .same_function import warn_caller
 from .weights import flatten, unflatten
 
 # %% auto #0
-__all__ = ['Value', 'Product', 'difference', 'Trial', 'gradient_error', 'product_error', 'NetworkTrials', 'Candidate',
-           'best_mode', 'check_chosen_mode']
+__all__ = [
+    "Value",
+    "Product",
+    "difference",
+    "Trial",
+    "gradient_error",
+    "product_error",
+    "NetworkTrials",
+    "Candidate",
+    "best_mode",
+    "check_chosen_mode",
+]
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #46896765
 def difference(
@@ -46,10 +57,12 @@ def _relative_distance(a: torch.Tensor, b: torch.Tensor, negligible: float) -> f
         return 0.0
     return ((a - b).norm() / norm).item()
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #181b9215
 Value = Callable[[Sequence[torch.Tensor]], torch.Tensor]  # tensors -> scalar
 # of a value, where it is taken, and a direction: H v, like the direction
 Product = Callable[[Value, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #f77b85f5
 class Trial:
@@ -97,6 +110,7 @@ class Trial:
         )
         return flatten(gradient)
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #6b1b9e63
 def gradient_error(
     trial: Trial,
@@ -124,6 +138,7 @@ def product_error(
         expected = difference(trial.gradient_at, trial.theta, trial.v, step)
         errors.append(_relative_distance(found, expected, trial.negligible))
     return min(errors)
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #29405f35
 def _network_trial(objective: Objective, X: Inputs, dtype: torch.dtype) -> Trial:
@@ -163,6 +178,7 @@ def _loss_trial(objective: Objective, logits, y, dtype: torch.dtype) -> Trial:
 
     return Trial(value, [logits.detach().to(dtype)])
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #f60af59a
 def _in_double(make: Callable[[torch.dtype], Trial], own: torch.dtype) -> Trial:
     "In double precision; in the network's own type where the code takes no doubles."
@@ -170,6 +186,7 @@ def _in_double(make: Callable[[torch.dtype], Trial], own: torch.dtype) -> Trial:
         return make(torch.float64)
     except (InputError, NotImplementedError, RuntimeError):
         return make(own)
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #86c661fe
 class NetworkTrials:
@@ -208,6 +225,7 @@ class NetworkTrials:
         logits = self.objective.logits(leaves, self.X)
         return call_loss(self.objective.loss_fn, logits, self.y)
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #cd3babe8
 def _wrong_gradient(trials: Sequence[Trial]) -> float | None:  # relative error
     "The error of a gradient that is no derivative; None where all are."
@@ -216,6 +234,7 @@ def _wrong_gradient(trials: Sequence[Trial]) -> float | None:  # relative error
         if error > 10 * trial.tolerance:
             return error
     return None
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #c3e806ab
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +269,7 @@ def best_mode(
     _check_differences(objective, tried.X, reason)
     return "difference"
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #68db6d1b
 def _check_gradients(tried: NetworkTrials):
     error = _wrong_gradient(tried.trials)
@@ -259,6 +279,7 @@ def _check_gradients(tried: NetworkTrials):
             f"is {error:.0%} away from differences of the values; replace the layer, or leave its "
             "parameters out with params=."
         )
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #6f0719a2
 def _why_not(candidate: Candidate, tried: NetworkTrials) -> str | None:  # None: it will do
@@ -288,6 +309,7 @@ def _disagrees(candidate: Candidate, trials: Sequence[Trial]) -> bool:
     errors = [product_error(trial, candidate.product) / trial.tolerance for trial in trials]
     return not max(errors, default=0.0) < 1.0
 
+
 # %% ../../nbs/foundations/09c_trials.ipynb #1da10e02
 def _check_differences(objective: Objective, X: Inputs, reason: str):
     "Differences of gradients are the last resort, if two steps agree."
@@ -305,6 +327,7 @@ def _check_differences(objective: Objective, X: Inputs, reason: str):
         f"{reason}. Products are central differences of gradients instead, good to about "
         f"{error:.1g} (relative)."
     )
+
 
 # %% ../../nbs/foundations/09c_trials.ipynb #53e593aa
 def check_chosen_mode(

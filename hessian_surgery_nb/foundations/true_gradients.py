@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from .layers import are_plain, per_channel
 
 # %% auto #0
-__all__ = ['TrueGradients']
+__all__ = ["TrueGradients"]
+
 
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #1e5ea7d6
 def _true_embedding(
@@ -45,6 +46,7 @@ def _table_rows(input, weight, max_norm, norm_type):
     factors = torch.where(norms > max_norm, max_norm / (norms + 1e-7), torch.ones_like(norms))
     return rows + (rows.detach() * factors - rows.detach())
 
+
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #fd2d5208
 def _true_embedding_bag(
     input,
@@ -73,6 +75,7 @@ def _true_embedding_bag(
         rows = _padded(rows[: len(bag)], bag, bags)
         counted = _padded(counted[: len(bag)], bag, bags)
     return _pool(rows, counted, mode)
+
 
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #0072650e
 def _bag_of_each(words, offsets, include_last_offset):
@@ -111,6 +114,7 @@ def _pool(rows, counted, mode: str):
         return total
     return total / counted.sum(1, keepdim=True).clamp(min=1)
 
+
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #c8771e27
 def _true_instance_norm(
     input,
@@ -133,6 +137,7 @@ def _true_instance_norm(
     if bias is not None:
         out = out + per_channel(bias, out)
     return out
+
 
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #7bad7dae
 def _true_squares(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
@@ -157,6 +162,7 @@ def _true_weight_norm(v, g, dim=0):
     if dim != -1:
         axes.remove(dim % v.ndim)
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+
 
 # %% ../../nbs/foundations/08a_true_gradients.ipynb #3adff3d5
 _TRUE: dict[Callable, Callable] = {

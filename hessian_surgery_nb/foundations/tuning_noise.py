@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 # %% auto #0
-__all__ = ['followed_share', 'hidden_noise']
+__all__ = ["followed_share", "hidden_noise"]
+
 
 # %% ../../nbs/foundations/17b_tuning_noise.ipynb #8911b157
 def followed_share(
@@ -55,6 +56,7 @@ def _left_out_share(
     seen = right.gather(0, fold[None])[0].double()
     images = torch.bincount(units, minlength=num_units).clamp(min=1)
     return _sums_by_unit(seen, units, num_units) / images
+
 
 # %% ../../nbs/foundations/17b_tuning_noise.ipynb #9096e1a4
 def hidden_noise(

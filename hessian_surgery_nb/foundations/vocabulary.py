@@ -14,8 +14,18 @@ from torch import nn
 from .guards import checksum
 
 # %% auto #0
-__all__ = ['CHUNK', 'EntropyRule', 'LinearHead', 'chunk_rows', 'RowsSeen', 'chunked_loss', 'HeadParts', 'chunked_curvature',
-           'chunked_gradient']
+__all__ = [
+    "CHUNK",
+    "EntropyRule",
+    "LinearHead",
+    "chunk_rows",
+    "RowsSeen",
+    "chunked_loss",
+    "HeadParts",
+    "chunked_curvature",
+    "chunked_gradient",
+]
+
 
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #58c23614
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,7 @@ class _RowFactors:
     def curvature(self) -> torch.Tensor:  # (r,) k
         return self.hard + self.soft * self.weight.sum()
 
+
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #a4af2b45
 CHUNK = 2**23  # logits at a time; 34 MB in single precision (choice)
 
@@ -110,6 +121,7 @@ def chunk_rows(
     "How many rows are a chunk."
     return max(1, CHUNK // classes)
 
+
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #ed93c2fe
 @dataclass(frozen=True, kw_only=True)
 class RowsSeen:
@@ -144,6 +156,7 @@ def _softmax_in_place(
     if factors.soft.any():
         losses = losses + factors.soft * (lse * factors.weight.sum() - smooth)
     return losses.double().sum(), number, norm
+
 
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #7aeb53c3
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +207,7 @@ def chunked_loss(
     for _ in chunks:
         pass
     return RowsSeen.of(chunks.seen)
+
 
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #249770b9
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +268,7 @@ def chunked_curvature(
         q.addcmul_(p, q.sum(1, keepdim=True), value=-1)
         parts.pull_back(chunk.rows, q, chunk.factors.curvature, features[chunk.rows], head)
     return parts, RowsSeen.of(chunks.seen)
+
 
 # %% ../../nbs/foundations/08c_vocabulary.ipynb #02b77733
 @torch.no_grad()

@@ -33,7 +33,8 @@ from .trials import Candidate, difference
 from .weights import check_mode, flatten, unflatten
 
 # %% auto #0
-__all__ = ['WatchedObjective', 'Observation']
+__all__ = ["WatchedObjective", "Observation"]
+
 
 # %% ../../nbs/foundations/09e_watched.ipynb #3d926eea
 class WatchedObjective(Objective):
@@ -91,6 +92,7 @@ class WatchedObjective(Objective):
         full.watch = full._new_watch(self.watch.changing)
         return full
 
+
 # %% ../../nbs/foundations/09e_watched.ipynb #c74c8c65
 @patch
 def sum_batches(
@@ -125,6 +127,7 @@ def _check_denominator(self: WatchedObjective, weight: float):
             f"{before:g} to {weight:g}; fix the sampling."
         )
 
+
 # %% ../../nbs/foundations/09e_watched.ipynb #a5ced3f6
 @patch
 def mean(
@@ -133,6 +136,7 @@ def mean(
 ) -> torch.Tensor:  # (n,)
     "Sums over batches as one vector, over all processes, divided as the loss is."
     return self.team.all_reduce(flatten(sums)).div_(self.denominator)
+
 
 # %% ../../nbs/foundations/09e_watched.ipynb #28944529
 _LEAN_MODES = "compiled", "cached", "recomputed"
@@ -172,6 +176,7 @@ def ensure_reference(self: WatchedObjective):
     if self.watch.record is None:
         self.observe()
 
+
 # %% ../../nbs/foundations/09e_watched.ipynb #ac540801
 @dataclass(frozen=True)
 class Observation:
@@ -210,6 +215,7 @@ def hold(self: WatchedObjective) -> Iterator[None]:
         yield
     finally:
         self.num_holds -= 1
+
 
 # %% ../../nbs/foundations/09e_watched.ipynb #bab40b48
 @patch

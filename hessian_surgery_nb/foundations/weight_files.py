@@ -19,8 +19,21 @@ from torch import nn
 from .checks import InputError, first_line
 
 # %% auto #0
-__all__ = ['write_atomic', 'state_tensors', 'set_tensors', 'state_facts', 'weights_bytes', 'check_storable', 'write_tensors',
-           'read_tensors', 'named_part', 'facts_in', 'load_weights', 'half_types']
+__all__ = [
+    "write_atomic",
+    "state_tensors",
+    "set_tensors",
+    "state_facts",
+    "weights_bytes",
+    "check_storable",
+    "write_tensors",
+    "read_tensors",
+    "named_part",
+    "facts_in",
+    "load_weights",
+    "half_types",
+]
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #60e52f4c
 def write_atomic(
@@ -45,6 +58,7 @@ def write_atomic(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     return path
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #b6a34df1
 def state_tensors(
@@ -87,6 +101,7 @@ def _survives_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
 
+
 # %% ../../nbs/foundations/13_weight_files.ipynb #de8d31ea
 def _packed(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     "Tensors as safetensors, or the reason why they are none."
@@ -127,6 +142,7 @@ def weights_bytes(
     # one key: safetensors does not keep the order of several
     return _packed(state, {"hessian_surgery_nb": json.dumps(facts, sort_keys=True)})
 
+
 # %% ../../nbs/foundations/13_weight_files.ipynb #9472e2d5
 def check_storable(
     model: nn.Module,
@@ -141,6 +157,7 @@ def check_storable(
         if tensor.layout is torch.strided and not tensor.is_quantized:
             tensor = tensor.reshape(-1)[:0]  # its type is enough
         _packed({"one": tensor}, {})
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #e1961e83
 def write_tensors(
@@ -178,6 +195,7 @@ def read_tensors(
         )
     return tensors, facts
 
+
 # %% ../../nbs/foundations/13_weight_files.ipynb #07b8fe83
 def _differences(
     then: dict[str, Any],
@@ -208,6 +226,7 @@ def named_part(
     "Those whose names begin with `name.`, without it."
     prefix = f"{name}."
     return {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #54ab3aba
 _State = dict[str, Any]  # name -> a tensor, or what a layer added to its network's state
@@ -245,6 +264,7 @@ def facts_in(
     except (SafetensorError, OSError):
         return {}
     return json.loads(metadata.get("hessian_surgery_nb", "{}"))
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #18015c47
 _STATE_DICT_NAMES = (
@@ -286,6 +306,7 @@ def _state_dict_in(path: Path | str, found: object) -> _State:
             )
     return dict(found)
 
+
 # %% ../../nbs/foundations/13_weight_files.ipynb #21851627
 # of wrappers, of a network that scales its images, of what trains a network of this name
 _PREFIXES = "module.", "_orig_mod.", "body.", "model.", "net.", "network."
@@ -308,6 +329,7 @@ def _stand_in_body(state: _State) -> bool:
 
 def _as_body(state: _State) -> _State:
     return {f"body.{name}": value for name, value in state.items()}
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #12a1fddd
 def _shape(value: object) -> tuple[int, ...] | str:
@@ -338,6 +360,7 @@ def _differs_in_outputs(layer: nn.Linear, own: torch.Tensor, stored: object) -> 
     if not torch.is_tensor(stored) or stored.ndim == 0:
         return False
     return stored.shape[1:] == own.shape[1:] and own.shape[0] == layer.out_features
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #73dc5655
 def _why_not_ordinary(stored: object) -> str | None:
@@ -380,6 +403,7 @@ def _as_own(path: Path | str, name: str, own: torch.Tensor, stored: object) -> t
         )
     return stored.to(own.dtype)
 
+
 # %% ../../nbs/foundations/13_weight_files.ipynb #65a9b4ed
 def load_weights(
     model: nn.Module,  # changed
@@ -409,6 +433,7 @@ def load_weights(
     _refuse_differences(path, shapes)
     model.load_state_dict(stored | tensors)
     return model
+
 
 # %% ../../nbs/foundations/13_weight_files.ipynb #4e6a8e52
 def half_types(

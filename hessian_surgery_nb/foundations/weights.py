@@ -18,8 +18,20 @@ from .distributed import Team, current_team
 from .pieces import as_local
 
 # %% auto #0
-__all__ = ['select_params', 'check_model', 'flatten', 'unflatten', 'num_coordinates', 'moved_state', 'write_weights', 'move',
-           'vector_norm', 'inner', 'check_mode']
+__all__ = [
+    "select_params",
+    "check_model",
+    "flatten",
+    "unflatten",
+    "num_coordinates",
+    "moved_state",
+    "write_weights",
+    "move",
+    "vector_norm",
+    "inner",
+    "check_mode",
+]
+
 
 # %% ../../nbs/foundations/07_weights.ipynb #58dff2c0
 def select_params(
@@ -54,6 +66,7 @@ def _ids_of_matches(model: nn.Module, patterns: list[str]) -> set[int]:
         wanted |= matches
     return wanted
 
+
 # %% ../../nbs/foundations/07_weights.ipynb #bf42d09e
 def check_model(
     model: object,
@@ -75,6 +88,7 @@ def check_model(
         raise InputError("a model must have parameters. Got none; pass a trained network.")
     for name, parameter in model.named_parameters():
         _check_parameter(name, parameter)
+
 
 # %% ../../nbs/foundations/07_weights.ipynb #1bb72b6c
 def _check_module(name: str, module: nn.Module):
@@ -103,6 +117,7 @@ def _check_parameter(name: str, parameter: nn.Parameter):
             f"weights must be open to gradients. {name} was made under torch.inference_mode(); "
             "build and load the network outside of it."
         )
+
 
 # %% ../../nbs/foundations/07_weights.ipynb #11d3de9d
 def _check_params(chosen: dict[str, nn.Parameter]):
@@ -138,6 +153,7 @@ def _check_params(chosen: dict[str, nn.Parameter]):
                 "NaN or infinite entries; load another checkpoint."
             )
 
+
 # %% ../../nbs/foundations/07_weights.ipynb #b91cc42b
 def flatten(
     tensors: Iterable[torch.Tensor],
@@ -154,6 +170,7 @@ def unflatten(
     shapes = [tensor.shape for tensor in like]
     pieces = v.split([shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+
 
 # %% ../../nbs/foundations/07_weights.ipynb #b656d145
 def num_coordinates(
@@ -198,6 +215,7 @@ def move(
     "Add a step to a network's weights."
     write_weights(model, moved_state(params, step, team))
 
+
 # %% ../../nbs/foundations/07_weights.ipynb #a63c1ef3
 _PIECE = 4096  # entries that are added in their own precision
 
@@ -237,6 +255,7 @@ def inner(
     size = _PIECE if a.device.type == "cpu" else len(a)
     pieces = zip(a.split(size), b.split(size))
     return sum(torch.tensordot(x, y, ([0], [0])).double() for x, y in pieces)
+
 
 # %% ../../nbs/foundations/07_weights.ipynb #56a70d34
 def check_mode(
