@@ -33,12 +33,18 @@ from .foundations.class_limits import class_limits
 from .foundations.distributed import check_one_process
 from .foundations.guards import plainly
 from .foundations.hugging_face import adapter_files
+from .foundations.many_heads import predict_many
 from .foundations.networks import copy_model
 from .foundations.same_function import warn_caller
 from .foundations.splits import check_disjoint
 from .foundations.weight_files import weights_bytes, write_atomic
 from .goals import Goal, Scoring
-from .network_methods import Given, chosen_methods, network_methods, network_of
+from hessian_surgery_nb.network_methods import (
+    Given,
+    chosen_methods,
+    network_methods,
+    network_of,
+)
 from .settings import SurgeryConfig
 from .verdict import HeldOutVerdict, held_out_verdict
 
@@ -176,20 +182,44 @@ class _Run:
         self.names = before.names
         self.held_labels = None
 
-    def outcome(self, name: str, fit: Fit, price: float | None) -> Outcome:
-        "What a fit truly does."
-        network = network_of(self.model, fit, self.sensitivity_data, self.forward)
-        forward = None if isinstance(network, Adjusted) else self.forward
-        logits, labels = predict(network, self.sensitivity_data, forward=forward)
-        tuned = class_report_of(logits, labels, self.names, "sensitivity")
-        held_out, correct = None, None
+    def outcomes(self, wanted: Sequence[tuple[str, Fit, float | None]]) -> list[Outcome]:
+        "What fits truly do: (name of the method, its fit, price) of each."
+        networks = [
+            network_of(self.model, fit, self.sensitivity_data, self.forward) for _, fit, _ in wanted
+        ]
+        tuned, _ = self._logits(networks, self.sensitivity_data)
+        reported = [None] * len(wanted)
         if self.held_out is not None:
-            logits, labels = predict(network, self.held_out, forward=forward)
-            held_out = class_report_of(logits, labels, self.names)
-            correct = (logits.argmax(1) == labels).cpu()
+            reported, labels = self._logits(networks, self.held_out)
             self.held_labels = labels.cpu()
+        return [self._outcome(*one, *both) for one, *both in zip(wanted, tuned, reported)]
+
+    def _logits(
+        self, networks: Sequence[nn.Module], data: Data
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        shape = tuple(self.logits.shape)
+        return predict_many(self.model, networks, data, shape=shape, forward=self.forward)
+
+    def _outcome(
+        self,
+        name: str,
+        fit: Fit,
+        price: float | None,
+        tuned: torch.Tensor,  # (N, C) logits
+        reported: torch.Tensor | None,  # (M, C) held-out
+    ) -> Outcome:
+        held_out, correct = None, None
+        if reported is not None:
+            labels = self.held_labels.to(reported.device)
+            held_out = class_report_of(reported, labels, self.names)
+            correct = (reported.argmax(1) == labels).cpu()
         return Outcome(
-            name=name, fit=fit, price=price, sensitivity=tuned, held_out=held_out, correct=correct
+            name=name,
+            fit=fit,
+            price=price,
+            sensitivity=class_report_of(tuned, self.labels, self.names, "sensitivity"),
+            held_out=held_out,
+            correct=correct,
         )
 
 
@@ -309,10 +339,10 @@ def _decide(
     if shown is not None:
         priced = [(price, _at_price(shown, price).fit(rows)) for price in sorted(set(prices))]
     # all is decided; now the held-out images are looked at
-    outcomes = tuple(
-        run.outcome(method.name, fit, goal.max_global_drop) for method, fit in zip(methods, fits)
-    )
-    front = tuple(run.outcome(shown.name, fit, price) for price, fit in priced)
+    wanted = [(method.name, fit, goal.max_global_drop) for method, fit in zip(methods, fits)]
+    wanted += [(shown.name, fit, price) for price, fit in priced]
+    found = run.outcomes(wanted)
+    outcomes, front = tuple(found[: len(fits)]), tuple(found[len(fits) :])
     grouped = scoring.groups is not None
     if run.held_labels is not None and goal.max_global_drop is not None:
         _warn_of_other_mix(scoring.labels, run.held_labels, run.names)
