@@ -168,7 +168,7 @@ def plan(self: HessianOperator) -> Plan:
     return self.objective.plan()
 
 
-# %% ../nbs/00_hvp.ipynb #f05332e0
+# %% ../nbs/00_hvp.ipynb #2d683765
 @patch
 def _mode(self: HessianOperator) -> Mode:
     "What the plan says."
@@ -197,7 +197,7 @@ def __matmul__(
     return Hv.detach()
 
 
-# %% ../nbs/00_hvp.ipynb #488d765d
+# %% ../nbs/00_hvp.ipynb #60f2e880
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
     length = op.objective.num_local
@@ -215,7 +215,7 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
     return torch.stack([op @ column for column in v.T], 1)
 
 
-# %% ../nbs/00_hvp.ipynb #aed7f51a
+# %% ../nbs/00_hvp.ipynb #ec580f04
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
