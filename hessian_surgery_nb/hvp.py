@@ -168,7 +168,7 @@ def plan(self: HessianOperator) -> Plan:
     return self.objective.plan()
 
 
-# %% ../nbs/00_hvp.ipynb #2d683765
+# %% ../nbs/00_hvp.ipynb #0e980da0
 @patch
 def _mode(self: HessianOperator) -> Mode:
     "What the plan says."
@@ -197,7 +197,7 @@ def __matmul__(
     return Hv.detach()
 
 
-# %% ../nbs/00_hvp.ipynb #60f2e880
+# %% ../nbs/00_hvp.ipynb #5aec46d0
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
     length = op.objective.num_local
@@ -215,19 +215,11 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
     return torch.stack([op @ column for column in v.T], 1)
 
 
-# %% ../nbs/00_hvp.ipynb #ec580f04
+# %% ../nbs/00_hvp.ipynb #8c5dbe9d
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
     return self.objective.gradient()
-
-
-@patch
-def __repr__(self: HessianOperator):
-    return (
-        f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, "
-        f"{self.device}, {self.num_matvecs} products)"
-    )
 
 
 # %% ../nbs/00_hvp.ipynb #260c47d4
@@ -273,6 +265,15 @@ def product_error(self: HessianOperator) -> float:
 def changing(self: HessianOperator) -> bool:
     "Did two passes disagree, though the weights had not moved? Then nothing is certified."
     return self.objective.watch.changing
+
+
+# %% ../nbs/00_hvp.ipynb #72ae1939
+@patch
+def __repr__(self: HessianOperator):
+    return (
+        f"HessianOperator({self.kind}, {self.shape[0]:,} parameters, {self.dtype}, "
+        f"{self.device}, {self.num_matvecs} products)"
+    )
 
 
 # %% ../nbs/00_hvp.ipynb #6b3e85ad
