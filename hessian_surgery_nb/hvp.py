@@ -168,7 +168,7 @@ def plan(self: HessianOperator) -> Plan:
     return self.objective.plan()
 
 
-# %% ../nbs/00_hvp.ipynb #0e980da0
+# %% ../nbs/00_hvp.ipynb #b382a037
 @patch
 def _mode(self: HessianOperator) -> Mode:
     "What the plan says."
@@ -197,7 +197,7 @@ def __matmul__(
     return Hv.detach()
 
 
-# %% ../nbs/00_hvp.ipynb #5aec46d0
+# %% ../nbs/00_hvp.ipynb #12bcb4e5
 def _checked_vector(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:
     v = torch.as_tensor(v)
     length = op.objective.num_local
@@ -215,7 +215,7 @@ def _by_columns(op: HessianOperator, v: torch.Tensor) -> torch.Tensor:  # (n, k)
     return torch.stack([op @ column for column in v.T], 1)
 
 
-# %% ../nbs/00_hvp.ipynb #8c5dbe9d
+# %% ../nbs/00_hvp.ipynb #891c37ef
 @patch
 def gradient(self: HessianOperator) -> tuple[float, torch.Tensor]:  # loss, gradient (n,)
     "The loss of all data and its gradient."
@@ -267,7 +267,7 @@ def changing(self: HessianOperator) -> bool:
     return self.objective.watch.changing
 
 
-# %% ../nbs/00_hvp.ipynb #72ae1939
+# %% ../nbs/00_hvp.ipynb #7f8a700b
 @patch
 def __repr__(self: HessianOperator):
     return (
