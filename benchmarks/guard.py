@@ -19,8 +19,7 @@ from problem import about, arguments, images, peak_gb, seconds, table, write
 from torch import nn
 from tqdm import trange
 
-from hessian_surgery_nb import hvp
-from hessian_surgery_nb.foundations import forward, objective
+from hessian_surgery_nb.foundations import forward, modes, objective
 from hessian_surgery_nb.foundations import accuracy
 from hessian_surgery_nb.foundations.watched import WatchedObjective
 from hessian_surgery_nb.foundations.networks import resnet20
@@ -41,7 +40,7 @@ def unguarded():
         replace(WatchedObjective, "observe", lambda self: None)
         replace(WatchedObjective, "unchanged", lambda self, since: True)
         replace(WatchedObjective, "_compare", lambda self, record, moved=False: None)
-        replace(hvp, "_fingerprint", lambda objective, probes: ["present"])
+        replace(modes, "fingerprint_of", lambda objective, probes: ["present"])
         replace(forward, "undisturbed", lambda model: nothing)
         replace(accuracy, "_check_repeats", lambda *args: None)
         yield
@@ -94,7 +93,7 @@ def watched(clock: Clock):
             (WatchedObjective, "observe"),
             (WatchedObjective, "unchanged"),
             (WatchedObjective, "_compare"),
-            (hvp, "_fingerprint"),
+            (modes, "fingerprint_of"),
             (objective, "record_row"),
             (forward, "_equal"),
             (accuracy, "_check_repeats"),

@@ -207,7 +207,7 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 class UnchangedDuring:
     """Around many products: what they are computed from is looked at before and after.
 
-    `fixed` says whether it was the same.
+    `unchanged` says whether it was the same.
     """
 
     def __init__(
