@@ -107,14 +107,15 @@ def deciding_figures(
 
 
 # %% ../../nbs/evidence/09f_verdict_page.ipynb #4cdac705
+# heading -> alignment and share of the width
 _COLUMNS = {
-    "claim": "left",
-    "the paper": "right",
-    "ours, 95 % interval": "right",
-    "verdict": "left",
+    "claim": ("left", "36%"),
+    "the paper": ("right", "18%"),
+    "ours, 95 % interval": ("right", "34%"),
+    "verdict": ("left", "12%"),
 }
 _STRONG = ("supported", "not supported")
-_LONG = 42  # characters; a line of figures up to this length is not wrapped
+_LONG = 36  # characters; a line of figures up to this length is not wrapped
 
 
 def _cell(text: str, side: str) -> str:
@@ -146,7 +147,7 @@ def _row(claim: Claim, found: Verdict, figures: str) -> str:
         "<br>".join(map(_unwrapped, lines)),
         kind,
     )
-    cells = (_cell(text, side) for text, side in zip(texts, _COLUMNS.values()))
+    cells = (_cell(text, side) for text, (side, _) in zip(texts, _COLUMNS.values()))
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -162,7 +163,10 @@ def claims_table(
         found = verdicts[claim.key]
         figures = found.figures if whole else deciding_figures(found)
         rows.append(_row(claim, found, figures))
-    heads = "".join(f'<th style="text-align:{side}">{name}</th>' for name, side in _COLUMNS.items())
+    heads = "".join(
+        f'<th style="text-align:{side};width:{share}">{name}</th>'
+        for name, (side, share) in _COLUMNS.items()
+    )
     opening = '<table class="dataframe" data-quarto-disable-processing="true">'
     return f"{opening}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
