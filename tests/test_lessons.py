@@ -21,6 +21,7 @@ LESSONS = (
     "04_sensitivity",
     "05_surgery",
     "06_deflation",
+    "07_isic",
     "08_effective_rank",
 )
 PARTS = (
