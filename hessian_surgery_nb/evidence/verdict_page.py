@@ -168,7 +168,8 @@ def claims_table(
         for name, (side, share) in _COLUMNS.items()
     )
     opening = '<table class="dataframe" data-quarto-disable-processing="true">'
-    return f"{opening}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"{opening}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div style="overflow-x:auto">{table}</div>'  # a phone scrolls it, not the page
 
 
 # %% ../../nbs/evidence/09f_verdict_page.ipynb #f496c461
