@@ -1,11 +1,15 @@
 """A chapter that was rewritten as a lesson has the parts of one, and fits on a page.
 
 Chapters stand in LESSONS once they are written so; what is below "Hardening" is not the lesson.
+Chapter 9 judges and teaches no method: it begins with the verdict and has parts of its own.
 """
 
 import ast
+import base64
+import html
 import json
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ LESSONS = (
     "04_sensitivity",
     "05_surgery",
     "06_deflation",
+    "07_isic",
     "08_effective_rank",
 )
 PARTS = (
@@ -31,6 +36,9 @@ PARTS = (
     "Try it",
     "Read on",
 )
+VERDICT = "09_paper"
+PARTS_OF_VERDICT = ("The verdict", "In short", "Try it", "Read on")
+HIGHEST_PAGE = 15_000  # pixels
 LONGEST_CELL = 25  # lines of code
 WIDEST_OUTPUT = 100  # characters
 
@@ -62,7 +70,7 @@ def part_of(words):
     return words.partition(":")[0].strip()
 
 
-def missing_parts(found):
+def missing_parts(found, parts=PARTS):
     "What a lesson lacks, or has in another order."
     start = "\n".join(source for kind, source, _ in found[:4] if kind == "markdown")
     lacking = [
@@ -71,9 +79,9 @@ def missing_parts(found):
         if opening not in start
     ]
     names = [part_of(words) for _, words in headings(found)]
-    lacking += [part for part in PARTS if part not in names]
-    in_order = [name for name in names if name in PARTS]
-    if not lacking and in_order != list(PARTS):
+    lacking += [part for part in parts if part not in names]
+    in_order = [name for name in names if name in parts]
+    if not lacking and in_order != list(parts):
         lacking.append(f"another order: {in_order}")
     if "Hardening" in names and names.index("Hardening") != len(names) - 1:
         lacking.append("Hardening at the end")
@@ -156,6 +164,65 @@ def cited(found):
     )
 
 
+# --- how high a page is, roughly: 90 characters of text or code fill a line of 26 pixels
+
+LINE = 26
+FOLDED = re.compile(r"<details>\s*<summary>(.*?)</summary>.*?</details>", re.S)
+
+
+def without_folds(words):
+    "What a page shows before anything is unfolded."
+    return FOLDED.sub(r"<p>\1</p>", words)
+
+
+def text_height(words):
+    "Of paragraphs or of code, with a half line between."
+    lines = [html.unescape(re.sub(r"<[^>]+>", "", line)) for line in words.splitlines()]
+    return sum(LINE * -(-len(line) // 90) if line.strip() else LINE / 2 for line in lines)
+
+
+def table_height(words):
+    "Of all rows: the highest cell of each, where columns share the width."
+    height = 0
+    for row in re.findall(r"<tr.*?</tr>", words, re.S):
+        cells = re.findall(r"<t[dh].*?</t[dh]>", row, re.S)
+        width = 90 / max(len(cells), 1)
+        highest = 1
+        for cell in cells:
+            broken = re.split(r"<br>", cell)
+            plain = [html.unescape(re.sub(r"<[^>]+>", "", line)).strip() for line in broken]
+            highest = max(highest, sum(max(1, -(-len(line) // width)) for line in plain))
+        height += 16 + 22 * highest
+    return height
+
+
+def output_height(output):
+    "Of a picture, a table, or text."
+    data = output.get("data", {})
+    if "image/png" in data:
+        return struct.unpack(">I", base64.b64decode(text(data["image/png"]))[20:24])[0] + 60
+    if "text/html" in data:
+        words = without_folds(text(data["text/html"]))
+        return table_height(words) + text_height(re.sub(r"<table.*</table>", "", words, flags=re.S))
+    shown = data.get("text/markdown", output.get("text", data.get("text/plain", "")))
+    return text_height(without_folds(text(shown)))
+
+
+def page_height(found):
+    "Of a notebook's page, in pixels; hidden cells and exported ones take no room."
+    height = 0
+    for kind, source, outputs in found:
+        if re.search(r"^#\|\s*(hide|default_exp|export\s*$)", source, re.M):
+            continue
+        is_shown = kind == "markdown" or not re.search(
+            r"^#\|\s*(echo: false|code-fold)", source, re.M
+        )
+        height += LINE + (text_height(without_folds(source)) if is_shown else 0)
+        height += 40 * len(re.findall(r"^##+ ", source, re.M)) if kind == "markdown" else 0
+        height += sum(map(output_height, outputs))
+    return round(height)
+
+
 # --- the checker sees what is broken
 
 
@@ -196,6 +263,44 @@ def test_checker_sees_long_cells_wide_outputs_and_bare_pictures():
     assert len(bare_pictures([("code", '#| fig-cap: "A"\nplot()', picture)])) == 1
     assert len(bare_pictures([("code", "plot()", picture)])) == 2
     assert folded_answers(a_lesson()) and not folded_answers(a_lesson()[:-3])
+
+
+def test_checker_sees_a_high_page():
+    line = ("markdown", "a" * 90, [])
+    assert page_height([line] * 10) == 10 * 2 * LINE
+    row = "<tr><td>1</td><td>2</td></tr>"
+    table = [{"data": {"text/html": f"<table>{row * 100}</table>"}}]
+    assert page_height([("code", "#| echo: false", table)]) == LINE + 100 * 38
+    assert page_height([("code", "#| hide", table)]) == 0
+    fold = [{"data": {"text/html": f"<details><summary>x</summary>{row * 100}</details>"}}]
+    assert page_height([("code", "#| echo: false", fold)]) < 3 * LINE
+    tall = base64.b64encode(b"0" * 16 + struct.pack(">II", 600, 400)).decode()
+    assert page_height([("code", "#| echo: false", [{"data": {"image/png": tall}}])]) == LINE + 460
+
+
+# --- chapter 9
+
+
+def test_the_last_chapter_begins_with_the_verdict():
+    found = cells(VERDICT)
+    assert missing_parts(found, PARTS_OF_VERDICT) == []
+    assert headings(found)[0][1] == PARTS_OF_VERDICT[0]
+    verdict = section(found, PARTS_OF_VERDICT[0])
+    tables = [o for _, _, outputs in verdict for o in outputs if "text/html" in o.get("data", {})]
+    assert len(tables) >= 3  # how many of each, those of the abstract, all of them
+    assert folded_answers(found)
+
+
+def test_the_page_of_the_last_chapter_is_not_too_high():
+    assert page_height(cells(VERDICT)) < HIGHEST_PAGE
+
+
+def test_the_last_chapter_fits_on_a_page_and_cites():
+    found = cells(VERDICT)
+    assert wide_lines(found) == [] and bare_pictures(found) == []
+    known = (NBS / "references.bib").read_text(encoding="utf-8")
+    links = cited(found)
+    assert links and not [link for link in links if f"{{{link}}}" not in known]
 
 
 # --- the chapters
