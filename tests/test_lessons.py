@@ -17,6 +17,7 @@ import pytest
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 LESSONS = (
     "00_hvp",
+    "01_lanczos",
     "02_slq",
     "03_spike_validation",
     "04_sensitivity",
