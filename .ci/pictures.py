@@ -80,18 +80,18 @@ def draw_picture():
 def draw_card():
     "What others show of a link to the site: 1200 by 630 pixels."
     figure = plt.figure(figsize=(12, 6.3), dpi=100)
-    figure.text(0.06, 0.80, "hessian_surgery_nb", fontsize=46, weight="bold", color=INK)
+    figure.text(0.05, 0.80, "hessian_surgery_nb", fontsize=36, weight="bold", color=INK)
     figure.text(
-        0.06,
-        0.67,
-        "Lift the weak classes of a trained classifier,\nand see what it costs",
-        fontsize=24,
+        0.05,
+        0.70,
+        "Lift the weak classes of a trained\nclassifier, see what it costs,\nand know when not to",
+        fontsize=23,
         color=INK,
         va="top",
         linespacing=1.5,
     )
-    figure.text(0.06, 0.08, "PyTorch · a course to run · Apache-2.0", fontsize=18, color="#5f5f5f")
-    draw_before_after(figure.add_axes((0.62, 0.14, 0.34, 0.74)), size=14)
+    figure.text(0.05, 0.08, "PyTorch · a course to run · Apache-2.0", fontsize=18, color="#5f5f5f")
+    draw_before_after(figure.add_axes((0.66, 0.14, 0.31, 0.74)), size=14)
     store(figure, "card.png")
 
 

@@ -104,7 +104,7 @@ class DeflatedResult:
     sensitivity_before: ClassReport
     sensitivity_after: ClassReport
     phases: list[PhaseRecord] = field(repr=False)
-    labels: torch.Tensor = field(repr=False)  # (N,) of the images of `before` and `after`
+    labels: torch.Tensor = field(repr=False)  # (N,) of the images of before and after
     correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False)  # (N,) bool, before and after
 
     def __repr__(self):

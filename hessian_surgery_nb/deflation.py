@@ -190,7 +190,7 @@ def deflated_eigenpairs(
     phases: Iterable[int],  # how many pairs each phase looks for, such as (15, 15, 15)
     *,
     tol: float = 1e-3,
-    seed: int = 0,  # as for `top_eigenpairs`
+    seed: int = 0,  # as for top_eigenpairs
     basis_dtype: torch.dtype | None = None,  # of directions that are kept; None: the operator's
     path: str | Path | None = None,  # keep them in this file
     progress: bool = False,

@@ -57,7 +57,7 @@ class _Search:
     rounds: int
     tolerance: float  # how far a prediction may be off, rms over classes
     progress: bool
-    began: float  # seconds, by `time.perf_counter`
+    began: float  # seconds, by time.perf_counter
 
     def step_of(self, alpha: torch.Tensor) -> torch.Tensor:  # (K,) -> (n,)
         "A displacement in weight space."

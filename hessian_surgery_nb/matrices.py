@@ -212,7 +212,7 @@ class UnchangedDuring:
 
     def __init__(
         self,
-        op: Any,  # any operator; one that wraps another holds it as `op`
+        op: Any,  # any operator; one that wraps another holds it as op
     ):
         while not isinstance(op, HessianOperator) and hasattr(op, "op"):
             op = op.op

@@ -166,7 +166,7 @@ def front_along(
     *,
     prices: Sequence[float],  # allowed falls of global accuracy, fractions
     rounds: int,  # steps at each price
-    directions: str = "spikes",  # as in `SurgeryConfig`, or one of ALTERNATIVE_DIRECTIONS
+    directions: str = "spikes",  # as in SurgeryConfig, or one of ALTERNATIVE_DIRECTIONS
     head: bool = False,  # move the last layer alone
 ) -> FrontRun:
     "What each price in global accuracy buys."

@@ -236,7 +236,7 @@ def _after_surgery(
     name: str,
     summary: str,
     depends_on: Callable[[Study], dict[str, Any]] = finetune_settings,
-    **settings: Any,  # of `fine_tuning_after_surgery`
+    **settings: Any,  # of fine_tuning_after_surgery
 ) -> Experiment:
     return Experiment(
         name=name,

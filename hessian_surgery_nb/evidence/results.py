@@ -319,7 +319,7 @@ class SurgeryRun(StoredRecord):
     after: ReportRecord  # held-out
     sensitivity_before: ReportRecord
     sensitivity_after: ReportRecord
-    config: Mapping[str, Any]  # fields of `SurgeryConfig`; an older version had fewer
+    config: Mapping[str, Any]  # fields of SurgeryConfig; an older version had fewer
     returned_iteration: int
     history: Sequence[IterationRecord]
     spikes: Sequence[float]  # (K,) eigenvalues of the last search

@@ -76,7 +76,7 @@ Solve = Callable[[Sensitivity | torch.Tensor], torch.Tensor]  # S -> alpha (K,)
 def first_order(
     model: nn.Module,
     pairs: Eigenpairs,
-    data: Any,  # as for `logit_jacobian`
+    data: Any,  # as for logit_jacobian
     eps: float,  # step of the differences
     progress: bool = False,
 ) -> LogitJacobian:

@@ -178,7 +178,7 @@ class StoredRun(StoredRecord):
     config: Mapping[str, Any]  # what was asked for; the run is found again by it
     about: Circumstances
     seconds: float
-    results: StoredRecord  # as in `RESULT_TYPES`
+    results: StoredRecord  # as in RESULT_TYPES
     made_from: Mapping[str, str] | None = None  # fingerprints of images and weights
 
     @classmethod

@@ -133,7 +133,7 @@ class ShardedObjective(WatchedObjective):
         data: Data,  # the same in all processes
         *,
         request: PlanRequest,
-        **options,  # as for `WatchedObjective`
+        **options,  # as for WatchedObjective
     ):
         _check_request(model, request, options)
         reshard(model)

@@ -49,7 +49,7 @@ class WatchedObjective(Objective):
         request: PlanRequest,  # what the caller wants of the plan
         candidates: Sequence[Candidate],  # ways to multiply, the fastest first
         gradient_graph: GradientGraph,  # whose size counts
-        **options,  # params, forward, reduction, precision: as for `Objective`
+        **options,  # params, forward, reduction, precision: as for Objective
     ):
         super().__init__(model, loss_fn, data, **options)
         self.request = request
@@ -198,7 +198,7 @@ def observe(self: WatchedObjective) -> Observation:
 @patch
 def unchanged(
     self: WatchedObjective,
-    since: Observation,  # what `observe` gave
+    since: Observation,  # what observe gave
 ) -> bool:
     "Is this the same function as then? Costs one forward pass."
     now = self.observe()
