@@ -45,7 +45,7 @@ class DeflatedOperator:
 
     @property
     def num_matvecs(self) -> int:
-        "Products with the operator itself so far."
+        "Matvecs with the operator itself so far."
         return self.op.num_matvecs
 
     def __repr__(self):

@@ -373,7 +373,7 @@ def linearised_operate(
 ) -> Front:
     """The smallest spread for each price in global accuracy, along fixed directions.
 
-    Of the settings it reads num_spikes, directions, params, tol, seed and how products are made.
+    Of the settings it reads num_spikes, directions, params, tol, seed and how matvecs are made.
     """
     config = with_reduction(config, reduction)
     check_config(config)

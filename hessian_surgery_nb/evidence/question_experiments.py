@@ -168,7 +168,7 @@ def contrasts(
     *,
     metrics: Sequence[str],  # that S is measured by: "accuracy", "probability"
 ) -> ContrastsRun:
-    "How many classes each of all spikes moves."
+    "How many classes each of all leading eigenvectors moves."
     eps = first_amplitude(study, start.model)
     # in phases, since the last are a hundredth of the first
     phases = phase_sizes(study.num_spikes, study.scale.phase)

@@ -268,7 +268,7 @@ class ScreenedNetwork(StoredRecord):
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #299bdcc3
 @dataclass(frozen=True, kw_only=True)
 class ScreeningFile(StoredRecord):
-    "Whether what is known before tells what surgery brings."
+    "Whether what is known before tells what surgery gains."
 
     command: str  # that makes it again
     about: BenchmarkConditions

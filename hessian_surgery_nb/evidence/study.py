@@ -285,7 +285,7 @@ def classes(self: Study) -> tuple[str, ...]:
 
 @patch(as_prop=True)
 def num_spikes(self: Study) -> int:
-    "As many spikes as the paper finds: C - 1."
+    "As many eigenvectors as the paper finds: C - 1."
     return len(self.classes) - 1
 
 

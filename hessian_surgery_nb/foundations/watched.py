@@ -157,7 +157,7 @@ def _look(self: WatchedObjective) -> PassRecord:
 
 @patch
 def _layers(self: WatchedObjective):
-    "Those that products come from."
+    "Those that HVPs come from."
     if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
         return LeanLayers()
     return contextlib.nullcontext()
@@ -172,7 +172,7 @@ def _compare(self: WatchedObjective, record: PassRecord, moved: bool = False):
 
 @patch
 def ensure_reference(self: WatchedObjective):
-    "Before the first product, so that already it has something to be compared with."
+    "Before the first HVP, so that already it has something to be compared with."
     if self.watch.record is None:
         self.observe()
 
@@ -209,7 +209,7 @@ def unchanged(
 @patch
 @contextlib.contextmanager
 def hold(self: WatchedObjective) -> Iterator[None]:
-    "A block in which nobody asks before each product whether anything has moved."
+    "A block in which nobody asks before each HVP whether anything has moved."
     self.num_holds += 1
     try:
         yield
