@@ -46,6 +46,7 @@ HONEST = (
     r"\btheir product is\b",  # of two eigenvalues
     r"\bgroups of patients\b",
     r"\bhow many spikes\b",
+    r"\bends have both shrunk\b",  # of a spectrum
     r"\bnine spikes( are a number of the theory|\])",
 )
 
