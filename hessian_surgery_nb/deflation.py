@@ -68,6 +68,7 @@ def project(
 
 @patch
 def __matmul__(self: DeflatedOperator, vector: torch.Tensor) -> torch.Tensor:  # (n,) or (n, k)
+    "Project, multiply, project."
     if vector.ndim == 2:
         return torch.stack([self @ column for column in vector.T], 1)
     inside = self.project(vector.to(self.device, self.dtype).clone())
