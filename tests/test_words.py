@@ -34,12 +34,15 @@ CRYPTIC = {
     r"\b(calm\w*|shrunk|agreed)\b": "with shrinkage, cross-fitted, consensus",
     r"\b(buys?|bought)\b": "gains, reduces by",
     r"\b(surgery|loop|method|biases|spikes)( then)? brings?\b": "gains, reduces by",
-    r"\b(takes?|took)\b[^.,;]{0,30}\b(of|off)( the)? (spread|sigma|\$\\sigma\$)": "reduces by",
+    r"\b(takes?|took)\b(?! for)[^.,;]{0,30}\b(of|off)( the)? (spread|sigma|\$\\sigma\$)": "reduces by",
 }
 HONEST = (
     rf"\b({'|'.join(KINDS)})[ -](matrix )?products?\b",
-    r"\bproducts? of (the )?(amplitude|an operator|a matrix|two|factors|vectors)\b",
+    r"\bproducts? of (the )?(amplitude|an operator|a matrix|matrices|two|factors|vectors)\b",
     r"\bproducts? with (a vector|vectors)\b",
+    r"\bproduct rule\b",
+    r"\bsuch a product is called\b",
+    r"\bproduct of equation\b",
     r"\bproduct of two tall matrices\b",
     r"\bsums? of products\b",
     r"\bproduct is 0\.61\b",  # of amplitude and root of an eigenvalue
