@@ -34,7 +34,7 @@ CRYPTIC = {
     r"\b(calm\w*|shrunk|agreed)\b": "with shrinkage, cross-fitted, consensus",
     r"\b(buys?|bought)\b": "gains, reduces by",
     r"\b(surgery|loop|method|biases|spikes)( then)? brings?\b": "gains, reduces by",
-    r"\b(takes?|took)\b(?! for)[^.,;]{0,30}\b(of|off)( the)? (spread|sigma|\$\\sigma\$)": "reduces by",
+    r"\b(takes?|took)\b(?! for)[^.,;]{0,30}\b(of|off)( the)? (spread|\$?\\?sigma)": "reduces by",
 }
 HONEST = (
     rf"\b({'|'.join(KINDS)})[ -](matrix )?products?\b",
