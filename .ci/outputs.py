@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -41,6 +42,40 @@ def with_fewer_colours(outputs):
     return outputs
 
 
+WIDEST = 100  # characters that a page shows of a line
+
+
+def broken_lines(shown):
+    "A text as a narrow terminal shows it: long lines go on below, indented, at spaces."
+    lines = []
+    for line in shown.split("\n"):
+        if len(line) > WIDEST:
+            start = " " * (len(line) - len(line.lstrip()) + 4)
+            line = textwrap.fill(
+                line,
+                WIDEST,
+                subsequent_indent=start,
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+                replace_whitespace=False,
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def narrow(outputs):
+    "Texts that a page shows as they are; where there is a table or a picture it shows that."
+    for output in outputs:
+        data = output.get("data", {})
+        if output["output_type"] == "stream":
+            output["text"] = broken_lines("".join(output["text"])).splitlines(keepends=True)
+        elif "text/plain" in data and not {"text/html", "text/markdown", "image/png"} & set(data):
+            shown = broken_lines("".join(data["text/plain"]))
+            data["text/plain"] = shown.splitlines(keepends=True)
+    return outputs
+
+
 def store(path, cfg):
     """Run one notebook in its own folder, in a fresh shell; stop at its first error, leaving the
     file as it was.
@@ -54,7 +89,7 @@ def store(path, cfg):
         shell.cell(cell)
         if shell.exc:
             sys.exit(shell.prettytb(fname=path))
-        cell.outputs = with_fewer_colours(cell.outputs)
+        cell.outputs = narrow(with_fewer_colours(cell.outputs))
     write_nb(nb, path)
     nbdev_clean(str(path))
 

@@ -1,7 +1,9 @@
-"""README.md is the text of nbs/index.ipynb; only the standard library is needed to make it.
+"""README.md is the text of nbs/index.ipynb, nbs/llms.txt a list of all pages with their claims.
 
-python .ci/readme.py              write README.md
-python .ci/readme.py --check      exit 1 if README.md is stale
+Only the standard library is needed to make them.
+
+python .ci/readme.py              write both
+python .ci/readme.py --check      exit 1 if one of them is stale
 python .ci/readme.py --command 1  print README.md's first command (or its second, with 2)
 """
 
@@ -9,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,8 +111,45 @@ def readme_text(notebook):
     )
 
 
+def title_and_claim(notebook):
+    "What stands in its first cell."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    first = next(cell for cell in cells if cell["cell_type"] == "markdown")
+    title, claim = [line for line in text(first["source"]).split("\n") if line.strip()]
+    return title.removeprefix("# "), claim.removeprefix("> ")
+
+
+def page_of(path):
+    "nbdev drops the number from a page's name: 02a_data.ipynb becomes data.html."
+    folder, _, name = path.rpartition("/")
+    stem = re.sub(r"^\d+[a-z]?_", "", name.removesuffix(".ipynb"))
+    return f"{folder}/{stem}.html" if folder else f"{stem}.html"
+
+
+def llms_text(nbs, site):
+    "The pages of the site in the order and the sections of its sidebar, one a line."
+    name, claim = title_and_claim(nbs / "index.ipynb")
+    lines = [f"# {name}", "", f"> {claim}", "", "## Start here", ""]
+    for line in (nbs / "sidebar.yml").read_text(encoding="utf-8").split("\n"):
+        section = re.match(r"\s*- section: \"?(.+?)\"?$", line)
+        page = re.match(r"\s*- (\S+\.ipynb)$", line)
+        if section:
+            lines += ["", f"## {section[1]}", ""]
+        if page:
+            title, claim = title_and_claim(nbs / page[1])
+            lines.append(f"- [{title}]({site}/{page_of(page[1])}): {claim}")
+    return "\n".join(lines) + "\n"
+
+
+def site_address(root):
+    "Where the site stands, from settings.ini."
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]["doc_host"] + config["DEFAULT"]["doc_baseurl"]
+
+
 def commands(readme):
-    "The two commands of README.md: its only two ```sh blocks, one line each."
+    "The two commands of README.md: its only two ```sh blocks, each one list of commands."
     blocks = [b.strip() for b in re.findall(r"^```sh[ \t]*\n(.*?)^```[ \t]*$", readme, re.M | re.S)]
     if len(blocks) != len(COMMANDS):
         raise SystemExit(
@@ -122,8 +162,9 @@ def commands(readme):
         missing = [p for p in parts if p not in block]
         if missing:
             raise SystemExit(f"command {i} of README.md must contain {missing}, got: {block}")
-        if "\n" in block:
-            raise SystemExit(f"command {i} of README.md must be one line, got:\n{block}")
+        broken = [line for line in block.split("\n")[:-1] if not line.endswith("&&")]
+        if broken:  # what fails must end it, when it is pasted as well
+            raise SystemExit(f"command {i} of README.md must go on with &&, got: {broken[0]}")
     return blocks
 
 
@@ -131,18 +172,23 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--check", action="store_true", help="exit 1 if README.md is stale")
+    p.add_argument("--check", action="store_true", help="exit 1 if one of them is stale")
     p.add_argument("--command", type=int, choices=(1, 2), help="print this command of README.md")
     args = p.parse_args()
     readme = ROOT / "README.md"
     if args.command:
         print(commands(readme.read_text(encoding="utf-8"))[args.command - 1])
         return
-    new = readme_text(ROOT / "nbs" / "index.ipynb")
-    if not args.check:
-        readme.write_text(new, encoding="utf-8")
-    elif not readme.exists() or readme.read_text(encoding="utf-8") != new:
-        sys.exit("README.md is not the text of nbs/index.ipynb: run `python .ci/readme.py`")
+    nbs = ROOT / "nbs"
+    made = {
+        readme: readme_text(nbs / "index.ipynb"),
+        nbs / "llms.txt": llms_text(nbs, site_address(ROOT)),
+    }
+    for path, new in made.items():
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != new:
+            sys.exit(f"{path.name} does not follow from the notebooks: run `python .ci/readme.py`")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ class Advice:
     def __repr__(self) -> str:
         return f"Advice({self.lines[1]})"
 
+    def _repr_markdown_(self) -> str:
+        "A list, as a notebook shows it."
+        return "\n".join(f"- {line.replace('+-', '±')}" for line in self.lines)
+
     def to_dict(self) -> dict[str, Any]:
         "For JSON: fractions as in Python."
         return {name: value for name, value in vars(self).items()} | {"lines": list(self.lines)}

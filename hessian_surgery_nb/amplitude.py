@@ -157,11 +157,11 @@ def paper_amplitude(
 def choose_amplitude(
     model: nn.Module,
     spikes: Eigenpairs,
-    data: Any,  # as for `sensitivity_matrix`
+    data: Any,  # as for sensitivity_matrix
     *,
     limit: float = 0.2,  # how far the accuracy of a class may move along one spike
     start: float | None = None,  # first try; None: 0.6 / sqrt(lambda_1), the paper's scale
-    **how: Any,  # scheme, centre, params, forward, names: as for `sensitivity_matrix`
+    **how: Any,  # scheme, centre, params, forward, names: as for sensitivity_matrix
 ) -> tuple[Sensitivity, int]:  # the matrix at the amplitude found (its `eps`), passes it took
     """A first amplitude inside the linear regime (choice).
 

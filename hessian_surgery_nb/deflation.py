@@ -45,7 +45,7 @@ class DeflatedOperator:
 
     @property
     def num_matvecs(self) -> int:
-        "Products with the operator itself so far."
+        "Matvecs with the operator itself so far."
         return self.op.num_matvecs
 
     def __repr__(self):
@@ -68,6 +68,7 @@ def project(
 
 @patch
 def __matmul__(self: DeflatedOperator, vector: torch.Tensor) -> torch.Tensor:  # (n,) or (n, k)
+    "Project, multiply, project."
     if vector.ndim == 2:
         return torch.stack([self @ column for column in vector.T], 1)
     inside = self.project(vector.to(self.device, self.dtype).clone())
@@ -190,7 +191,7 @@ def deflated_eigenpairs(
     phases: Iterable[int],  # how many pairs each phase looks for, such as (15, 15, 15)
     *,
     tol: float = 1e-3,
-    seed: int = 0,  # as for `top_eigenpairs`
+    seed: int = 0,  # as for top_eigenpairs
     basis_dtype: torch.dtype | None = None,  # of directions that are kept; None: the operator's
     path: str | Path | None = None,  # keep them in this file
     progress: bool = False,

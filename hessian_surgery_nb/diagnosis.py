@@ -164,7 +164,7 @@ def confused_pairs(
     labels: torch.Tensor,  # (N,)
     most: int = 3,  # pairs
 ) -> list[tuple[int, int, int]]:  # two classes, the smaller number first, and errors between them
-    "The pairs with most errors, both ways counted: a look at the errors, not at all pairs."
+    "The pairs with most errors, both ways counted: a list of the errors, not of all pairs."
     answers, labels = answers.cpu().long(), labels.cpu().long()
     wrong = answers != labels
     ends = torch.stack([answers[wrong], labels[wrong]]).sort(0).values

@@ -220,7 +220,7 @@ class Tuned:
         logits: torch.Tensor,  # (N, C) that are changed
         change: Callable[[torch.Tensor], Change],  # rows -> the change of these images
         weights: Callable[[Parts], Mapping] | None = None,  # parts -> tensors by name; None: none
-        truth: Callable | None = None,  # numbers (P,), rows -> (n, C), where `change` only predicts
+        truth: Callable | None = None,  # numbers (P,), rows -> (n, C), where change only predicts
     ):
         self.name = name
         self.rank = rank

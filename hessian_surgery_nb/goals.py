@@ -196,7 +196,7 @@ class Scoring:
     def standing(
         self,
         answers: torch.Tensor,  # (N,)
-        noise: torch.Tensor | None = None,  # (U,) of accuracies, as for `expected`
+        noise: torch.Tensor | None = None,  # (U,) of accuracies, as for expected
     ) -> tuple[float, float]:  # objective; mean accuracy of classes, or groups
         "What answers are ranked by: where the objective is equal, the mean accuracy decides."
         right = (answers == self.labels).double()

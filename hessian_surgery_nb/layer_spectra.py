@@ -86,7 +86,7 @@ class BlockProducts:
         self,
         vectors: Mapping[str, torch.Tensor],  # name -> (n_b,); some of the blocks
     ) -> dict[str, torch.Tensor]:  # name -> H_bb v_b
-        "One product of each of these blocks with its vector."
+        "One HVP of each of these blocks with its vector."
         if not self.shared:
             return {name: self._alone(name, v) for name, v in vectors.items()}
         objective = self.op.objective
@@ -130,7 +130,7 @@ def _graph_and_loss(data_pass, batch, leaves):
 
 @patch
 def keep_graphs(self: BlockProducts):
-    "One pass, for all products to come; nothing may move meanwhile."
+    "One pass, for all HVPs to come; nothing may move meanwhile."
     objective = self.op.objective
     objective.ensure_reference()
     self.passes += 1
@@ -148,7 +148,7 @@ def keep_graphs(self: BlockProducts):
 
 @patch
 def _products(self: BlockProducts, graph, leaves, vectors) -> list[torch.Tensor]:
-    "All products of one batch through one graph."
+    "All HVPs of one batch through one graph."
     parts = []
     for name, v in vectors.items():
         inside = _pick(leaves, self.places[name])

@@ -57,7 +57,7 @@ class _Search:
     rounds: int
     tolerance: float  # how far a prediction may be off, rms over classes
     progress: bool
-    began: float  # seconds, by `time.perf_counter`
+    began: float  # seconds, by time.perf_counter
 
     def step_of(self, alpha: torch.Tensor) -> torch.Tensor:  # (K,) -> (n,)
         "A displacement in weight space."
@@ -373,7 +373,7 @@ def linearised_operate(
 ) -> Front:
     """The smallest spread for each price in global accuracy, along fixed directions.
 
-    Of the settings it reads num_spikes, directions, params, tol, seed and how products are made.
+    Of the settings it reads num_spikes, directions, params, tol, seed and how matvecs are made.
     """
     config = with_reduction(config, reduction)
     check_config(config)

@@ -99,7 +99,7 @@ def _checked_sparse(matrix: Any) -> Any:  # of SciPy, in a type that products ca
 
 # %% ../nbs/00a_matrices.ipynb #c5a24ccc
 class MatrixOperator:
-    """Anything to multiply with, and its products counted.
+    """Anything to multiply with, and its matvecs counted.
 
     A symmetric tensor (dense or sparse), a SciPy matrix or `LinearOperator`, or any object with
     `.shape` and `@`.
@@ -188,7 +188,7 @@ class _WithTeam:
 
     @property
     def num_matvecs(self) -> int:
-        "Products so far."
+        "Matvecs so far."
         return self.op.num_matvecs
 
     def __matmul__(self, v):
@@ -205,14 +205,14 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 
 # %% ../nbs/00a_matrices.ipynb #24e1ecf0
 class UnchangedDuring:
-    """Around many products: what they are computed from is looked at before and after.
+    """Around many matvecs: what they are computed from is looked at before and after.
 
     `unchanged` says whether it was the same.
     """
 
     def __init__(
         self,
-        op: Any,  # any operator; one that wraps another holds it as `op`
+        op: Any,  # any operator; one that wraps another holds it as op
     ):
         while not isinstance(op, HessianOperator) and hasattr(op, "op"):
             op = op.op

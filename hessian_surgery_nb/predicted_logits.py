@@ -83,7 +83,7 @@ class LogitJacobian:
         )
 
     def first(self, k: int) -> LogitJacobian:
-        "The leading spikes alone."
+        "The leading eigenvectors alone."
         curvature = self.curvature
         return replace(
             self,

@@ -138,7 +138,7 @@ def check_config(
 
 # %% ../nbs/04c_settings.ipynb #ded56377
 def direction_name(
-    directions: str | Callable,  # as in `SurgeryConfig`
+    directions: str | Callable,  # as in SurgeryConfig
 ) -> str:
     "What to call directions in a table or a file."
     if isinstance(directions, str):

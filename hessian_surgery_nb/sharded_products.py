@@ -30,7 +30,7 @@ class StepErrors:
         self,
         tolerance: float,  # on the product
     ) -> tuple[float, float] | None:  # None: nowhere
-        "The shortest and the longest step whose product is as good as that."
+        "The shortest and the longest step whose HVP is as good as that."
         steps = self.steps[self.products <= tolerance]
         if not len(steps):
             return None
@@ -64,7 +64,7 @@ def plot_step_errors(
     ranges: dict[str, StepErrors],  # name -> errors
     ax: Axes | None = None,
 ) -> Axes:
-    "Errors of products against the step, a line for each precision."
+    "Errors of HVPs against the step, a line for each precision."
     ax = new_axes(
         ax,
         title="Differences of gradients: too long a step, and too short",

@@ -61,7 +61,7 @@ class StepRecord:
 
 # %% ../nbs/04e_surgery_records.ipynb #b2c71a15
 def as_steps(
-    records: list[dict],  # as `dataclasses.asdict` and JSON leave them
+    records: list[dict],  # as dataclasses.asdict and JSON leave them
 ) -> list[StepRecord]:
     "Steps from JSON."
     steps = []
@@ -86,7 +86,7 @@ class SurgeryResult:
     best: int  # iteration whose weights were kept; 0: none was better than the start
     spikes: Eigenpairs = field(repr=False)  # at the start
     sensitivity: Sensitivity = field(repr=False)  # at the start
-    labels: torch.Tensor = field(repr=False)  # (N,) of the images of `before` and `after`
+    labels: torch.Tensor = field(repr=False)  # (N,) of the images of before and after
     correct: tuple[torch.Tensor, torch.Tensor] = field(repr=False)  # (N,) bool, before and after
 
     def __repr__(self):

@@ -100,7 +100,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    data: Data,  # as for `predict`
+    data: Data,  # as for predict
     *,
     forward: ForwardFunction | None = None,
     names: Sequence[str] | None = None,  # C class names
@@ -229,7 +229,7 @@ def prepare_surgery(
     model: nn.Module,  # in evaluation mode; left as it is
     loss_fn: LossFunction,
     hessian_data: Data,
-    sensitivity_data: Data,  # as for `operate`
+    sensitivity_data: Data,  # as for operate
     *,
     config: SurgeryConfig = SurgeryConfig(),
     names: Sequence[str] | None = None,  # C class names

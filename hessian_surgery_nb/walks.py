@@ -357,7 +357,7 @@ def walk_to_lengths(
     lengths: Sequence[float],  # from the start
     params: str | Iterable[str] | None = None,  # as for HessianOperator
     forward: Callable[[nn.Module, Any], torch.Tensor] | None = None,  # as for HessianOperator
-    seed: int = 0,  # of the direction: that of `walk_to_losses`
+    seed: int = 0,  # of the direction: that of walk_to_losses
 ) -> LossWalk:
     "The same line, measured at given lengths."
     walker = _Walker(model, loss_fn, loss_data, data, params, forward)

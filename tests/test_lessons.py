@@ -73,7 +73,7 @@ def part_of(words):
 
 def missing_parts(found, parts=PARTS):
     "What a lesson lacks, or has in another order."
-    start = "\n".join(source for kind, source, _ in found[:4] if kind == "markdown")
+    start = "\n".join(source for kind, source, _ in found[:5] if kind == "markdown")
     lacking = [
         opening
         for opening in ("\n> ", "**You need**", "**You will be able to**")

@@ -22,7 +22,8 @@ PKG = "hessian_surgery_nb"
 # Within a door reading order is sort order. Chapter 9 shows the evidence, so it stands behind it.
 NBS = ROOT / "nbs"
 FOUNDATIONS = sorted((NBS / "foundations").glob("[!._]*.ipynb"))
-PAGES = [NBS / "index.ipynb", NBS / "notation.ipynb"]  # without a module
+# without a module
+PAGES = [NBS / f"{name}.ipynb" for name in ("index", "should_i_operate", "notation")]
 METHOD = sorted(p for p in NBS.glob("[!._]*.ipynb") if p not in PAGES and p.stem != "09_paper")
 EVIDENCE = sorted((NBS / "evidence").glob("[!._]*.ipynb"))
 APP = sorted((NBS / "app").glob("[!._]*.ipynb"))

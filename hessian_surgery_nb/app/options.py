@@ -147,7 +147,7 @@ _ORDER_HELP = (
 
 # %% ../../nbs/app/02_options.ipynb #cae30606
 def add_curvature_flags(parser: argparse.ArgumentParser) -> None:
-    "Which images and which parameters the Hessian is of, and how its products are computed."
+    "Which images and which parameters the Hessian is of, and how its HVPs are computed."
     add = parser.add_argument_group("curvature").add_argument
     add(
         "--hessian",

@@ -81,7 +81,7 @@ REBALANCE_FILES = ("weights.safetensors", "result.json", "report.html", "splits.
 def methods_table(
     result: Rebalancing,
 ) -> Table:
-    "One row a method: what it brings on images left out, and held-out figures."
+    "One row a method: what it gains on images left out, and held-out figures."
     choice = result.choice
     rows = []
     for place, outcome in enumerate(result.outcomes):

@@ -379,7 +379,7 @@ def change_within(
     name: str,  # experiment
     where: tuple[float, float],  # the claim puts the change between these, in pp
     figure: str = "sigma",  # or global, balanced
-    **kwargs: Any,  # base, pick and pick_base, as for `paired_change`
+    **kwargs: Any,  # base, pick and pick_base, as for paired_change
 ) -> JudgeRuns:
     "The whole paired interval lies where the claim puts it, or outside."
 
@@ -569,7 +569,7 @@ def judge_claims(
 
 def claims_frame(
     claims: Sequence[Claim],
-    verdicts: Mapping[str, Verdict],  # of `judge_claims`
+    verdicts: Mapping[str, Verdict],  # of judge_claims
     with_rules: bool = False,
 ) -> Any:  # DataFrame
     "Every claim of the paper: its figures, ours, and the verdict."

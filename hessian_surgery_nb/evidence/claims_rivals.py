@@ -98,7 +98,7 @@ def with_longest(
 
 def judged_longest(
     claim: Claim,
-    *names: str,  # as for `with_longest`
+    *names: str,  # as for with_longest
 ) -> Claim:
     "The same claim, of the longest fine-tuning that was run."
 

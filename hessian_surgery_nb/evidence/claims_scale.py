@@ -75,7 +75,7 @@ def _not_found_again(run: Any) -> float:
 
 
 def _later_a_spike(run: Any) -> float:
-    "Fall of sigma (pp) per 45 spikes after the third phase, less the fall before it; tuned images."
+    "Fall of sigma (pp) per 45 eigenvectors after the third phase, less that before; tuned images."
     fall_before = -_tuned_change(run, THIRD_PHASE)
     fall_after = -_tuned_change(run, -1) - fall_before
     spikes = run.phases[THIRD_PHASE].spikes

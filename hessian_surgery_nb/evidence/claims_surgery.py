@@ -249,7 +249,7 @@ def _always_falls(run: Any) -> bool:
 
 
 def _first_two(run: Any) -> float:
-    "Share of the whole fall of sigma that the first two kept steps bring."
+    "Share of the whole fall of sigma that the first two kept steps make."
     sigmas = _kept_sigmas(run)
     return (sigmas[0] - sigmas[min(2, len(sigmas) - 1)]) / (sigmas[0] - min(sigmas))
 

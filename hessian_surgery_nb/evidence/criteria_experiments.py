@@ -108,7 +108,7 @@ def _labelled(study: Study, x: torch.Tensor, y: torch.Tensor) -> Samples:
 
 def criteria_sets(
     study: Study,
-    shift: Mapping[str, float],  # as `spoilt` takes it
+    shift: Mapping[str, float],  # as spoilt takes it
     images: int,  # at most, for a spectrum
 ) -> list[CriteriaSet]:  # training images first
     "Training images, others of them, unseen ones, the same spoilt, and of another kind if any."
@@ -185,8 +185,8 @@ def criteria_state(
     study: Study,
     model: nn.Module,  # in evaluation mode
     epochs: float,  # of training so far
-    sets: Sequence[CriteriaSet],  # as `criteria_sets` gives them
-    **effort: int,  # of `spectrum_type`
+    sets: Sequence[CriteriaSet],  # as criteria_sets gives them
+    **effort: int,  # of spectrum_type
 ) -> CriteriaStateRecord:
     "The criteria of one network on every set."
     kinds = [_kind_of(study, model, part.few, **effort) for part in sets]
@@ -215,7 +215,7 @@ def criteria_along_training(
     images: int,  # at most, for a spectrum
     probes: int,  # of a spectrum
     matvecs: int,  # of a probe
-    shift: Mapping[str, float],  # as `spoilt` takes it
+    shift: Mapping[str, float],  # as spoilt takes it
 ) -> CriteriaRun:
     """C_t, r_e and K_H05 on every kind of images, and what is right there, along training.
 

@@ -33,7 +33,7 @@ class Experiment:
     summary: str  # one line for a newcomer
     shown_in: tuple[str, ...] = ()  # "Table 4", "Figure 1", ...
     needs: tuple[str, ...] = ("network",)  # experiments whose weights it starts from
-    suits: tuple[str, ...] = ("few",)  # kinds of datasets, as `Study.kind` has them
-    settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of `run`
+    suits: tuple[str, ...] = ("few",)  # kinds of datasets, as Study.kind has them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of run
     # what of the study its result depends on besides
     depends_on: Callable[[Study], dict[str, Any]] = field(default=no_settings, repr=False)

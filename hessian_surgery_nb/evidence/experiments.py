@@ -138,7 +138,7 @@ def _surgery(
     name: str,
     *shown_in: str,
     start: str = "network",
-    **settings: Any,  # of `scheduled_surgery`
+    **settings: Any,  # of scheduled_surgery
 ) -> Experiment:
     "Surgery from a start, with the iterations of its schedule."
     schedule = settings["schedule"]
@@ -374,7 +374,7 @@ EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 # %% ../../nbs/evidence/03_experiments.ipynb #07518b70
 def experiments_for(
     *wanted: str,  # "Table 4", "Figure 1", ...; none: everything
-    kind: str = "few",  # of dataset, as `Study.kind` has it
+    kind: str = "few",  # of dataset, as Study.kind has it
 ) -> list[str]:  # names of experiments, in an order in which each has what it needs
     "The experiments behind some tables and figures."
     suited = [each for each in EXPERIMENTS.values() if kind in each.suits]
@@ -394,7 +394,7 @@ def experiments_for(
 
 def experiments_named(
     *names: str,  # of experiments
-    kind: str = "few",  # of dataset, as `Study.kind` has it
+    kind: str = "few",  # of dataset, as Study.kind has it
 ) -> list[str]:  # names, in an order in which each has what it needs
     "These experiments, and those that they start from."
     known = [each.name for each in EXPERIMENTS.values() if kind in each.suits]

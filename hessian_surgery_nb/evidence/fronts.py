@@ -65,7 +65,7 @@ def alternative_directions(
     model: nn.Module,
     name: str,  # one of ALTERNATIVE_DIRECTIONS
 ) -> Eigenpairs:
-    """Directions other than the leading spikes, from training images alone.
+    """Directions other than the leading eigenvectors, from training images alone.
 
     Which classes are weak is read off the sensitivity set.
     """
@@ -166,10 +166,10 @@ def front_along(
     *,
     prices: Sequence[float],  # allowed falls of global accuracy, fractions
     rounds: int,  # steps at each price
-    directions: str = "spikes",  # as in `SurgeryConfig`, or one of ALTERNATIVE_DIRECTIONS
+    directions: str = "spikes",  # as in SurgeryConfig, or one of ALTERNATIVE_DIRECTIONS
     head: bool = False,  # move the last layer alone
 ) -> FrontRun:
-    "What each price in global accuracy buys."
+    "What each price in global accuracy gains."
     model = start.model
     splits = study.splits
     known = None
@@ -213,7 +213,7 @@ def front_in_small_steps(
     price: float,  # allowed fall of global accuracy, a fraction
     steps: int,
 ) -> SmallStepsRun:
-    "What a price buys in steps, each along spikes of the weights that the last one left."
+    "What a price gains in steps, each along spikes of the weights that the last one left."
     splits = study.splits
     sensitivity = study.batches(splits.sensitivity)
     model = start.model
@@ -321,7 +321,7 @@ def front_of_biases(
     *,
     prices: Sequence[float],  # allowed falls of global accuracy, fractions
 ) -> BiasesRun:
-    "What each price in global accuracy buys: biases, by the same solver on the same images."
+    "What each price in global accuracy gains: biases, by the same solver on the same images."
     seen = predict_both_sets(study, start.model)
     untouched = bias_record(study, seen, 0.0, torch.zeros(seen.logits.shape[1]))
     return BiasesRun(points=[untouched, *[biases_at(study, seen, price) for price in prices]])

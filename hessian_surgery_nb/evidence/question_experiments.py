@@ -168,7 +168,7 @@ def contrasts(
     *,
     metrics: Sequence[str],  # that S is measured by: "accuracy", "probability"
 ) -> ContrastsRun:
-    "How many classes each of all spikes moves."
+    "How many classes each of all leading eigenvectors moves."
     eps = first_amplitude(study, start.model)
     # in phases, since the last are a hundredth of the first
     phases = phase_sizes(study.num_spikes, study.scale.phase)
@@ -236,7 +236,7 @@ def _after_surgery(
     name: str,
     summary: str,
     depends_on: Callable[[Study], dict[str, Any]] = finetune_settings,
-    **settings: Any,  # of `fine_tuning_after_surgery`
+    **settings: Any,  # of fine_tuning_after_surgery
 ) -> Experiment:
     return Experiment(
         name=name,

@@ -73,7 +73,7 @@ class ColumnsRecord(StoredRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastsRun(StoredRecord):
-    "How many classes each of all spikes moves."
+    "How many classes each of all leading eigenvectors moves."
 
     eps: float  # amplitude that S is measured with
     values: Sequence[float]  # (K,) eigenvalues

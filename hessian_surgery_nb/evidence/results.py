@@ -319,7 +319,7 @@ class SurgeryRun(StoredRecord):
     after: ReportRecord  # held-out
     sensitivity_before: ReportRecord
     sensitivity_after: ReportRecord
-    config: Mapping[str, Any]  # fields of `SurgeryConfig`; an older version had fewer
+    config: Mapping[str, Any]  # fields of SurgeryConfig; an older version had fewer
     returned_iteration: int
     history: Sequence[IterationRecord]
     spikes: Sequence[float]  # (K,) eigenvalues of the last search
@@ -496,7 +496,7 @@ class BatchSimulationRun(StoredRecord):
 # %% ../../nbs/evidence/00b_results.ipynb #9d804dd8
 @dataclass(frozen=True, kw_only=True)
 class NoiseRow(StoredRecord):
-    "Where surgery ends with so many spikes and images, one way of dealing with noise."
+    "Where surgery ends with so many eigenvectors and images, one way of dealing with noise."
 
     sensitivity: SpreadRecord  # measured
     held_out: SpreadRecord  # measured
@@ -512,7 +512,7 @@ class NoiseRow(StoredRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseRun(StoredRecord):
-    "Surgery along more and more spikes, on more and more images."
+    "Surgery along more and more eigenvectors, on more and more images."
 
     eps: float  # amplitude
     values: Sequence[float]  # (K,) eigenvalues
@@ -636,7 +636,7 @@ class PhaseRow(StoredRecord):
 # %% ../../nbs/evidence/00b_results.ipynb #525ed5fe
 @dataclass(frozen=True, kw_only=True)
 class DeflationRun(StoredRecord):
-    "Surgery over all spikes, a phase at a time."
+    "Surgery over all leading eigenvectors, a phase at a time."
 
     before: ReportRecord  # held-out
     after: ReportRecord  # held-out

@@ -76,7 +76,7 @@ Solve = Callable[[Sensitivity | torch.Tensor], torch.Tensor]  # S -> alpha (K,)
 def first_order(
     model: nn.Module,
     pairs: Eigenpairs,
-    data: Any,  # as for `logit_jacobian`
+    data: Any,  # as for logit_jacobian
     eps: float,  # step of the differences
     progress: bool = False,
 ) -> LogitJacobian:
@@ -389,7 +389,7 @@ def noise_settings(
 def _noise_plan(
     study: Study, spikes: Sequence[int], images: Sequence[int], most: int
 ) -> list[tuple[int, int]]:
-    "Numbers of spikes, each with all images; then all spikes with fewer images of a class."
+    "Numbers of eigenvectors, each with all images; then all of them with fewer images a class."
     every = study.num_spikes
     more_spikes = [(min(count, every), most) for count in spikes]
     fewer = [(every, min(count, most)) for count in (*images, most)]
@@ -399,7 +399,7 @@ def _noise_plan(
 # %% ../../nbs/evidence/02d_simulations.ipynb #bfb579b8
 @dataclass(frozen=True, kw_only=True)
 class _NoiseProblem:
-    "All spikes of the start, and how the logits of the sensitivity set answer to them."
+    "Leading eigenvectors of the start, and how logits of the sensitivity set answer to them."
 
     study: Study
     model: nn.Module
@@ -409,7 +409,7 @@ class _NoiseProblem:
     price: float  # that the solver may spend of global accuracy, a fraction
 
     def rows(self, spikes: int, images: int) -> list[NoiseRow]:  # images a class
-        "Every way of dealing with noise, with so many spikes and images."
+        "Every way of dealing with noise, with so many eigenvectors and images."
         few = fewer_images(self.jacobian, images, self.study.seed).first(spikes)
         return [
             NoiseRow(
@@ -425,7 +425,7 @@ class _NoiseProblem:
         ]
 
     def spread_fields(self, alpha: torch.Tensor) -> dict[str, Any]:  # fields of a row
-        "Move the network there, along as many spikes as there are coefficients, and measure it."
+        "Move the network there, along an eigenvector for each coefficient, and measure it."
         vectors = self.pairs.vectors[:, : len(alpha)]
         state = moved_state(select_params(self.model), vectors @ alpha.to(vectors))
         found = summarise(self.study, self.model, state)
@@ -472,7 +472,7 @@ def noise_of_images(
     images: Sequence[int],  # a class
     slack: float,  # that the solver may spend of global accuracy, a fraction
 ) -> NoiseRun:
-    """Simulated surgery with more and more spikes, and more and more images.
+    """Simulated surgery with more and more eigenvectors, and more and more images.
 
     Its noise is dealt with in seven ways; each end is moved to and measured.
     """

@@ -427,7 +427,7 @@ def rank_and_front(
     groups: Mapping[str, Results],  # name -> stored runs
     price: float = 0.005,  # in global accuracy, a fraction
 ):
-    "Effective rank of S, and the held-out fall of sigma (%) that a price buys; a row a network."
+    "Effective rank of S, and the held-out fall of sigma (%) that a price gains; a row a network."
     import pandas as pd
 
     rows = []

@@ -181,7 +181,7 @@ def starting_network(
 def curvature_images(
     study: Study,
     start: str,  # name of a starting point
-    how: str | None = None,  # as for `hessian_images`; None: as the loss of the start weighs images
+    how: str | None = None,  # as for hessian_images; None: as the loss of the start weighs images
 ) -> Samples:
     "The images that show the curvature at a starting point."
     if study.kind != "isic":

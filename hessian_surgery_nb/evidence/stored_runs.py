@@ -178,7 +178,7 @@ class StoredRun(StoredRecord):
     config: Mapping[str, Any]  # what was asked for; the run is found again by it
     about: Circumstances
     seconds: float
-    results: StoredRecord  # as in `RESULT_TYPES`
+    results: StoredRecord  # as in RESULT_TYPES
     made_from: Mapping[str, str] | None = None  # fingerprints of images and weights
 
     @classmethod
@@ -268,7 +268,7 @@ class ScreenedNetwork(StoredRecord):
 # %% ../../nbs/evidence/00e_stored_runs.ipynb #299bdcc3
 @dataclass(frozen=True, kw_only=True)
 class ScreeningFile(StoredRecord):
-    "Whether what is known before tells what surgery brings."
+    "Whether what is known before tells what surgery gains."
 
     command: str  # that makes it again
     about: BenchmarkConditions

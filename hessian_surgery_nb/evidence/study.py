@@ -147,7 +147,7 @@ _NAMES_OF_ISIC = "isic2019", "ISIC_2019", "ISIC2019"  # of its folder
 
 
 def find_dataset(
-    dataset: str,  # a name or a path, as for `read_dataset`
+    dataset: str,  # a name or a path, as for read_dataset
     root: Path | None = None,  # where datasets lie
 ) -> Path:  # may not be there
     "The folder of a dataset; that of the lesions has several names."
@@ -175,8 +175,8 @@ class Study:
 
     store: RunStore
     seed: int
-    dataset: str = "cifar10"  # a name or a path, as for `read_dataset`
-    network: str = "resnet20"  # one of NETWORKS, or a name as for `split_name`
+    dataset: str = "cifar10"  # a name or a path, as for read_dataset
+    network: str = "resnet20"  # one of NETWORKS, or a name as for split_name
     start: str = "annealed"  # one of STARTS
     scale: Scale = Scale()
     tau: float | None = (
@@ -285,7 +285,7 @@ def classes(self: Study) -> tuple[str, ...]:
 
 @patch(as_prop=True)
 def num_spikes(self: Study) -> int:
-    "As many spikes as the paper finds: C - 1."
+    "As many eigenvectors as the paper finds: C - 1."
     return len(self.classes) - 1
 
 

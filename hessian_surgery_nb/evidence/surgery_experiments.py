@@ -48,7 +48,7 @@ def surgery_run(
     *,
     iterations: int,
     eps: float | str | None = None,  # None: as lambda_1 has it; "own": as accuracies answer
-    **settings: Any,  # of `SurgeryConfig`
+    **settings: Any,  # of SurgeryConfig
 ) -> SurgeryRun:
     "Surgery, and all that is kept of it. A run that was cut off goes on from its last iteration."
     splits = study.splits
@@ -115,7 +115,7 @@ def scheduled_surgery(
     start: StartingPoint,
     *,
     schedule: str,  # "gamma" or "adam"
-    **settings: Any,  # as for `surgery_run`
+    **settings: Any,  # as for surgery_run
 ) -> SurgeryRun:
     "Surgery with the iterations of its schedule."
     iterations = surgery_iterations(study, schedule)
@@ -132,7 +132,7 @@ def lesion_surgery(
     study: Study,
     folder: Path,
     start: StartingPoint,
-    **settings: Any,  # as for `surgery_run`
+    **settings: Any,  # as for surgery_run
 ) -> SurgeryRun:
     "Surgery along spikes of the images that suit the start."
     images = curvature_images(study, start.name)

@@ -189,7 +189,7 @@ def focal_fine_tuning(
     start: StartingPoint,
     *,
     gammas: Sequence[float],  # focusing parameters
-    price: float,  # as for `fine_tuning`
+    price: float,  # as for fine_tuning
     long: bool = False,  # as many epochs as the paper's
 ) -> FineTuningRun:
     "With focal loss; focus and length chosen on the sensitivity set."
@@ -203,7 +203,7 @@ def balanced_fine_tuning(
     start: StartingPoint,
     *,
     beta: float,  # of the effective number of images
-    price: float,  # as for `fine_tuning`
+    price: float,  # as for fine_tuning
     long: bool = False,  # as many epochs as the paper's
 ) -> FineTuningRun:
     "With class-balanced weights; length chosen on the sensitivity set."
@@ -289,7 +289,7 @@ def fine_tuning_after_surgery(
     start: StartingPoint,
     *,
     within: str,  # "bulk": training is kept out of the spikes; "anywhere": it is not
-    removed_from: str = "gradients",  # or "updates"; as for `train`
+    removed_from: str = "gradients",  # or "updates"; as for train
     long: bool = False,  # as many epochs as the paper's
     **changed: Any,  # of FINETUNE
 ) -> AfterSurgeryRun:

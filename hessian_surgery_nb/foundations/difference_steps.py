@@ -28,7 +28,7 @@ class StepChoice:
 
     @property
     def relative(self) -> float:
-        "The error over the size of the product."
+        "The error over the size of the HVP."
         if self.error == 0.0:
             return 0.0
         return self.error / self.size if self.size else math.inf
@@ -90,7 +90,7 @@ def check_step(
     choice: StepChoice,
     tolerance: float = 0.1,  # relative; worse is refused
 ):
-    "Refuse differences that are no products."
+    "Refuse differences that are no HVPs."
     if choice.relative <= tolerance:
         return
     raise InputError(

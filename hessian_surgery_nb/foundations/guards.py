@@ -79,7 +79,7 @@ class _SharedBlock:
 
 # %% ../../nbs/foundations/01_guards.ipynb #742a889e
 def _precisions() -> list:
-    "Where PyTorch keeps the precision of products in float32, since 2.9."
+    "Where PyTorch keeps the precision of matrix products in float32, since 2.9."
     convolutions = getattr(torch.backends.cudnn, "conv", None)
     if not hasattr(convolutions, "fp32_precision"):
         return []
@@ -93,7 +93,7 @@ def _set_by_older_names(products: str, convolutions: bool):
 
 @contextlib.contextmanager
 def _float32_is_float32():
-    "Products and convolutions of float32 keep all bits of their inputs."
+    "Matrix products and convolutions of float32 keep all bits of their inputs."
     places = _precisions()
     before = [place.fp32_precision for place in places]
     try:

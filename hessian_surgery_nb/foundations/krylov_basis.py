@@ -351,6 +351,6 @@ def operator_floor(
     scale: float,  # its largest |Ritz value|
     asymmetry: float = 0.0,  # as above
 ) -> float:
-    "The same for an operator, which may state itself what its products are off by."
+    "The same for an operator, which may state itself what its matvecs are off by."
     stated = getattr(op, "product_error", 0.0)  # absolute, of a vector of norm 1
     return max(rounding_floor(op.dtype, op.shape[0], scale, asymmetry), stated)

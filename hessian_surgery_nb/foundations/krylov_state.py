@@ -214,7 +214,7 @@ def multiply_newest(search: Search, state: KrylovState) -> KrylovState:
 
 # %% ../../nbs/foundations/20_krylov_state.ipynb #3941efb9
 def _first_coupled(coupling: torch.Tensor) -> int:  # coupling: (m,)
-    "The first row with which the newest one's product has more than rounding errors in common."
+    "The first row with which the newest one's matvec has more than rounding errors in common."
     if not len(coupling):
         return 0
     notable = coupling.abs() > 0.01 * coupling.abs().max()
@@ -227,7 +227,7 @@ def _total_dropped(state: KrylovState) -> float:
 
 
 def _check_same_matrix(search: Search, state: KrylovState, surprise: float):
-    "Refuse to go on with another matrix: the newest row's products with earlier ones were known."
+    "Refuse to go on with another matrix: inner products with earlier rows were known."
     rounding = torch.finfo(search.basis_dtype).eps ** 0.5 * 0.1 * state.projection.abs().max()
     if surprise <= 0.02 * state.coupling.norm() + rounding + _total_dropped(state):
         return

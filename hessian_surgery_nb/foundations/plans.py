@@ -226,7 +226,7 @@ GradientGraph = Callable[[Callable[[], torch.Tensor], Sequence[torch.Tensor]], A
 def _graph_size(
     objective: Objective, batch: Batch, kind: str, gradient_graph: GradientGraph
 ) -> float:
-    "Bytes that a product keeps for a batch; nan for a network that lets nobody look."
+    "Bytes that an HVP keeps for a batch; nan for a network that lets nobody look."
     X, y = objective.load(batch)
     leaves = objective.leaves()
 

@@ -133,7 +133,7 @@ class ShardedObjective(WatchedObjective):
         data: Data,  # the same in all processes
         *,
         request: PlanRequest,
-        **options,  # as for `WatchedObjective`
+        **options,  # as for WatchedObjective
     ):
         _check_request(model, request, options)
         reshard(model)
@@ -307,7 +307,7 @@ def _why_not_exact(objective: ShardedObjective) -> str | None:
 
 # %% ../../nbs/foundations/09h_sharded.ipynb #f3e3124f
 def _plan_of_pieces(objective: ShardedObjective, request: PlanRequest) -> Plan:
-    "Exact products where layers allow them."
+    "Exact HVPs where layers allow them."
     if next(iter(objective.data), None) is None:
         raise InputError("data must hold at least one batch. Got none.")
     if objective.team.size > 1 or request.micro_batch:
@@ -402,7 +402,7 @@ def _walk(objective: ShardedObjective, v: torch.Tensor) -> StepChoice:
 
 @patch(as_prop=True)
 def product_error(self: ShardedObjective) -> float:
-    "What products are off by, absolute, for a vector of norm 1; 0 where they are exact."
+    "What HVPs are off by, absolute, for a vector of norm 1; 0 where they are exact."
     if self._plan is None or self._plan.mode != "difference" or self.step is None:
         return 0.0
     return self.step.error

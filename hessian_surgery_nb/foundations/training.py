@@ -147,7 +147,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator  # of the order of the images, and of the augmentation
-    log: list[tuple[float, ...]]  # of each epoch, as `_train_epoch` gives it
+    log: list[tuple[float, ...]]  # of each epoch, as _train_epoch gives it
 
 
 def _save_run(run: _Run, file: Path, request: dict):

@@ -130,7 +130,7 @@ def product_error(
     trial: Trial,
     product: Product,
 ) -> float:  # relative
-    "How far a product is from the difference of gradients."
+    "How far an HVP is from the difference of gradients."
     parts = product(trial.value, trial.leaves, unflatten(trial.v, trial.leaves))
     found = flatten(parts).detach()
     errors = []
@@ -305,7 +305,7 @@ def _why_not(candidate: Candidate, tried: NetworkTrials) -> str | None:  # None:
 
 
 def _disagrees(candidate: Candidate, trials: Sequence[Trial]) -> bool:
-    "Is a product far from differences of gradients on any of these?"
+    "Is an HVP far from differences of gradients on any of these?"
     errors = [product_error(trial, candidate.product) / trial.tolerance for trial in trials]
     return not max(errors, default=0.0) < 1.0
 

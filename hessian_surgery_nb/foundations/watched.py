@@ -49,7 +49,7 @@ class WatchedObjective(Objective):
         request: PlanRequest,  # what the caller wants of the plan
         candidates: Sequence[Candidate],  # ways to multiply, the fastest first
         gradient_graph: GradientGraph,  # whose size counts
-        **options,  # params, forward, reduction, precision: as for `Objective`
+        **options,  # params, forward, reduction, precision: as for Objective
     ):
         super().__init__(model, loss_fn, data, **options)
         self.request = request
@@ -157,7 +157,7 @@ def _look(self: WatchedObjective) -> PassRecord:
 
 @patch
 def _layers(self: WatchedObjective):
-    "Those that products come from."
+    "Those that HVPs come from."
     if self.request.kind == "hessian" and self.plan().mode in _LEAN_MODES:
         return LeanLayers()
     return contextlib.nullcontext()
@@ -172,7 +172,7 @@ def _compare(self: WatchedObjective, record: PassRecord, moved: bool = False):
 
 @patch
 def ensure_reference(self: WatchedObjective):
-    "Before the first product, so that already it has something to be compared with."
+    "Before the first HVP, so that already it has something to be compared with."
     if self.watch.record is None:
         self.observe()
 
@@ -198,7 +198,7 @@ def observe(self: WatchedObjective) -> Observation:
 @patch
 def unchanged(
     self: WatchedObjective,
-    since: Observation,  # what `observe` gave
+    since: Observation,  # what observe gave
 ) -> bool:
     "Is this the same function as then? Costs one forward pass."
     now = self.observe()
@@ -209,7 +209,7 @@ def unchanged(
 @patch
 @contextlib.contextmanager
 def hold(self: WatchedObjective) -> Iterator[None]:
-    "A block in which nobody asks before each product whether anything has moved."
+    "A block in which nobody asks before each HVP whether anything has moved."
     self.num_holds += 1
     try:
         yield
