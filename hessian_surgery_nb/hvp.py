@@ -162,7 +162,7 @@ def plan(self: HessianOperator) -> Plan:
     """How Hessian-vector products will be computed; decided once, at the first or here.
 
     "auto" picks among "cached", "recomputed", "forward" and "difference", by network and memory.
-    "compiled" takes minutes at first, and is for thousands of products. With
+    "compiled" takes minutes at first, and is for thousands of HVPs. With
     `kind="gauss_newton"` there is "chunked" as well, for a large vocabulary.
     """
     return self.objective.plan()
@@ -286,7 +286,7 @@ def observe(self: HessianOperator) -> Observation:
 @patch
 def unchanged(
     self: HessianOperator,
-    since: Observation,  # what `observe` gave
+    since: Observation,  # what observe gave
 ) -> bool:
     "Is this the same function as then? Costs one forward pass."
     return self.objective.unchanged(since)

@@ -17,12 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("[!._]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
-BEING_REWRITTEN = ("00_hvp", "01_lanczos", "07_isic", "09_paper")  # to be emptied with issue 26
 WIDEST = 100  # characters of code and of outputs
 DOORS = {"foundations": "F", "evidence": "E", "app": "A"}
 
-settled = [p for p in NOTEBOOKS if p.stem not in BEING_REWRITTEN or p.parent != NBS]
-every_notebook = pytest.mark.parametrize("path", settled, ids=lambda p: p.stem)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def text(source):
@@ -270,8 +268,7 @@ every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 
 @every_module
 def test_no_back_ticks_in_the_comments_of_a_signature(path):
-    if path.stem not in [name.partition("_")[2] for name in BEING_REWRITTEN]:
-        assert back_ticked_comments(path.read_text(encoding="utf-8")) == []
+    assert back_ticked_comments(path.read_text(encoding="utf-8")) == []
 
 
 def is_documented(node):
@@ -296,8 +293,7 @@ def test_checker_sees_missing_docstrings():
 
 @every_module
 def test_every_export_says_what_it_is(path):
-    if path.stem not in [name.partition("_")[2] for name in BEING_REWRITTEN]:
-        assert without_docstring(path.read_text(encoding="utf-8")) == []
+    assert without_docstring(path.read_text(encoding="utf-8")) == []
 
 
 # --- the site's settings
@@ -374,9 +370,8 @@ def colab_script():
 def test_every_chapter_installs_itself_in_colab():
     source = colab_script().SOURCE
     for path in CHAPTERS:
-        if path.stem not in BEING_REWRITTEN:
-            assert [s for _, s, _ in cells(path)].count(source) == 1, "run python .ci/colab.py"
-            assert cells(path)[1][1] == source, path.stem
+        assert [s for _, s, _ in cells(path)].count(source) == 1, "run python .ci/colab.py"
+        assert cells(path)[1][1] == source, path.stem
 
 
 def test_the_cell_stands_behind_the_title_once():

@@ -11,7 +11,6 @@ import pytest
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("[!._]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-BEING_REWRITTEN = ("00_hvp", "01_lanczos", "07_isic", "09_paper")  # to be emptied with issue 26
 
 KINDS = (
     "Hessian-vector matrix-vector Jacobian-vector vector inner outer scalar dot matrix Kronecker "
@@ -145,5 +144,4 @@ def test_checker_reads_text_captions_and_docstrings(tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_pages_speak_plainly(path):
-    if path.stem not in BEING_REWRITTEN:
-        assert cryptic(page_text(path)) == []
+    assert cryptic(page_text(path)) == []

@@ -101,7 +101,7 @@ FIGURES = {
 # %% ../../nbs/evidence/09_shown.ipynb #cb908dbb
 def caption_with_runs(
     caption: str,  # one sentence
-    *runs: str,  # where the numbers come from, each of `Results.caption`
+    *runs: str,  # where the numbers come from, each of Results.caption
 ) -> Any:  # IPython's Markdown
     "A caption, and the runs behind it in one line that a reader may unfold."
     from IPython.display import Markdown

@@ -156,10 +156,10 @@ class Mode:
     "A way to multiply with the Hessian of all data."
 
     def refresh(self, objective: WatchedObjective):
-        "Before each product: bring up to date what is kept."
+        "Before each HVP: bring up to date what is kept."
 
     def multiply(self, objective: WatchedObjective, v: torch.Tensor) -> torch.Tensor:
-        "The product, (n,) -> (n,): one pass over the data, batch by batch."
+        "The HVP, (n,) -> (n,): one pass over the data, batch by batch."
         leaves = objective.leaves()
         direction = unflatten(v, leaves)
 
@@ -171,7 +171,7 @@ class Mode:
     def _batch_product(
         self, data_pass: DataPass, batch: LoadedBatch, leaves: list, v: list
     ) -> tuple[Sequence[torch.Tensor], BatchLoss]:
-        "The product for one batch, undivided, and its loss."
+        "The HVP for one batch, undivided, and its loss."
         raise NotImplementedError
 
 
@@ -286,7 +286,7 @@ class _Cached(Mode):
     def _kept_product(
         self, objective: WatchedObjective, gradient: Sequence[torch.Tensor], leaves: list
     ) -> KeptProduct:
-        "Of one batch: the product as a function of the direction alone."
+        "Of one batch: the HVP as a function of the direction alone."
 
         def multiply(v):
             return backward_through(gradient, leaves, v, True)
