@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .foundations.forward import Forward, ForwardFunction, functional_logits
 from .foundations.guards import plainly
 from .foundations.losses import LossFunction
 from .foundations.networks import copy_model
+from .foundations.stored_rows import RowBatches
 from hessian_surgery_nb.foundations.weights import (
     check_mode,
     flatten,
@@ -165,22 +167,33 @@ def _newton_step(pairs: Eigenpairs, gradient: torch.Tensor) -> torch.Tensor:  # 
 
 # %% ../nbs/03e_settling_methods.ipynb #72d76d38
 class _Rows:
-    "All images of some data, to draw batches from."
+    "All images of some data, to draw batches from; those that can be had by rows stay in place."
 
     def __init__(self, data: Data):
-        batches = split_batches(data)
-        if not batches:
-            raise InputError("settling needs images. Got none.")
-        structures = {len(tensors_in(inputs)) for inputs, _ in batches}
-        if len(structures) > 1 or any(not labels.ndim for _, labels in batches):
-            raise InputError("settling needs batches that are made alike. Got several kinds.")
-        self.labels = torch.cat([labels for _, labels in batches])
-        whole_columns = iter(_columns(batches))
-        self.inputs = map_tensors(lambda _: next(whole_columns), batches[0][0])
+        self.source = data if isinstance(data, RowBatches) and len(data.y) else None
+        if self.source is not None:
+            self.labels = data.y
+        else:
+            self.whole = _joined(split_batches(data))
+            self.labels = self.whole[1]
 
     def batch(self, rows: torch.Tensor) -> Batch:
         "These images."
-        return rows_of((self.inputs, self.labels), rows)
+        if self.source is None:
+            return rows_of(self.whole, rows)
+        return _joined(split_batches(self.source.rows(rows)))
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    "All of them as one."
+    if not batches:
+        raise InputError("settling needs images. Got none.")
+    structures = {len(tensors_in(inputs)) for inputs, _ in batches}
+    if len(structures) > 1 or any(not labels.ndim for _, labels in batches):
+        raise InputError("settling needs batches that are made alike. Got several kinds.")
+    whole_columns = iter(_columns(batches))
+    inputs = map_tensors(lambda _: next(whole_columns), batches[0][0])
+    return inputs, torch.cat([labels for _, labels in batches])
 
 
 def _columns(batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -255,15 +268,16 @@ def _optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> torc
 
 
 @torch.no_grad()
-def _loss_of(network: Forward, loss_fn: LossFunction, images: Batch, batch_size: int) -> float:
+def _loss_of(
+    network: Forward, loss_fn: LossFunction, images: _Rows, rows: torch.Tensor, batch_size: int
+) -> float:
     "Of all logits at once, whatever the loss divides by."
-    inputs, labels = images
     device = next(network.parameters()).device
     parts = []
-    for start in range(0, len(labels), batch_size):
-        piece = rows_of((inputs, labels), slice(start, start + batch_size))
-        parts.append(functional_logits(network, {}, to_device(piece[0], device)))
-    return loss_fn(torch.cat(parts), labels.to(device)).item()
+    for some in rows.split(batch_size):
+        inputs, _ = images.batch(some)
+        parts.append(functional_logits(network, {}, to_device(inputs, device)))
+    return loss_fn(torch.cat(parts), images.labels[rows].to(device)).item()
 
 
 # %% ../nbs/03e_settling_methods.ipynb #3aa9907f
@@ -329,9 +343,9 @@ def settle(
     network = Forward(changed, forward)
     moving = select_params(changed, params)
     optimise = _optimizer(optimizer, moving.values(), lr)
-    stops = images.batch(drawn.held_back)
     before = best = copied_weights(moving)
-    losses = [_loss_of(network, loss_fn, stops, batch_size)]
+    stops = partial(_loss_of, network, loss_fn, images, drawn.held_back, batch_size)
+    losses = [stops()]
     _check_loss(losses[0], 0)
     batches = _endless(drawn.learned, batch_size, generator)
     looks = {math.ceil(look * steps / checks) for look in range(1, checks + 1)}
@@ -341,7 +355,7 @@ def settle(
         batch = images.batch(next(batches))
         _check_loss(_learn(network, moving, loss_fn, batch, optimise), step - 1)
         if step in looks:
-            loss = _loss_of(network, loss_fn, stops, batch_size)
+            loss = stops()
             if loss < min(losses):
                 best = copied_weights(moving)
             losses.append(loss)

@@ -11,13 +11,18 @@ from hypothesis import given, settings
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 from torch import nn
 
+from hessian_surgery_nb.app.own_network import OwnBatches
 from hessian_surgery_nb.fits import Tuned, Tuning, by_class, by_counts, limit_confidence
 from hessian_surgery_nb.foundations.accuracy import predict
 from hessian_surgery_nb.foundations.adjusted import Adjusted
 from hessian_surgery_nb.foundations.checks import InputError
+from hessian_surgery_nb.foundations.networks import resnet20
+from hessian_surgery_nb.foundations.preparation import Preparation
+from hessian_surgery_nb.foundations.stored_rows import DiskRows
 from hessian_surgery_nb.goals import Goal, Scoring
 from hessian_surgery_nb.rebalancer import Rebalancer
 from hessian_surgery_nb.rebalancing import rebalance
+from hessian_surgery_nb.settling_methods import settle
 from hessian_surgery_nb.shifts import ScaleAndShift, Shift, solve_change
 
 OBJECTIVES = ("spread", "worst", "weakest:2", "balanced", "f1", ["a", "c"], "cost")
@@ -331,3 +336,37 @@ def test_another_mix_of_classes_in_the_held_out_images_is_told(shares, warns):
     assert len(told) == warns
     assert all("a is 25% of the images that decide and 85%" in text for text in told)
     assert result.choice.names == ("no change", "biases")
+
+
+class CountedRows(DiskRows):
+    "How many rows are read at a time."
+
+    def read(self, rows, into=None):
+        found = super().read(rows, into)
+        self.most = max(getattr(self, "most", 0), len(found))
+        return found
+
+
+def test_an_anneal_reads_a_batch_at_a_time_and_ends_as_on_images_in_memory(tmp_path):
+    images = torch.randint(
+        0, 256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0)
+    ).byte()
+    images[:, 0] //= 1 + torch.arange(300)[:, None, None] % 3  # what tells classes apart
+    labels = torch.arange(300) % 3
+    file = tmp_path / "rows"
+    file.write_bytes(images.numpy().tobytes())
+    with file.open("rb") as opened:
+        stored = CountedRows(opened, images.shape, torch.uint8)
+        preparation = Preparation(mean=(0.5,) * 3, std=(0.25,) * 3)
+        on_disk = OwnBatches(stored, labels, preparation, size=40)
+        in_memory = list(OwnBatches(images, labels, preparation, size=40))
+        net = resnet20(classes=3, width=4, blocks=1)
+        ends = [
+            settle(net, nn.CrossEntropyLoss(), data, steps=12, batch_size=16, lr=1e-3)
+            for data in (in_memory, on_disk)
+        ]
+    assert ends[0].chosen > 0
+    assert stored.most <= 16
+    assert ends[0].losses == pytest.approx(ends[1].losses, rel=1e-5)
+    for one, other in zip(ends[0].model.parameters(), ends[1].model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

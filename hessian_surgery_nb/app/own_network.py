@@ -32,6 +32,7 @@ from ..foundations.preparation import Preparation
 from hessian_surgery_nb.foundations.stored_rows import (
     DiskRows,
     MEMORY,
+    RowBatches,
     Stored,
     memory_of,
     some_rows,
@@ -76,7 +77,7 @@ class LabelledData:
 
 # %% ../../nbs/app/00_own_network.ipynb #89fbc57e
 @dataclass(frozen=True)
-class OwnBatches:
+class OwnBatches(RowBatches):
     "Labelled inputs, a batch at a time, in the same order every time."
 
     x: Stored = field(repr=False)  # (N, ...); images as bytes, (N, 3, H, W) uint8

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +19,16 @@ from .checks import InputError
 from .images import cache_dir
 
 # %% auto #0
-__all__ = ["MEMORY", "Stored", "DiskRows", "spool_dir", "store_rows", "memory_of", "some_rows"]
+__all__ = [
+    "MEMORY",
+    "Stored",
+    "DiskRows",
+    "spool_dir",
+    "store_rows",
+    "memory_of",
+    "some_rows",
+    "RowBatches",
+]
 
 
 # %% ../../nbs/foundations/10a_stored_rows.ipynb #13d182b0
@@ -185,3 +194,21 @@ def some_rows(rows: Stored, which: slice | torch.Tensor) -> Inputs:
     if isinstance(rows, Mapping):
         return {name: part[which] for name, part in rows.items()}
     return rows[which]
+
+
+# %% ../../nbs/foundations/10a_stored_rows.ipynb #02656280
+class RowBatches:
+    "Batches of which any rows can be had without all the others."
+
+    y: torch.Tensor  # (N,) labels
+
+    def __iter__(self) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        "All batches, in order."
+        raise NotImplementedError
+
+    def rows(
+        self,
+        which: torch.Tensor,  # whole numbers
+    ) -> RowBatches:
+        "Some of them, in that order."
+        raise NotImplementedError
