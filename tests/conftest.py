@@ -23,7 +23,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
 
 
-LONGEST = ("test_resume", "test_reproduce", "test_promises", "test_distributed")  # begin first
+LONGEST = (  # begin first
+    "test_resume",
+    "test_sharded",
+    "test_reproduce",
+    "test_promises",
+    "test_distributed",
+)
 
 
 def pytest_collection_modifyitems(config, items):
