@@ -104,6 +104,7 @@ def caption(
     about = [run.about for run in runs]
     dates = sorted({str(facts.date) for facts in about})
     commits = sorted({str(facts.commit) for facts in about})
+    devices = ", ".join(sorted({str(facts.device) for facts in about}))
     start = runs[0].config.get("start", "")
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     minutes = f"{sum(run.seconds for run in runs) / 60:.0f} minutes"
@@ -112,7 +113,7 @@ def caption(
     plural = "s" if len(seeds) > 1 else ""
     return (
         f"{self.label.replace('_', ', ')} ({start}), "
-        f"seed{plural} {', '.join(map(str, seeds))}, {about[0].device}, "
+        f"seed{plural} {', '.join(map(str, seeds))}, {devices}, "
         f"{span}, commit {', '.join(commits)}, {minutes}."
     )
 

@@ -103,6 +103,7 @@ METHODS_OF_STARTS: tuple[tuple[str, str, Pick], ...] = (
 
 # %% ../../nbs/evidence/07c_starts.ipynb #14dce925
 _FORWARD, _PRODUCT = 1 / 3, 2.0  # of an image, in gradients of one
+_STOPS, _HELD_BACK = 9, 0.2  # of settle: passes over the images that stop it, and their share
 
 
 def method_cost(
@@ -134,6 +135,9 @@ def _cost(run: StoredRun, part: StoredRecord) -> float:
     if isinstance(results, SettlingRun):
         method, tuned = _method_of(results, part)
         settling = _PRODUCT * of_curvature * method.matvecs + method.gradient_images
+        if method.name.startswith("short anneal"):  # on twice as many images as gradients
+            stops = _HELD_BACK * 2 * run.config["gradient_images"]
+            settling += _FORWARD * _STOPS * stops
         return settling + passes * tuned
     return passes * (part.passes if isinstance(part, PostHocRecord) else 1)
 

@@ -334,7 +334,7 @@ def rounding_floor(
     dtype: torch.dtype,  # the operator's
     n: int,  # its size
     scale: float,  # its largest |Ritz value|
-    asymmetry: float = 0.0,  # largest |<a, H b> - <b, H a>| seen, a and b of norm 1
+    asymmetry: float = 0.0,  # largest root mean square of <q_i, H q_j> - <q_j, H q_i> over i
 ) -> float:
     """What matvecs of this type are off by, about.
 

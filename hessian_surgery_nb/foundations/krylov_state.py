@@ -134,7 +134,7 @@ class KrylovState:
     rounding_error: torch.Tensor  # (m,) float64, what rounding to a shorter type took from each row
     ritz: RitzPairs | None = None  # of this basis; None: not computed yet
     recent_merits: tuple[torch.Tensor, ...] = ()  # of the wanted values after the last few matvecs
-    asymmetry: float = 0.0  # largest difference between <q_i, H q_j> and <q_j, H q_i>
+    asymmetry: float = 0.0  # largest root mean square of <q_i, H q_j> - <q_j, H q_i> over i
     chain: Chain  # the search for eigenvalues that the basis does not see
     space_closed: bool = False  # has the basis ever spanned an invariant space
     resumed: bool = False  # just taken up from a directory, nothing multiplied since

@@ -186,7 +186,7 @@ def count_beyond(
     coupling: torch.Tensor,  # (j, m) float64: B
     wanted: Wanted,
 ) -> int:
-    "A bound on how many eigenvalues of the whole lie beyond a level: those of a Schur complement."
+    "An estimate of how many eigenvalues of the whole lie beyond a level, by a Schur complement."
     at_edge = _EDGE_SHARE / (level - edge)
     elsewhere = (1 - _EDGE_SHARE) / (level - min(edge, wanted.mean_value))
     lift = coupling.T @ coupling * (at_edge + elsewhere)

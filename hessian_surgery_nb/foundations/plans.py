@@ -74,7 +74,7 @@ MODES = {
     "cached": "double backward, the gradient's graph stays in memory: fastest",
     "chunked": "Gauss-Newton of cross-entropy, logits made a few rows at a time",
     "recomputed": "double backward, a batch at a time",
-    "forward": "forward over reverse: least memory",
+    "forward": "forward over reverse: builds no graph of a gradient",
     "difference": "central differences of gradients, for layers without a second derivative",
 }
 
