@@ -219,6 +219,7 @@ _ADVICE = dict(
     even="nothing to mend",
     undecided="give more images, or settle a copy (hs.settle) and compare",
 )
+_UNTESTED = dict(counts="how rare classes were in training", rest="whether training had settled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,8 @@ class Diagnosis:
         if holding and self.cases != ("even",):
             parts.append(f"also {', '.join(holding)}")
         if self.unknown:
-            parts.append(f"not known: {', '.join(self.unknown)}")
+            missing = [_UNTESTED[name] for name in self.unknown]
+            parts.append(f"not tested: {', '.join(missing)}")
         return "; ".join(parts)
 
     def _described(self, case: str) -> str:

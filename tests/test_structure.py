@@ -23,7 +23,7 @@ PKG = "hessian_surgery_nb"
 NBS = ROOT / "nbs"
 FOUNDATIONS = sorted((NBS / "foundations").glob("[!._]*.ipynb"))
 # without a module
-PAGES = [NBS / f"{name}.ipynb" for name in ("index", "should_i_operate", "notation")]
+PAGES = [NBS / f"{name}.ipynb" for name in ("index", "should_i_operate", "growth", "notation")]
 METHOD = sorted(p for p in NBS.glob("[!._]*.ipynb") if p not in PAGES and p.stem != "09_paper")
 EVIDENCE = sorted((NBS / "evidence").glob("[!._]*.ipynb"))
 APP = sorted((NBS / "app").glob("[!._]*.ipynb"))

@@ -44,8 +44,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:  # the whole, and each c
     parser = Parser(
         "hessian-surgery",
         formatter_class=Help,
-        description="Rebalance the per-class accuracy of a trained classifier after training, by "
-        "moving its weights along the outlier eigenvectors (spikes) of the loss Hessian.",
+        description="Rebalance the per-class accuracy of a trained classifier after training: "
+        "by simple remedies (rebalance), or along the leading eigenvectors of the loss Hessian "
+        "(operate).",
         epilog="Exit codes: 0 done, 2 bad input (nothing was written), 3 another process of the "
         f"run was lost (what was finished is kept), {HARM} held-out images say not to keep the "
         "new weights and --fail-on-harm was given (all files are written), 130 interrupted (what "

@@ -175,7 +175,10 @@ def _add_front(commands: argparse._SubParsersAction) -> None:
 # %% ../../nbs/app/03a_command_flags.ipynb #5c231543
 def _add_screen(commands: argparse._SubParsersAction) -> None:
     parser = add_own(
-        commands, "screen", run_screen, "whether surgery is worth trying on your network"
+        commands,
+        "screen",
+        run_screen,
+        "why classes are unequal, and whether surgery is worth trying, on your network",
     )
     add_spikes_flag(parser)
     add_eps_flag(parser)
