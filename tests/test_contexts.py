@@ -4,6 +4,7 @@ It returns the same bits as when called plainly, or refuses; and it leaves every
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -55,6 +56,7 @@ from hessian_surgery_nb.foundations import (
     forward,
     krylov_basis,
     losses,
+    many_heads,
     networks as models,
     training as train,
     weights,
@@ -290,6 +292,9 @@ ENTRIES = {
     ),
     "generalisation": lambda p: spectrum_type.generalisation(given().kind, given().kind),
     "predict": lambda p: accuracy.predict(p.net, p.sensitive),
+    "predict many": lambda p: many_heads.predict_many(
+        p.net, [copy.deepcopy(p.net)], p.sensitive, shape=(len(p.sensitive[1]), CLASSES)
+    ),
     "predict elsewhere": lambda p: accuracy.predict(
         p.net,
         p.sensitive,
@@ -414,6 +419,9 @@ LEFT_OUT = {
     "Rebalancing",
     "check_model",
     "check_mode",
+    "shortfall_message",  # parts of top_eigenpairs, which is tried whole
+    "requested_search",
+    "changed_layer",  # of predict_many: two state dicts compared
     "call_network",  # parts of products, which are tried whole
     "lent_to",
     "gathered_logits",
