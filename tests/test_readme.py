@@ -123,7 +123,7 @@ def test_the_main_example_is_rebalance():
 def test_two_commands():
     first, second = readme.commands(README.read_text(encoding="utf-8"))
     assert first.endswith("hessian-surgery demo --out demo") and second.endswith(
-        "pytest -q -n 2 --dist worksteal tests"
+        "pytest -q -n 3 --dist worksteal tests"
     )
 
 
